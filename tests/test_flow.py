@@ -1,0 +1,215 @@
+"""The mathematics of the flow: each identity against integration, autograd or sampling, in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd.functional import jacobian
+
+from meow_continuous_action import EnergyFlow, log_prior, log_tanh_slope
+
+OPTIONS = [
+    {},
+    {"coupling": "affine"},
+    {"reward_shifting": "single"},
+    {"reward_shifting": "none"},
+]
+SETTINGS = [(0.25, -5.0, -0.3), (1.0, -2.0, 0.5), (0.05, -1.0, 0.8), (2.5, -4.0, 0.0)]
+
+
+def integral_of_exp_q(flow, obs, u):
+    """int exp(Q_1(s,a)/alpha) da over (-1, 1)^A by the trapezoidal rule in u = atanh(a), da = (1 - a^2) du."""
+    grids = torch.meshgrid(*[u] * flow.masks.shape[1], indexing="ij")
+    points = torch.stack([g.flatten() for g in grids], dim=-1)
+    with torch.no_grad():
+        q = flow.q_values(obs.expand(len(points), -1), torch.tanh(points))[:, 0]
+    return (torch.exp(q / flow.alpha + log_tanh_slope(points).sum(-1)) * (u[1] - u[0]) ** points.shape[1]).sum()
+
+
+@pytest.mark.parametrize(("alpha", "low", "high"), SETTINGS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("act_dim", "points"), [(1, 2001), (2, 321)])
+def test_soft_value_is_the_integral(make_random_flow, alpha, low, high, options, act_dim, points):
+    """V = alpha log int exp(Q/alpha) da. u = +-13 keeps digits of 1 - a^2 and all of the mass (checked by V itself)."""
+    if act_dim == 2:
+        low = max(low, -1.5)  # the coarser grid resolves sigma down to e^-1.5
+    flow = make_random_flow(3, act_dim, alpha, low, high, **options)
+    obs = torch.randn(1, 3, dtype=torch.float64)
+    value = flow.soft_values(obs)[0, 0]
+    integral = integral_of_exp_q(flow, obs, torch.linspace(-13, 13, points, dtype=torch.float64))
+    assert abs(value - alpha * torch.log(integral)) < 1e-6
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("act_dim", [1, 2, 3, 8])
+def test_q_v_and_log_prob(make_random_flow, act_dim, options):
+    """Q_k - V_k = alpha log pi for both shifts; sampled log-probabilities are those of log_prob."""
+    flow = make_random_flow(5, act_dim, **options)
+    obs = torch.randn(64, 5, dtype=torch.float64)
+    action, log_prob = flow.sample(obs)
+    assert action.shape == (64, act_dim)
+    assert log_prob.shape == (64,)
+    torch.testing.assert_close(flow.log_prob(obs, action), log_prob, rtol=0, atol=1e-8)
+    q, v = flow.q_values(obs, action), flow.soft_values(obs)
+    assert q.shape == v.shape == (64, {"single": 1, "none": 1}.get(options.get("reward_shifting"), 2))
+    torch.testing.assert_close(q - v, (flow.alpha * log_prob)[:, None].expand_as(q), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+@pytest.mark.parametrize("act_dim", [1, 2, 5])
+def test_log_determinants_are_those_of_the_jacobian(make_random_flow, act_dim, options):
+    flow = make_random_flow(4, act_dim, **options)
+    obs, z = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, act_dim, dtype=torch.float64)
+    action, nonlinear, linear = flow.to_action(obs, z)
+    det = torch.linalg.slogdet(jacobian(lambda z: flow.to_action(obs, z)[0], z)[0, :, 0])[1]
+    torch.testing.assert_close(nonlinear + linear, det[None], rtol=1e-9, atol=1e-9)
+    back, nonlinear_back, linear_back = flow.to_latent(obs, action)
+    det = torch.linalg.slogdet(jacobian(lambda a: flow.to_latent(obs, a)[0], action)[0, :, 0])[1]
+    torch.testing.assert_close(nonlinear_back + linear_back, det[None], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(back, z, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(nonlinear_back, -nonlinear, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(linear_back, -linear, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+def test_linear_determinant_ignores_the_action(make_random_flow, options):
+    flow = make_random_flow(4, 3, **options)
+    obs = torch.randn(1, 4, dtype=torch.float64).expand(16, -1)
+    linear = flow.to_latent(obs, torch.rand(16, 3, dtype=torch.float64) * 2 - 1)[2]
+    assert (linear == linear[0]).all()
+    torch.testing.assert_close(linear, -flow.log_sigma(obs).sum(-1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+def test_gradients(make_random_flow, options):
+    """d/da and d/ds of Q, V and log pi against finite differences."""
+    flow = make_random_flow(3, 3, **options)
+    obs = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    action = (torch.rand(4, 3, dtype=torch.float64) * 1.6 - 0.8).requires_grad_()
+    for function, inputs in ((flow.q_values, (obs, action)), (flow.log_prob, (obs, action)), (flow.soft_values, (obs,))):
+        assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(lambda z, s: flow.to_action(s, z)[0], (action, obs))
+
+
+def test_samples_follow_the_density(make_random_flow):
+    """Histogram of 200,000 samples in one dimension against exp(log_prob): chi-squared within 5 standard deviations."""
+    flow = make_random_flow(2, 1, low=-2.0, high=0.5)
+    obs, n, bins = torch.randn(1, 2, dtype=torch.float64), 200_000, 60
+    torch.manual_seed(1)
+    with torch.no_grad():
+        samples = flow.sample(obs.expand(n, -1))[0][:, 0].numpy()
+        fine = torch.linspace(-1, 1, bins * 200 + 1, dtype=torch.float64)
+        middle = (fine[1:] + fine[:-1])[:, None] / 2
+        density = torch.exp(flow.log_prob(obs.expand(len(middle), -1), middle)).numpy()
+    expected = n * density.reshape(bins, 200).mean(1) * 2 / bins
+    counts = np.histogram(samples, bins=bins, range=(-1, 1))[0]
+    full = expected > 20
+    assert expected[full].sum() > 0.99 * n
+    chi2 = ((counts - expected)[full] ** 2 / expected[full]).sum()
+    assert chi2 < full.sum() + 5 * math.sqrt(2 * full.sum())
+
+
+def test_mode_action_is_the_mode_before_tanh(make_random_flow):
+    flow = make_random_flow(3, 2)
+    obs = torch.randn(8, 3, dtype=torch.float64)
+    mode = flow.mode_action(obs)
+    latent, nonlinear, linear = flow.to_latent(obs, mode)
+    torch.testing.assert_close(latent, torch.zeros_like(latent), rtol=0, atol=1e-9)
+    before_tanh = log_prior(latent) + nonlinear + log_tanh_slope(torch.atanh(mode)).sum(-1) + linear
+    for _ in range(20):
+        action = flow.sample(obs)[0]
+        latent, nonlinear, linear = flow.to_latent(obs, action)
+        other = log_prior(latent) + nonlinear + log_tanh_slope(torch.atanh(action)).sum(-1) + linear
+        assert (other < before_tanh).all()
+
+
+def test_rows_are_independent(make_random_flow):
+    """Permuting a batch permutes the results; single rows and odd batches work."""
+    flow = make_random_flow(4, 3)
+    obs = torch.randn(7, 4, dtype=torch.float64)
+    action = flow.sample(obs)[0].detach()
+    q, order = flow.q_values(obs, action), torch.randperm(7)
+    torch.testing.assert_close(flow.q_values(obs[order], action[order]), q[order])
+    torch.testing.assert_close(flow.q_values(obs[:1], action[:1]), q[:1])
+    torch.testing.assert_close(flow.soft_values(obs[order]), flow.soft_values(obs)[order])
+
+
+def test_soft_values_never_run_the_flow(make_random_flow, monkeypatch):
+    flow = make_random_flow(4, 3)
+    monkeypatch.setattr(EnergyFlow, "coupling", lambda *_: pytest.fail("the flow ran"))
+    assert flow.soft_values(torch.randn(5, 4, dtype=torch.float64)).shape == (5, 2)
+
+
+def test_one_flow_pass_gives_both_q_values(make_random_flow, monkeypatch):
+    flow, calls, original = make_random_flow(4, 3), [], EnergyFlow.coupling
+    monkeypatch.setattr(EnergyFlow, "coupling", lambda *a: (calls.append(a[1]), original(*a))[1])
+    assert flow.q_values(torch.randn(5, 4).double(), torch.zeros(5, 3).double()).shape == (5, 2)
+    assert calls == [3, 2, 1, 0]
+
+
+def test_initial_network():
+    """Initialisation and bounds of the paper: orthogonal couplings, zero h and b, beta = 1, sigma within its bounds."""
+    flow = EnergyFlow(11, 3, 0.25, -5.0, -0.3)
+    weight = flow.t[0].layers[1].weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(64), rtol=0, atol=1e-5)
+    for mlp in (flow.h, *flow.b):
+        assert all((layer.weight == 0).all() and (layer.bias != 0).any() for layer in mlp.layers)
+        assert all(isinstance(norm, torch.nn.Identity) for norm in mlp.norms)
+    assert all(isinstance(norm, torch.nn.LayerNorm) for norm in flow.t[3].norms)
+    assert all((s.beta == 1).all() for mlp in (flow.h, *flow.t, *flow.b) for s in mlp.swishes)
+    assert [[layer.out_features for layer in mlp.layers] for mlp in (flow.t[0], flow.h, flow.b[1])] == [
+        [64, 64, 3],
+        [64, 64, 3],
+        [256, 256, 1],
+    ]
+    for p in flow.h.parameters():
+        p.data.normal_(0, 10)
+    log_sigma = flow.log_sigma(torch.randn(1000, 11) * 100)
+    assert log_sigma.min() >= -5.0
+    assert log_sigma.max() <= -0.3
+    assert log_sigma.max() - log_sigma.min() > 4.6
+
+
+def test_masks_alternate(make_random_flow):
+    """Coupling i moves the units where its mask is 0 and reads only those where it is 1."""
+    flow = make_random_flow(2, 3)
+    obs, x = torch.randn(1, 2).double(), torch.randn(1, 3).double()
+    for i, mask in enumerate([[1, 0, 1], [0, 1, 0], [1, 0, 1], [0, 1, 0]]):
+        mask = torch.tensor(mask).bool()
+        slope = jacobian(lambda x, i=i: flow.coupling(i, x, obs)[1], x)[0, :, 0]
+        assert (slope[mask] == 0).all()
+        assert (slope[:, ~mask] == 0).all()
+        assert (slope[~mask][:, mask] != 0).all()
+
+
+def test_state_dict_round_trip(make_random_flow):
+    flow, other = make_random_flow(3, 2, alpha=0.7), make_random_flow(3, 2, alpha=0.1, seed=5)
+    assert "alpha" in flow.state_dict()
+    other.load_state_dict(flow.state_dict())
+    obs, action = torch.randn(4, 3).double(), torch.zeros(4, 2).double()
+    torch.testing.assert_close(other.q_values(obs, action), flow.q_values(obs, action), rtol=0, atol=0)
+
+
+def test_extreme_actions_stay_finite():
+    flow = EnergyFlow(3, 2, 0.25, -5.0, 2.0)
+    action = torch.tensor([[1.0, -1.0], [1 - 1e-7, 0.0]])
+    q = flow.q_values(torch.randn(2, 3), action)
+    assert torch.isfinite(q).all()
+    inside = action.clamp(-(1 - 1e-5), 1 - 1e-5)
+    torch.manual_seed(0)
+    obs = torch.randn(2, 3)
+    torch.testing.assert_close(flow.q_values(obs, action), flow.q_values(obs, inside), rtol=0, atol=0)
+
+
+def test_dropout_masks_units():
+    """keep = all ones with p = 0 changes nothing; a mask with p = 0.5 changes Q and not V; q without keep has none."""
+    torch.manual_seed(0)
+    flow = EnergyFlow(3, 2, 0.25, -5.0, -0.3, dropout=0.5)
+    obs, action = torch.randn(16, 3), torch.rand(16, 2) - 0.5
+    keep = torch.rand(4, 2, 16, 64) > 0.5
+    assert (flow.q_values(obs, action, keep) != flow.q_values(obs, action)).all()
+    for mlp in flow.t:
+        mlp.dropout = 0.0
+    ones = torch.ones_like(keep)
+    torch.testing.assert_close(flow.q_values(obs, action, ones), flow.q_values(obs, action), rtol=0, atol=0)
