@@ -1,4 +1,4 @@
-"""Shared set-up: the scripts are importable, networks run on one thread, and random networks are truly random."""
+"""Shared set-up: the scripts are importable and networks run on one thread."""
 
 import sys
 from pathlib import Path
@@ -14,13 +14,15 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def make_random_flow():
-    """make(obs_dim, act_dim, alpha, low, high, **options): a float64 flow whose every parameter is random."""
+    """make(obs_dim, act_dim, ...): a float64 flow whose every parameter is random."""
     from meow_continuous_action import EnergyFlow
 
     def make(obs_dim, act_dim, alpha=0.25, low=-3.0, high=-0.3, seed=0, **options):
         torch.manual_seed(seed)
         flow = EnergyFlow(obs_dim, act_dim, alpha, low, high, **options).double()
-        for p in flow.parameters():  # zero-initialised networks would hide the dependence on the state
+        for (
+            p
+        ) in flow.parameters():  # zero-initialised networks would hide the dependence on the state
             p.data += 0.1 * torch.randn_like(p)
         return flow
 

@@ -1,4 +1,4 @@
-"""The mathematics of the flow: each identity against integration, autograd or sampling, in float64."""
+"""The flow's identities against integration, autograd and sampling, in float64."""
 
 import math
 
@@ -19,19 +19,22 @@ SETTINGS = [(0.25, -5.0, -0.3), (1.0, -2.0, 0.5), (0.05, -1.0, 0.8), (2.5, -4.0,
 
 
 def integral_of_exp_q(flow, obs, u):
-    """int exp(Q_1(s,a)/alpha) da over (-1, 1)^A by the trapezoidal rule in u = atanh(a), da = (1 - a^2) du."""
+    """int exp(Q_1/alpha) da over (-1, 1)^A: trapezoids in u = atanh(a), da = (1 - a^2) du."""
     grids = torch.meshgrid(*[u] * flow.masks.shape[1], indexing="ij")
     points = torch.stack([g.flatten() for g in grids], dim=-1)
     with torch.no_grad():
         q = flow.q_values(obs.expand(len(points), -1), torch.tanh(points))[:, 0]
-    return (torch.exp(q / flow.alpha + log_tanh_slope(points).sum(-1)) * (u[1] - u[0]) ** points.shape[1]).sum()
+    return (
+        torch.exp(q / flow.alpha + log_tanh_slope(points).sum(-1))
+        * (u[1] - u[0]) ** points.shape[1]
+    ).sum()
 
 
 @pytest.mark.parametrize(("alpha", "low", "high"), SETTINGS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("act_dim", "points"), [(1, 2001), (2, 321)])
 def test_soft_value_is_the_integral(make_random_flow, alpha, low, high, options, act_dim, points):
-    """V = alpha log int exp(Q/alpha) da. u = +-13 keeps digits of 1 - a^2 and all of the mass (checked by V itself)."""
+    """V = alpha log int exp(Q/alpha) da, the identity that makes MEow exact."""
     if act_dim == 2:
         low = max(low, -1.5)  # the coarser grid resolves sigma down to e^-1.5
     flow = make_random_flow(3, act_dim, alpha, low, high, **options)
@@ -52,8 +55,12 @@ def test_q_v_and_log_prob(make_random_flow, act_dim, options):
     assert log_prob.shape == (64,)
     torch.testing.assert_close(flow.log_prob(obs, action), log_prob, rtol=0, atol=1e-8)
     q, v = flow.q_values(obs, action), flow.soft_values(obs)
-    assert q.shape == v.shape == (64, {"single": 1, "none": 1}.get(options.get("reward_shifting"), 2))
-    torch.testing.assert_close(q - v, (flow.alpha * log_prob)[:, None].expand_as(q), rtol=0, atol=1e-8)
+    assert (
+        q.shape == v.shape == (64, {"single": 1, "none": 1}.get(options.get("reward_shifting"), 2))
+    )
+    torch.testing.assert_close(
+        q - v, (flow.alpha * log_prob)[:, None].expand_as(q), rtol=0, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
@@ -87,13 +94,17 @@ def test_gradients(make_random_flow, options):
     flow = make_random_flow(3, 3, **options)
     obs = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     action = (torch.rand(4, 3, dtype=torch.float64) * 1.6 - 0.8).requires_grad_()
-    for function, inputs in ((flow.q_values, (obs, action)), (flow.log_prob, (obs, action)), (flow.soft_values, (obs,))):
+    for function, inputs in (
+        (flow.q_values, (obs, action)),
+        (flow.log_prob, (obs, action)),
+        (flow.soft_values, (obs,)),
+    ):
         assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradcheck(lambda z, s: flow.to_action(s, z)[0], (action, obs))
 
 
 def test_samples_follow_the_density(make_random_flow):
-    """Histogram of 200,000 samples in one dimension against exp(log_prob): chi-squared within 5 standard deviations."""
+    """Histogram of 200,000 samples against exp(log_prob): chi^2 within 5 standard deviations."""
     flow = make_random_flow(2, 1, low=-2.0, high=0.5)
     obs, n, bins = torch.randn(1, 2, dtype=torch.float64), 200_000, 60
     torch.manual_seed(1)
@@ -149,7 +160,7 @@ def test_one_flow_pass_gives_both_q_values(make_random_flow, monkeypatch):
 
 
 def test_initial_network():
-    """Initialisation and bounds of the paper: orthogonal couplings, zero h and b, beta = 1, sigma within its bounds."""
+    """The paper's: orthogonal couplings, zero h and b, beta = 1, sigma within its bounds."""
     flow = EnergyFlow(11, 3, 0.25, -5.0, -0.3)
     weight = flow.t[0].layers[1].weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(64), rtol=0, atol=1e-5)
@@ -158,7 +169,9 @@ def test_initial_network():
         assert all(isinstance(norm, torch.nn.Identity) for norm in mlp.norms)
     assert all(isinstance(norm, torch.nn.LayerNorm) for norm in flow.t[3].norms)
     assert all((s.beta == 1).all() for mlp in (flow.h, *flow.t, *flow.b) for s in mlp.swishes)
-    assert [[layer.out_features for layer in mlp.layers] for mlp in (flow.t[0], flow.h, flow.b[1])] == [
+    assert [
+        [layer.out_features for layer in mlp.layers] for mlp in (flow.t[0], flow.h, flow.b[1])
+    ] == [
         [64, 64, 3],
         [64, 64, 3],
         [256, 256, 1],
@@ -188,7 +201,9 @@ def test_state_dict_round_trip(make_random_flow):
     assert "alpha" in flow.state_dict()
     other.load_state_dict(flow.state_dict())
     obs, action = torch.randn(4, 3).double(), torch.zeros(4, 2).double()
-    torch.testing.assert_close(other.q_values(obs, action), flow.q_values(obs, action), rtol=0, atol=0)
+    torch.testing.assert_close(
+        other.q_values(obs, action), flow.q_values(obs, action), rtol=0, atol=0
+    )
 
 
 def test_extreme_actions_stay_finite():
@@ -199,11 +214,13 @@ def test_extreme_actions_stay_finite():
     inside = action.clamp(-(1 - 1e-5), 1 - 1e-5)
     torch.manual_seed(0)
     obs = torch.randn(2, 3)
-    torch.testing.assert_close(flow.q_values(obs, action), flow.q_values(obs, inside), rtol=0, atol=0)
+    torch.testing.assert_close(
+        flow.q_values(obs, action), flow.q_values(obs, inside), rtol=0, atol=0
+    )
 
 
 def test_dropout_masks_units():
-    """keep = all ones with p = 0 changes nothing; a mask with p = 0.5 changes Q and not V; q without keep has none."""
+    """A mask changes Q; a mask of ones with p = 0 does not."""
     torch.manual_seed(0)
     flow = EnergyFlow(3, 2, 0.25, -5.0, -0.3, dropout=0.5)
     obs, action = torch.randn(16, 3), torch.rand(16, 2) - 0.5
@@ -212,4 +229,6 @@ def test_dropout_masks_units():
     for mlp in flow.t:
         mlp.dropout = 0.0
     ones = torch.ones_like(keep)
-    torch.testing.assert_close(flow.q_values(obs, action, ones), flow.q_values(obs, action), rtol=0, atol=0)
+    torch.testing.assert_close(
+        flow.q_values(obs, action, ones), flow.q_values(obs, action), rtol=0, atol=0
+    )

@@ -1,0 +1,106 @@
+"""Small environments with known behaviour, used as `scripted_env:NAME-v0`."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+BOX = spaces.Box(-1, 1, (2,), np.float32)
+
+
+class Scripted(gym.Env):
+    """Episodes end in turn by termination after 3 steps, truncation after 4, both after 5.
+
+    Observation (episode + 1, steps so far); the reward of step t is 10 (episode + 1) + t.
+    """
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = spaces.Box(np.float32([-0.4, 2.0]), np.float32([0.4, 3.0]))
+    metadata = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        self.render_mode, self.episode, self.received = render_mode, 0, []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed, options=options)
+        self.episode, self.t = self.episode + 1, 0
+        return np.array([self.episode, 0.0]), {}
+
+    def step(self, action):
+        self.received.append(action)
+        self.t += 1
+        kind = (self.episode - 1) % 3
+        end = self.t == 3 + kind
+        obs = np.array([self.episode, float(self.t)])
+        return obs, 10.0 * self.episode + self.t, end and kind != 1, end and kind != 0, {}
+
+
+class OneState(gym.Env):
+    """One state, reward 1, cut every 5 steps by a time-out: V = 1 / (1 - gamma) without entropy."""
+
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+    terminates = False
+
+    def __init__(self, render_mode=None):
+        self.render_mode, self.t = render_mode, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed, options=options)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, _action):
+        self.t += 1
+        end = self.t == 5
+        return (
+            np.zeros(1, np.float32),
+            1.0,
+            self.terminates and end,
+            not self.terminates and end,
+            {},
+        )
+
+
+class OneStateTerminating(OneState):
+    terminates = True
+
+
+class Broken(OneState):
+    """Returns NaN observations, infinite rewards or unusual spaces on request."""
+
+    def __init__(self, render_mode=None, at=250, obs=0.0, reward=1.0):
+        super().__init__(render_mode)
+        self.at, self.bad_obs, self.bad_reward, self.steps = at, obs, reward, 0
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward, *rest = super().step(action)
+        if self.steps == self.at:
+            obs, reward = np.full(1, self.bad_obs, np.float32), self.bad_reward
+        return obs, reward, *rest
+
+
+class Spaces(OneState):
+    def __init__(self, render_mode=None, obs=None, act=None):
+        super().__init__(render_mode)
+        self.observation_space, self.action_space = obs or BOX, act or BOX
+
+
+def register(name, entry_point, **kwargs):
+    gym.register(f"{name}-v0", entry_point=entry_point, kwargs=kwargs)
+
+
+register("Scripted", Scripted)
+register("OneState", OneState)
+register("OneStateTerminating", OneStateTerminating)
+register("NanObs", Broken, obs=np.nan)
+register("InfReward", Broken, reward=np.inf)
+register("DictObs", Spaces, obs=spaces.Dict(a=BOX))
+register("ImageObs", Spaces, obs=spaces.Box(0, 255, (8, 8, 3), np.uint8))
+register("DiscreteObs", Spaces, obs=spaces.Discrete(3))
+register("Unbounded", Spaces, act=spaces.Box(-np.inf, np.inf, (2,), np.float32))
+register("HalfBounded", Spaces, act=spaces.Box(0, np.inf, (2,), np.float32))
+register("IntegerBox", Spaces, act=spaces.Box(0, 3, (2,), np.int64))
+register("MultiDiscrete", Spaces, act=spaces.MultiDiscrete([2, 2]))
+register("MatrixAction", Spaces, act=spaces.Box(-1, 1, (2, 2), np.float32))
+register("EmptyRange", Spaces, act=spaces.Box(1, 1, (2,), np.float32))

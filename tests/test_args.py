@@ -1,0 +1,138 @@
+"""Options: defaults per environment, checks, help, and that each one is documented and read."""
+
+import ast
+import dataclasses
+import re
+from itertools import pairwise
+
+import pytest
+from conftest import ROOT, SCRIPT
+
+from meow_continuous_action import PAPER_SETTINGS, Args, UsageError, main, parse_args
+
+PAPER_TABLE = {  # steps, tau, alpha, learning starts, log sigma max, log sigma min
+    "Hopper": (1_500_000, 0.005, 0.25, 5_000, -0.3, -5),
+    "HalfCheetah": (1_500_000, 0.003, 0.25, 10_000, 2.0, -5),
+    "Walker2d": (4_000_000, 0.005, 0.1, 10_000, -0.3, -5),
+    "Ant": (4_000_000, 0.0001, 0.05, 5_000, -0.3, -5),
+    "Humanoid": (5_000_000, 0.0005, 0.125, 5_000, -0.3, -5),
+}
+
+
+@pytest.mark.parametrize("version", ["v4", "v5"])
+@pytest.mark.parametrize("name", PAPER_TABLE)
+def test_paper_settings_are_the_defaults(name, version):
+    args = parse_args(["--env-id", f"{name}-{version}"])
+    columns = "total_timesteps tau alpha learning_starts log_sigma_max log_sigma_min".split()
+    assert tuple(getattr(args, c) for c in columns) == PAPER_TABLE[name]
+    common = (args.learning_rate, args.max_grad_norm, args.batch_size, args.buffer_size, args.gamma)
+    assert common == (1e-3, 30, 256, 1_000_000, 0.99)
+
+
+@pytest.mark.parametrize(
+    "spelling", [["--env-id", "Ant-v4"], ["--env-id=Ant-v4"], ["--env_id", "Ant-v4"]]
+)
+def test_flags_override_the_papers_settings(spelling):
+    args = parse_args([*spelling, "--tau", "0.5", "--seed", "7"])
+    assert (args.env_id, args.tau, args.seed, args.alpha) == ("Ant-v4", 0.5, 7, 0.05)
+
+
+def test_other_environments_get_general_defaults():
+    args = parse_args(["--env-id", "Pendulum-v1"])
+    assert args == Args(env_id="Pendulum-v1")
+    assert parse_args(["--env-id", "my/Ant-v4"]).tau == Args().tau
+    assert set(PAPER_SETTINGS) == set(PAPER_TABLE)
+
+
+def test_help_shows_the_environments_values(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["--env-id", "Ant-v4", "--help"])
+    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    assert stopped.value.code == 0
+    assert re.search(r"--tau FLOAT .{0,120}\(default: 0\.0001\)", text)
+    assert re.search(r"--total-timesteps INT .{0,120}\(default: 4000000\)", text)
+
+
+IMPOSSIBLE = [
+    ("total-timesteps", "0"), ("total-timesteps", "-5"), ("batch-size", "0"), ("buffer-size", "-1"),
+    ("learning-starts", "0"), ("eval-frequency", "0"), ("eval-episodes", "0"),
+    ("log-frequency", "0"),
+    ("checkpoint-frequency", "-1"), ("seed", "-1"), ("torch-threads", "0"), ("learning-rate", "0"),
+    ("learning-rate", "inf"), ("alpha", "0"), ("alpha", "nan"), ("gamma", "1.5"), ("gamma", "nan"),
+    ("tau", "0"), ("tau", "2"), ("dropout", "1"), ("dropout", "-0.1"), ("max-grad-norm", "-30"),
+    ("log-sigma-min", "3"), ("log-sigma-max", "-9"), ("log-sigma-max", "nan"),
+    ("log-sigma-max", "99"),
+    ("total-timesteps", "1e6"), ("seed", "one"), ("coupling", "cubic"),
+    ("reward-shifting", "triple"),
+    ("unknown-option", "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value"), IMPOSSIBLE)
+def test_impossible_values_exit_with_2_and_name_the_option(option, value, capsys):
+    try:
+        code = main([f"--{option}", value])
+    except SystemExit as stopped:
+        code = stopped.code
+    text = capsys.readouterr()
+    assert code == 2
+    assert option.removeprefix("log-") in text.err + text.out
+    assert "Traceback" not in text.err
+
+
+def test_resume_and_evaluate_exclude_each_other():
+    with pytest.raises((UsageError, SystemExit)):
+        parse_args(["--resume", "a", "--evaluate", "b"])
+
+
+def test_every_option_is_documented_and_read():
+    """A docstring below each field, and each field read somewhere in the script."""
+    source = SCRIPT.read_text()
+    body = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Args").body
+    for field, doc in pairwise(body):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(doc, ast.Expr), f"{field.target.id} has no docstring"
+    for field in dataclasses.fields(Args):
+        assert re.search(rf"args\.{field.name}\b|given\.{field.name}\b", source), field.name
+
+
+def test_deviations_are_listed_everywhere():
+    """D1..Dn: the same list in the docstring and in the README; each tag in the code is listed."""
+    source, readme = SCRIPT.read_text(), (ROOT / "README.md").read_text()
+    doc = ast.get_docstring(ast.parse(source))
+    listed = re.findall(r"^(D\d+) ", doc, flags=re.M)
+    assert listed == [f"D{i}" for i in range(1, len(listed) + 1)]
+    assert re.findall(r"^\| (D\d+) \|", readme, flags=re.M) == listed
+    code = source.replace(doc, "")
+    assert set(re.findall(r"# (D\d+)\b", code)) <= set(listed)
+
+
+def test_readme_commands_parse():
+    """Each command of the README that runs the script has valid options."""
+    commands = re.findall(
+        r"^python meow_continuous_action\.py (.*)$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(commands) >= 5
+    for command in commands:
+        words = command.split("#")[0].split()
+        if "--resume" in words or "--evaluate" in words:
+            at = next(i for i, w in enumerate(words) if w in ("--resume", "--evaluate"))
+            del words[at : at + 2]  # the run doesn't exist
+        if "--help" not in words:
+            parse_args(words)
+
+
+def test_importing_has_no_side_effect():
+    """No module-level code besides definitions and the choice of MuJoCo's renderer."""
+    allowed = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AugAssign,
+        ast.Expr,
+    )
+    rest = [n for n in ast.parse(SCRIPT.read_text()).body if not isinstance(n, allowed)]
+    assert len(rest) == 2
+    assert all(isinstance(n, ast.If) for n in rest)
