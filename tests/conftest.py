@@ -24,6 +24,9 @@ def make_random_flow():
             p
         ) in flow.parameters():  # zero-initialised networks would hide the dependence on the state
             p.data += 0.1 * torch.randn_like(p)
+        if flow.affine:  # moderate scales, so that a grid can resolve the density
+            for mlp in flow.t:
+                mlp.layers[-1].weight.data *= 0.2
         return flow
 
     return make
