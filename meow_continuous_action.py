@@ -61,6 +61,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import warnings
 import zipfile
@@ -69,9 +70,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-if (
-    sys.platform == "linux" and "DISPLAY" not in os.environ
-):  # MuJoCo chooses its renderer when it is imported
+# MuJoCo chooses its renderer when it is imported: without a screen, an off-screen one.
+if sys.platform == "linux" and "DISPLAY" not in os.environ:
     for renderer, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
         if ctypes.util.find_library(library):
             os.environ.setdefault("MUJOCO_GL", renderer)
@@ -215,12 +215,9 @@ class Args:
         self._check("tau", 0 < self.tau <= 1, "above 0 and at most 1")
         self._check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         for name in ("log_sigma_min", "log_sigma_max"):
-            self._check(
-                name, -20 <= getattr(self, name) <= 20, "from -20 to 20 (the logarithm of sigma)"
-            )
-        self._check(
-            "log_sigma_max", self.log_sigma_min < self.log_sigma_max, "above --log-sigma-min"
-        )
+            self._check(name, -20 <= getattr(self, name) <= 20, "from -20 to 20 (log of sigma)")
+        ordered = self.log_sigma_min < self.log_sigma_max
+        self._check("log_sigma_max", ordered, "above --log-sigma-min")
         if self.resume and self.evaluate:
             raise ValueError("--resume and --evaluate exclude each other")
 
@@ -230,23 +227,9 @@ class Args:
 
 
 # What may differ from the checkpoint when a run goes on, and when a policy is evaluated.
-RESUME_MAY_CHANGE = {
-    "resume",
-    "total_timesteps",
-    "checkpoint_frequency",
-    "capture_video",
-    "track",
-    "wandb_project_name",
-}
-RESUME_MAY_CHANGE |= {"wandb_entity", "cuda", "torch_threads", "compile"}
-EVALUATE_MAY_CHANGE = {
-    "evaluate",
-    "seed",
-    "eval_episodes",
-    "deterministic_eval",
-    "capture_video",
-    "torch_threads",
-}
+RESUME_MAY_CHANGE = "resume total_timesteps checkpoint_frequency capture_video track"
+RESUME_MAY_CHANGE += " wandb_project_name wandb_entity cuda torch_threads compile"
+EVALUATE_MAY_CHANGE = "evaluate seed eval_episodes deterministic_eval capture_video torch_threads"
 
 
 def default_args(env_id: str) -> Args:
@@ -274,16 +257,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
     except ValueError as error:
         raise UsageError(error) from None
     if saved:
-        may_change = RESUME_MAY_CHANGE if given.resume else EVALUATE_MAY_CHANGE
+        may_change = (RESUME_MAY_CHANGE if given.resume else EVALUATE_MAY_CHANGE).split()
         asked, stored = dataclasses.asdict(args), dataclasses.asdict(saved)
         conflicts = [k for k in asked if asked[k] != stored[k] and k not in may_change]
         if conflicts:
-            listed = ", ".join(
-                f"--{k.replace('_', '-')} {asked[k]} (saved: {stored[k]})" for k in conflicts
-            )
-            raise UsageError(
-                f"{file} was made with other settings: {listed}. Leave these options out."
-            )
+            named = [f"--{k.replace('_', '-')} {asked[k]} (saved: {stored[k]})" for k in conflicts]
+            text = f"{file} was made with other settings: {', '.join(named)}"
+            raise UsageError(f"{text}. Leave these options out.")
     return args
 
 
@@ -305,44 +285,29 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     Raises: UsageError for an unknown id and where MEow can't act: it needs a flat Box observation
     and a bounded continuous action.
     """
-    if ":" in env_id and os.getcwd() not in sys.path:
-        sys.path.append(
-            os.getcwd()
-        )  # `module:Env-v0` finds modules beside the script and in the current folder
+    if ":" in env_id and os.getcwd() not in sys.path:  # `module:Env-v0` may lie in this folder
+        sys.path.append(os.getcwd())
     mujoco.set_mju_user_warning(show_once)
+    problem = f"--env-id {env_id}:"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*is out of date.*"
-            )  # v4 is the paper's, on purpose
+            warnings.filterwarnings("ignore", message=".*is out of date.*")  # v4 is the paper's
             env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         reason = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())
-        raise UsageError(f"--env-id {env_id}: can't make this environment: {reason}") from None
+        raise UsageError(f"{problem} can't make this environment: {reason}") from None
     if render_mode and render_mode not in env.metadata.get("render_modes", []):
-        raise UsageError(
-            f"--env-id {env_id} can't render images ('{render_mode}'): leave out --capture-video"
-        )
+        raise UsageError(f"{problem} it can't render images: leave out --capture-video")
     obs, act = env.observation_space, env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1 or obs.shape[0] == 0:
         hint = "wrap the environment in gymnasium.wrappers.FlattenObservation"
-        raise UsageError(
-            f"--env-id {env_id}: the observation must be one flat vector (Box), not {obs}; {hint}"
-        )
+        raise UsageError(f"{problem} the observation must be one flat vector, not {obs}; {hint}")
     if not isinstance(act, gym.spaces.Box) or not np.issubdtype(act.dtype, np.floating):
-        raise UsageError(
-            f"--env-id {env_id}: the actions must be continuous (a float Box), not {act}"
-        )
+        raise UsageError(f"{problem} the actions must be continuous (a float Box), not {act}")
     if len(act.shape) != 1 or act.shape[0] == 0:
-        raise UsageError(
-            f"--env-id {env_id}: the action must be one flat vector, not of shape {act.shape}"
-        )
-    if not (
-        np.isfinite(act.low).all() and np.isfinite(act.high).all() and (act.low < act.high).all()
-    ):
-        raise UsageError(
-            f"--env-id {env_id}: the action space must be bounded on both sides, not {act}"
-        )
+        raise UsageError(f"{problem} the action must be one flat vector, not of shape {act.shape}")
+    if not (np.isfinite([act.low, act.high]).all() and (act.low < act.high).all()):
+        raise UsageError(f"{problem} the action space must be bounded on both sides, not {act}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -351,18 +316,14 @@ def check_finite(env_id: str, step: int, obs: np.ndarray, reward: float = 0.0):
     if not (np.isfinite(obs).all() and math.isfinite(reward)):
         bad = [f"observation[{i}] = {obs[i]}" for i in np.flatnonzero(~np.isfinite(obs))[:5]]
         bad += [] if math.isfinite(reward) else [f"reward = {reward}"]
-        raise RunError(
-            f"{env_id} returned {', '.join(bad)} at step {step}; nothing of this step was stored"
-        )
+        raise RunError(f"{env_id} returned {', '.join(bad)} at step {step}; it was not stored")
 
 
 def check_action(action: np.ndarray, step: int) -> np.ndarray:
     """The action itself. Raises: FloatingPointError when the policy diverged.  # D5"""
     if not np.isfinite(action).all():
-        hint = (
-            "the parameters diverged, try a smaller --learning-rate; the last checkpoint is intact"
-        )
-        raise FloatingPointError(f"the policy's action at step {step} is not finite: {hint}")
+        hint = "try a smaller --learning-rate; the last checkpoint is intact"
+        raise FloatingPointError(f"the policy's action at step {step} is not finite; {hint}")
     return action
 
 
@@ -376,10 +337,8 @@ class TrainingEnv:
 
     def __init__(self, env_id: str, seed: int):
         self.env, self.env_id, self.seed = make_env(env_id), env_id, seed
-        self.obs_dim, self.act_dim = (
-            self.env.observation_space.shape[0],
-            self.env.action_space.shape[0],
-        )
+        self.obs_dim = self.env.observation_space.shape[0]
+        self.act_dim = self.env.action_space.shape[0]
         self.episode, self.last_return = -1, math.nan
 
     def reset(self, step: int):
@@ -387,18 +346,25 @@ class TrainingEnv:
         self.episode += 1
         self.actions, self.episodic_return = [], 0.0
         obs, _ = self.env.reset(seed=derive_seed(self.seed, 0, self.episode))
-        self.obs = np.asarray(obs, dtype=np.float32)
+        self.obs = np.array(obs, dtype=np.float32)
         check_finite(self.env_id, step, self.obs)
 
     def step(self, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
         """One step, without reset: at the end next_obs (S,) is the true final observation."""
         next_obs, reward, terminated, truncated, _ = self.env.step(action)
-        next_obs, reward = np.asarray(next_obs, dtype=np.float32), float(reward)
+        next_obs = np.array(next_obs, dtype=np.float32)  # a copy: some environments reuse theirs
+        reward = float(reward)
         check_finite(self.env_id, step, next_obs, reward)
         self.actions.append(action)
         self.episodic_return += reward
         self.obs = next_obs
         return next_obs, reward, bool(terminated), bool(truncated)
+
+    def episode_metrics(self) -> dict[str, float]:
+        """Return and length of the episode that has just ended."""
+        self.last_return = self.episodic_return
+        length = len(self.actions)
+        return {"charts/episodic_return": self.last_return, "charts/episodic_length": length}
 
     def state_dict(self) -> dict:
         actions = np.array(self.actions, dtype=np.float32).reshape(-1, self.act_dim)
@@ -415,10 +381,8 @@ class TrainingEnv:
         for action in state["actions"].numpy():
             self.step(action.copy(), step)
         if not np.array_equal(self.obs, state["obs"].numpy()):
-            print(
-                f"warning: {self.env_id} did not replay its episode exactly; starting a new one",
-                file=sys.stderr,
-            )
+            problem = f"{self.env_id} did not replay its episode exactly"
+            print(f"warning: {problem}; starting a new one", file=sys.stderr)
             self.reset(step)
 
 
@@ -438,9 +402,7 @@ class ReplayBuffer:
         if need > free:
             gb = f"{need / 1e9:.1f} GB, more than the {free / 1e9:.1f} GB free"
             raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {gb} on {device}")
-        self.rows = torch.empty(
-            capacity, sum(self.splits), device=device
-        )  # the pages are touched as they fill
+        self.rows = torch.empty(capacity, sum(self.splits), device=device)
         self.row = torch.empty(sum(self.splits), pin_memory=self.rows.is_cuda)
         self.parts = np.split(self.row.numpy(), np.cumsum(self.splits)[:-1])
 
@@ -455,11 +417,8 @@ class ReplayBuffer:
         self.added += 1
 
     def state_dict(self) -> dict:
-        rows = self.rows[: len(self)]
-        rows = (
-            rows.cpu() if rows.is_cuda else torch.from_numpy(rows.numpy())
-        )  # the filled part alone, not copied
-        return {"added": self.added, "rows": rows}
+        filled = self.rows[: len(self)].cpu().numpy()  # by way of NumPy, or torch saves all rows
+        return {"added": self.added, "rows": torch.from_numpy(filled)}
 
     def load_state_dict(self, state: dict):
         self.added = state["added"]
@@ -471,15 +430,15 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
-    found = (
-        re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    )
-    return (
-        int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+    if meminfo.exists():
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # --- 5. Networks ----------------------------------------------------------------------------------
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
 class Swish(nn.Module):
     """x sigmoid(beta x), one learnable beta per unit, initially 1."""
 
@@ -512,9 +471,7 @@ class MLP(nn.Module):
         self.swishes = nn.ModuleList(Swish(d) for d in dims[1:-1])
         self.dropout, self.bf16 = dropout, bf16
         for layer in self.layers:
-            nn.init.orthogonal_(layer.weight) if init == "orthogonal" else nn.init.zeros_(
-                layer.weight
-            )
+            {"orthogonal": nn.init.orthogonal_, "zeros": nn.init.zeros_}[init](layer.weight)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """x (B, in) -> (B, out). keep (2, B, hidden): the units that dropout keeps; None: all."""
@@ -555,14 +512,11 @@ class EnergyFlow(nn.Module):
         self.affine, self.shifting = coupling == "affine", reward_shifting != "none"
         out = 2 * act_dim if self.affine else act_dim
         dims = [act_dim + obs_dim, self.hidden, self.hidden, out]
-        self.t = nn.ModuleList(
-            MLP(dims, "orthogonal", norm=True, dropout=dropout) for _ in range(self.couplings)
-        )
-        self.h = MLP([obs_dim, self.hidden, self.hidden, act_dim], "zeros")
+        t = [MLP(dims, "orthogonal", norm=True, dropout=dropout) for _ in range(self.couplings)]
         n_shifts = {"clipped": 2, "single": 1, "none": 0}[reward_shifting]
-        self.b = nn.ModuleList(
-            MLP([obs_dim, 256, 256, 1], "zeros", bf16=bf16) for _ in range(n_shifts)
-        )
+        b = [MLP([obs_dim, 256, 256, 1], "zeros", bf16=bf16) for _ in range(n_shifts)]
+        self.t, self.b = nn.ModuleList(t), nn.ModuleList(b)
+        self.h = MLP([obs_dim, self.hidden, self.hidden, act_dim], "zeros")
         self.log_sigma_min, self.log_sigma_max = log_sigma_min, log_sigma_max
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         mask = (torch.arange(act_dim) % 2 == 0).float()
@@ -579,15 +533,11 @@ class EnergyFlow(nn.Module):
 
     def shifts(self, obs: Tensor) -> Tensor:
         """Learnable reward shifts b_k(s), in nats. obs (B, S) -> (B, K)."""
-        return (
-            torch.cat([b(obs) for b in self.b], dim=-1)
-            if self.shifting
-            else torch.zeros_like(obs[:, :1])
-        )
+        if not self.shifting:
+            return torch.zeros_like(obs[:, :1])
+        return torch.cat([b(obs) for b in self.b], dim=-1)
 
-    def to_latent(
-        self, obs: Tensor, action: Tensor, keep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def to_latent(self, obs: Tensor, action: Tensor, keep: Tensor | None = None) -> Triple:
         """z = g(a|s), and log|det dz/da| of the non-linear and of the linear layers.
 
         Shapes: obs (B, S), action (B, A) in [-1, 1], keep (4, 2, B, 64) -> z (B, A), (B,), (B,).
@@ -603,7 +553,7 @@ class EnergyFlow(nn.Module):
         log_sigma = self.log_sigma(obs)
         return x * torch.exp(-log_sigma), log_det_nonlinear, -log_sigma.sum(-1)
 
-    def to_action(self, obs: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def to_action(self, obs: Tensor, z: Tensor) -> Triple:
         """a = g^-1(z|s), and log|det da/dz| of the non-linear and of the linear layers.
 
         Shapes: obs (B, S), z (B, A) -> action (B, A), (B,), (B,). Units: nats.
@@ -616,15 +566,12 @@ class EnergyFlow(nn.Module):
             log_det_nonlinear = log_det_nonlinear + scale.sum(-1)
         return torch.tanh(x), log_det_nonlinear + log_tanh_slope(x).sum(-1), log_sigma.sum(-1)
 
-    def coupling(
-        self, i: int, x: Tensor, obs: Tensor, keep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def coupling(self, i: int, x: Tensor, obs: Tensor, keep: Tensor | None = None):
         """(scale, t) of coupling i, (B, A), zero where its mask m is 1; they read m*x and s."""
         m = self.masks[i % 2]
-        out = self.t[i](torch.cat([m * x, obs], dim=-1), None if keep is None else keep[i]) * (
-            1 - m
-        ).repeat(1 + self.affine)
-        return out.chunk(2, dim=-1) if self.affine else (torch.zeros_like(out), out)
+        out = self.t[i](torch.cat([m * x, obs], dim=-1), None if keep is None else keep[i])
+        scale, t = out.chunk(2, dim=-1) if self.affine else (torch.zeros_like(out), out)
+        return (1 - m) * scale, (1 - m) * t
 
     def q_values(self, obs: Tensor, action: Tensor, keep: Tensor | None = None) -> Tensor:
         """Q_k(s,a) = alpha (log p_z(z) + log|det J_n| + b_k(s)). -> (B, K), reward units  # D1"""
@@ -646,15 +593,13 @@ class EnergyFlow(nn.Module):
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """a ~ pi(.|s) and log pi(a|s). obs (B, S) -> (B, A), (B,)."""
-        z = torch.randn(len(obs), self.masks.shape[1], dtype=obs.dtype, device=obs.device)
+        z = torch.randn_like(obs.new_empty(len(obs), self.masks.shape[1]))
         action, log_det_nonlinear, log_det_linear = self.to_action(obs, z)
         return action, log_prior(z) - log_det_nonlinear - log_det_linear
 
     def mode_action(self, obs: Tensor) -> Tensor:
         """g^-1(0|s), the mode of the density before tanh, not argmax_a Q. (B, S) -> (B, A)."""
-        return self.to_action(
-            obs, torch.zeros(len(obs), self.masks.shape[1], dtype=obs.dtype, device=obs.device)
-        )[0]
+        return self.to_action(obs, obs.new_zeros(len(obs), self.masks.shape[1]))[0]
 
 
 def log_prior(z: Tensor) -> Tensor:
@@ -684,36 +629,27 @@ def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
     return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
 
-def adam(
-    theta: Tensor, m: Tensor, v: Tensor, decay: Tensor, grad: Tensor, lr: float
-) -> tuple[Tensor, ...]:
+def adam(theta: Tensor, m: Tensor, v: Tensor, decay: Tensor, grad: Tensor, lr: float):
     """One step of Adam [Kingma and Ba, algorithm 1]; decay (2,) holds (beta1^t, beta2^t)."""
     beta1, beta2, eps = 0.9, 0.999, 1e-8
     m = beta1 * m + (1 - beta1) * grad
     v = beta2 * v + (1 - beta2) * grad * grad
-    decay = decay * torch.tensor([beta1, beta2], dtype=decay.dtype, device=decay.device)
+    decay = torch.stack([beta1 * decay[0], beta2 * decay[1]])
     m_hat, v_hat = m / (1 - decay[0]).to(m.dtype), v / (1 - decay[1]).to(v.dtype)
     return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
 
 
 # --- 7. Update ------------------------------------------------------------------------------------
-METRICS = (
-    "losses/loss",
-    "losses/grad_norm",
-    "flow/q",
-    "flow/v_next",
-    "flow/target",
-    "flow/shift_gap",
-)
+METRICS = "losses/loss losses/grad_norm flow/q flow/v_next flow/target flow/shift_gap".split()
 
 
 def split_parameters(flow: nn.Module, theta: Tensor) -> dict[str, Tensor]:
     """Views of the vector theta (P,) with the names and shapes of the flow's parameters."""
     parameters = dict(flow.named_parameters())
-    parts = theta.split([p.numel() for p in parameters.values()])
-    return {
-        name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)
-    }
+    parts = zip(
+        theta.split([p.numel() for p in parameters.values()]), parameters.items(), strict=True
+    )
+    return {name: part.view(p.shape) for part, (name, p) in parts}
 
 
 def flatten_parameters(flow: nn.Module) -> Tensor:
@@ -744,10 +680,8 @@ def make_update(flow: EnergyFlow, splits: list[int], args: Args):
         grad, (loss, q) = gradient(theta, obs, action, target, keep)
         grad, grad_norm = clip_gradient(grad, args.max_grad_norm)
         new_theta, new_m, new_v, new_decay = adam(theta, m, v, decay, grad, args.learning_rate)
-        new_target_theta = (
-            1 - args.tau
-        ) * target_theta + args.tau * new_theta  # theta' <- (1-tau) theta' + tau theta
-        new = (new_theta, new_target_theta, new_m, new_v, new_decay)
+        averaged = (1 - args.tau) * target_theta + args.tau * new_theta  # Polyak: new theta'
+        new = (new_theta, averaged, new_m, new_v, new_decay)
         for tensor, value in zip((theta, target_theta, m, v, decay), new, strict=True):
             tensor.copy_(value)
         shift_gap = (q[:, 0] - q[:, -1]).abs().mean()  # alpha |b_1 - b_2|
@@ -769,20 +703,17 @@ class Learner:
         theta = flatten_parameters(flow)
         decay = torch.ones(2, dtype=torch.float64, device=self.device)  # (beta1^0, beta2^0)
         self.state = [theta, theta.clone(), torch.zeros_like(theta), torch.zeros_like(theta), decay]
-        self.index = torch.zeros(
-            args.batch_size, dtype=torch.int64, pin_memory=self.device.type == "cuda"
-        )
+        cuda, n = self.device.type == "cuda", args.batch_size
+        self.index = torch.zeros(n, dtype=torch.int64, pin_memory=cuda)
         self.device_index = self.index.to(self.device)
-        self.batch = torch.zeros(args.batch_size, sum(replay.splits), device=self.device)
-        keep = torch.ones(
-            flow.couplings, 2, args.batch_size, flow.hidden, dtype=torch.bool, device=self.device
+        self.batch = torch.zeros(n, sum(replay.splits), device=self.device)
+        shape = (flow.couplings, 2, n, flow.hidden)  # two hidden layers in each coupling
+        self.keep = (
+            torch.ones(shape, dtype=torch.bool, device=self.device) if args.dropout else None
         )
-        self.keep = keep if args.dropout else None
         self.metrics = torch.zeros(len(METRICS), device=self.device)
         self._update = self._prepare(make_update(flow, replay.splits, args))
-        self._graph = (
-            self._capture(self._update_in_place, self.state) if self.device.type == "cuda" else None
-        )
+        self._graph = self._capture(self._update_in_place, self.state) if cuda else None
 
     def update(self, rng: np.random.Generator):
         """Draws a batch and a dropout mask and updates; leaves the METRICS on the device."""
@@ -793,9 +724,8 @@ class Learner:
             return
         if self.keep is not None:  # 16 random bits a unit: many times faster than a float  # D9
             bits = rng.integers(0, 2**64, self.keep.numel() // 4, dtype=np.uint64).view(np.uint16)
-            np.greater_equal(
-                bits.reshape(self.keep.shape), round(self.dropout * 2**16), out=self.keep.numpy()
-            )
+            threshold = round(self.dropout * 2**16)
+            np.greater_equal(bits.reshape(self.keep.shape), threshold, out=self.keep.numpy())
         self._update_in_place()
 
     def _update_in_place(self):
@@ -838,14 +768,10 @@ class Learner:
         """The function compiled for its one set of shapes, or as it is."""
         if not self.compiled:
             return torch.no_grad()(function)
-        options = {
-            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-            "cpp_wrapper": self.device.type == "cpu",
-        }
-        compiled = torch.compile(
-            function, fullgraph=True, dynamic=False, isolate_recompiles=True, options=options
-        )
-        return torch.no_grad()(compiled)
+        one = dict(fullgraph=True, dynamic=False, isolate_recompiles=True)  # hence no guards needed
+        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        options["cpp_wrapper"] = self.device.type == "cpu"  # less Python between the kernels
+        return torch.no_grad()(torch.compile(function, **one, options=options))
 
     def _capture(self, function, state: list[Tensor]) -> "torch.cuda.CUDAGraph":
         """A CUDA graph of function(); the state and the random generator are left as they were."""
@@ -868,25 +794,17 @@ class Learner:
         """The last update's METRICS. Raises: FloatingPointError if one is not finite.  # D5"""
         values = dict(zip(METRICS, self.metrics.tolist(), strict=True))
         if not all(map(math.isfinite, values.values())):
-            bad = ", ".join(
-                f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)
-            )
+            bad = ", ".join(f"{k} = {x}" for k, x in values.items() if not math.isfinite(x))
             hint = "try a smaller --learning-rate; the last checkpoint is intact"
             raise FloatingPointError(f"the update at step {step} is not finite: {bad}; {hint}")
         return values
 
     def state_dict(self) -> dict:
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {
-            "state": [t.cpu() for t in self.state],
-            "metrics": self.metrics.cpu(),
-            "cuda_rng": cuda_rng,
-        }
+        return {"state": [t.cpu() for t in self.state], "cuda_rng": cuda_rng}
 
     def load_state_dict(self, state: dict):
-        for tensor, value in zip(
-            [*self.state, self.metrics], [*state["state"], state["metrics"]], strict=True
-        ):
+        for tensor, value in zip(self.state, state["state"], strict=True):
             tensor.copy_(value)
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -896,22 +814,20 @@ def prepare_hardware(args: Args) -> tuple[torch.device, bool]:
     """Sets threads and floating-point modes; returns the device and whether to compile."""
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("highest")
-    torch.set_flush_denormal(
-        True
-    )  # zero-initialised networks are full of denormals, which are slow
+    torch.set_flush_denormal(True)  # zero-initialised networks are full of them, and they are slow
     torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(
-        libc, "mallopt"
-    ):  # keep freed memory: else the kernel zeroes 1,300 pages anew in each update
+    if hasattr(libc, "mallopt"):  # keep freed memory: else each update faults 1,300 pages in again
         m_trim_threshold, m_mmap_threshold = -1, -3
         libc.mallopt(m_mmap_threshold, 2**25)
         libc.mallopt(m_trim_threshold, 2**30)
-    compiled = args.compile
-    if compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        print("no C++ compiler (g++): running uncompiled, at about half the speed", file=sys.stderr)
-        compiled = False
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    compiled = args.compile and (device.type == "cuda" or bool(compiler and headers))
+    if args.compile and not compiled:
+        missing = "Python's headers (python3-dev)" if compiler else "a C++ compiler (g++)"
+        print(f"warning: {missing} not found: running uncompiled, much slower", file=sys.stderr)
     return device, compiled
 
 
@@ -924,10 +840,8 @@ class Evaluator:
 
     def __init__(self, args: Args, act):
         self.args, self.act = args, act
-        modes = [
-            "rgb_array" if args.capture_video and i == 0 else None
-            for i in range(args.eval_episodes)
-        ]
+        first = "rgb_array" if args.capture_video else None
+        modes = [first] + [None] * (args.eval_episodes - 1)
         self.envs = [make_env(args.env_id, mode) for mode in modes]
 
     def run(self, step: int, video_path: Path) -> tuple[list[float], list[int]]:
@@ -954,6 +868,8 @@ class Evaluator:
                 returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
                 if video and i == 0:
                     video.append_data(self.envs[0].render())
+                if lengths[i] == EVAL_STEP_LIMIT:
+                    print(f"warning: evaluation cut after {lengths[i]} steps", file=sys.stderr)
                 if terminated or truncated or lengths[i] == EVAL_STEP_LIMIT:
                     alive.remove(i)
         if video:
@@ -971,6 +887,14 @@ class Evaluator:
             raise RunError(f"{self.args.env_id} can't be rendered ({reason}); {hint}") from None
         path.parent.mkdir(exist_ok=True)
         return imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), macro_block_size=1)
+
+
+def evaluation_metrics(returns: list[float], lengths: list[int]) -> dict[str, float]:
+    """Mean and standard deviation of the returns, mean length, and each return."""
+    mean, std = float(np.mean(returns)), float(np.std(returns))
+    summary = {"eval/return_mean": mean, "eval/return_std": std}
+    summary["eval/length_mean"] = float(np.mean(lengths))
+    return summary | {f"eval/return_{i}": value for i, value in enumerate(returns)}
 
 
 def evaluate_file(args: Args) -> dict:
@@ -1042,7 +966,7 @@ def load_file(path: Path) -> dict:
 def saved_args(content: dict, path: Path) -> Args:
     try:
         return Args(**content["args"])
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} holds settings that this version doesn't know: {error}") from None
 
 
@@ -1064,29 +988,26 @@ def find_policy(path: str) -> Path:
     return find_file(path, ["policy_final.pt", "checkpoint.pt", "policy_best.pt"], "--evaluate")
 
 
+def git(*words: str) -> str:
+    """What git says of the script's repository; empty where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def describe_run(args: Args, device: torch.device, compiled: bool) -> dict:
     """What a reader needs to reproduce the run: settings, commit, versions and hardware."""
-    git = ["git", "-C", str(Path(__file__).parent)] if shutil.which("git") else ["false"]
-    commit = subprocess.run(
-        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    dirty = subprocess.run(
-        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
-    ).stdout
-    packages = [
-        p
-        for p in ("torch", "gymnasium", "mujoco", "numpy", "tyro", "wandb")
-        if importlib.util.find_spec(p)
-    ]
+    changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    packages = filter(importlib.util.find_spec, "torch gymnasium mujoco numpy tyro wandb".split())
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
         "args": dataclasses.asdict(args),
-        "git_commit": commit + ("+changes" if dirty else "") or None,
-        "versions": {
-            "python": platform.python_version(),
-            **{p: importlib.metadata.version(p) for p in packages},
-        },
+        "git_commit": git("rev-parse", "HEAD") + changes,
+        "versions": {p: importlib.metadata.version(p) for p in packages},
+        "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu[1] if cpu else platform.processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -1124,9 +1045,11 @@ class Logger:
         seconds = self.seconds()
         rows = "".join(f"{step},{seconds:.3f},{name},{value!r}\n" for name, value in values.items())
         try:
-            self.file.write(rows.encode())
+            complete = self.file.write(rows.encode()) == len(rows)
         except OSError as error:
             raise RunError(f"can't write {self.path}: {error.strerror}") from None
+        if not complete:
+            raise RunError(f"can't write {self.path}: the disk is full")
         if self.wandb:
             self.wandb.log({"global_step": step, **values})
 
@@ -1148,9 +1071,8 @@ class Logger:
             rate = (step - last_step) / (now - last_seconds)
             eta = tqdm.format_interval((self.total - step) / rate)
             text = ", ".join(f"{name} return {value}" for name, value in self.progress.items())
-            print(
-                f"step {step}/{self.total}, ETA {eta}, {rate:.0f} steps/s, {text}", file=sys.stderr
-            )
+            text = f"ETA {eta}, {rate:.0f} steps/s, {text}"
+            print(f"step {step}/{self.total}, {text}", file=sys.stderr)
             self.last_line = (step, now)
 
     def state_dict(self) -> dict:
@@ -1175,7 +1097,7 @@ def start_wandb(args: Args, run_dir: Path, description: dict):
             name=run_dir.name,
             id=re.sub(r"[^\w-]", "-", run_dir.name),
             resume="allow",
-            config=description,
+            config=description | description["args"],
             dir=str(run_dir),
         )
     except wandb.Error as error:
@@ -1230,14 +1152,11 @@ def open_run(args: Args, description: dict) -> tuple[Path, dict | None]:
         if checkpoint["step"] >= args.total_timesteps:
             done = f"{run_dir} is already at step {checkpoint['step']}"
             raise UsageError(f"{done}: raise --total-timesteps to train it further")
-        changed = [
-            k for k, v in checkpoint["description"].items() if v != description[k] and k != "args"
-        ]
+        before = checkpoint["description"]
+        changed = [k for k in before if k != "args" and before[k] != description.get(k)]
         if changed:
-            print(
-                f"warning: other {', '.join(changed)} than before: not bit for bit the same run",
-                file=sys.stderr,
-            )
+            text = f"other {', '.join(changed)} than before: not bit for bit the same run"
+            print(f"warning: {text}", file=sys.stderr)
     else:
         name = re.sub(r"[^\w.-]", "_", args.env_id)
         run_dir = Path(args.runs_dir) / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -1270,32 +1189,27 @@ def train(args: Args) -> dict:
         return {"args": settings, "step": step, "flow": flow.state_dict()}
 
     def save_checkpoint():
-        parts = {
-            "learner": learner.state_dict(),
-            "replay": replay.state_dict(),
-            "env": env.state_dict(),
-        }
-        rest = {"best": best, "return_mean": return_mean, "rng": rng.bit_generator.state}
-        content = {**policy(), **parts, **rest, **logger.state_dict(), "description": description}
-        save_file(run_dir / "checkpoint.pt", content)
+        content = policy() | logger.state_dict() | {"best": best, "return_mean": return_mean}
+        content |= {"learner": learner.state_dict(), "replay": replay.state_dict()}
+        content |= {"env": env.state_dict(), "rng": rng.bit_generator.state}
+        save_file(run_dir / "checkpoint.pt", content | {"description": description})
 
+    logger = Logger(args, run_dir, description, checkpoint)
     if checkpoint:
         step, best, return_mean = (checkpoint[k] for k in ("step", "best", "return_mean"))
         learner.load_state_dict(checkpoint["learner"])
         replay.load_state_dict(checkpoint["replay"])
         env.load_state_dict(checkpoint["env"], step)
         rng.bit_generator.state = checkpoint["rng"]
+        del checkpoint  # it holds the replay buffer a second time
     else:
         env.reset(step)
     first = "; compiling takes about a minute the first time" if compiled else ""
     print(f"{args.env_id} on {description['device']}, files in {run_dir}{first}", file=sys.stderr)
     if args.learning_starts >= args.total_timesteps:
-        print(
-            "warning: --learning-starts is not below --total-timesteps: nothing is learned",
-            file=sys.stderr,
-        )
+        text = f"nothing is learned before --learning-starts {args.learning_starts}"
+        print(f"warning: {text}", file=sys.stderr)
 
-    logger = Logger(args, run_dir, description, checkpoint)
     with contextlib.closing(logger), StopSignals() as stop:
         while step < args.total_timesteps:
             if step < args.learning_starts:
@@ -1307,32 +1221,21 @@ def train(args: Args) -> dict:
             obs = env.obs
             next_obs, reward, terminated, truncated = env.step(action, step)
             replay.add(obs, action, next_obs, reward, terminated)
-            metrics = (
-                learner.read_metrics(step) if step >= args.learning_starts else {}
-            )  # waits for the device
+            learning = step >= args.learning_starts
+            metrics = learner.read_metrics(step) if learning else {}  # waits for the device
             step += 1
             last = step == args.total_timesteps
 
             if terminated or truncated:
-                env.last_return, length = env.episodic_return, len(env.actions)
-                logger.log(
-                    step,
-                    {"charts/episodic_return": env.last_return, "charts/episodic_length": length},
-                )
+                logger.log(step, env.episode_metrics())
                 env.reset(step)
             if step % args.log_frequency == 0 or last:
                 logger.log(step, {"charts/SPS": logger.speed(step), **metrics})
             if step % args.eval_frequency == 0 or last:
                 returns, lengths = evaluator.run(step, run_dir / "videos" / f"step-{step:09d}.mp4")
-                return_mean = float(np.mean(returns))
-                summary = {
-                    "eval/return_mean": return_mean,
-                    "eval/return_std": float(np.std(returns)),
-                }
-                each = {
-                    f"eval/return_{i}": episodic_return for i, episodic_return in enumerate(returns)
-                }
-                logger.log(step, {**summary, "eval/length_mean": float(np.mean(lengths)), **each})
+                evaluation = evaluation_metrics(returns, lengths)
+                logger.log(step, evaluation)
+                return_mean = evaluation["eval/return_mean"]
                 if return_mean > best:
                     best = return_mean
                     save_file(run_dir / "policy_best.pt", policy())

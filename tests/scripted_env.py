@@ -13,25 +13,27 @@ class Scripted(gym.Env):
     Observation (episode + 1, steps so far); the reward of step t is 10 (episode + 1) + t.
     """
 
-    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = spaces.Box(np.float32([-0.4, 2.0]), np.float32([0.4, 3.0]))
     metadata = {"render_modes": []}  # noqa: RUF012
 
     def __init__(self, render_mode=None):
         self.render_mode, self.episode, self.received = render_mode, 0, []
+        self.buffer = np.zeros(2, np.float32)  # reused, as some simulators do
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed, options=options)
         self.episode, self.t = self.episode + 1, 0
-        return np.array([self.episode, 0.0]), {}
+        self.buffer[:] = self.episode, 0
+        return self.buffer, {}
 
     def step(self, action):
         self.received.append(action)
         self.t += 1
         kind = (self.episode - 1) % 3
         end = self.t == 3 + kind
-        obs = np.array([self.episode, float(self.t)])
-        return obs, 10.0 * self.episode + self.t, end and kind != 1, end and kind != 0, {}
+        self.buffer[:] = self.episode, self.t
+        return self.buffer, 10.0 * self.episode + self.t, end and kind != 1, end and kind != 0, {}
 
 
 class OneState(gym.Env):
@@ -103,4 +105,5 @@ register("HalfBounded", Spaces, act=spaces.Box(0, np.inf, (2,), np.float32))
 register("IntegerBox", Spaces, act=spaces.Box(0, 3, (2,), np.int64))
 register("MultiDiscrete", Spaces, act=spaces.MultiDiscrete([2, 2]))
 register("MatrixAction", Spaces, act=spaces.Box(-1, 1, (2, 2), np.float32))
+register("Float64", Spaces, act=spaces.Box(-2, 2, (2,), np.float64))
 register("EmptyRange", Spaces, act=spaces.Box(1, 1, (2,), np.float32))
