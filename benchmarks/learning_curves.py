@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import json
 import re
-import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -44,7 +43,9 @@ def thin(run: Path, out: Path) -> None:
     steps = {r["step"] for r in rows if r["name"] == "eval/return_mean"}
     folder = out / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(run / "args.json", folder)
+    description = json.loads((run / "args.json").read_text())
+    description["args"]["runs_dir"] = "runs"  # where it was on the machine tells nobody anything
+    (folder / "args.json").write_text(json.dumps(description, indent=2) + "\n")
     with open(folder / "metrics.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0], lineterminator="\n")
         writer.writeheader()

@@ -5,7 +5,7 @@
 
 Every row is a process of its own that trains for real (environment, acting, replay buffer, update,
 logging); the rows take turns, round by round, so that a slow minute of the machine hits all alike.
-Reported is the median over windows of 250 steps after warm-up and compilation. The floor is the
+With a GPU there are rows for it too. Reported is the median over windows of 250 steps after warm-up and compilation. The floor is the
 time that the update's matrix products alone would take: FLOPs counted by PyTorch in one update,
 over the rate of a 256 x 256 x 256 fp32 product measured in the same round on as many threads.
 """
@@ -35,10 +35,11 @@ WINDOW, WARM_UP = (
     1_000,
 )  # steps; learning starts after the warm-up, compilation falls into window 1
 MEOW = {
-    "MEow eager": ["--no-compile"],
-    "MEow compiled": ["--compile"],
-    "MEow compiled, bf16": ["--compile", "--bf16"],
+    "MEow eager": ["--no-cuda", "--no-compile"],
+    "MEow compiled": ["--no-cuda"],
+    "MEow compiled, bf16": ["--no-cuda", "--bf16"],
 }
+GPU = {"MEow compiled, GPU": [], "MEow compiled, bf16, GPU": ["--bf16"]}
 SB3 = "SB3 SAC"
 
 
@@ -133,6 +134,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     flops = update_flops(options.env_id)
     rows = [(name, threads) for threads in options.threads for name in (*MEOW, SB3)]
+    rows += [(name, options.threads[0]) for name in GPU if torch.cuda.is_available()]
     windows, rates = {row: [] for row in rows}, {threads: [] for threads in options.threads}
     for i in range(options.rounds):
         for name, threads in rows:
@@ -141,7 +143,7 @@ def main() -> None:
             measured = (
                 sb3_windows(options, threads)
                 if name == SB3
-                else meow_windows(options, MEOW[name], threads)
+                else meow_windows(options, (MEOW | GPU)[name], threads)
             )
             windows[name, threads] += measured
     print(f"\n{options.env_id}: {flops / 1e6:.0f} MFLOP of matrix products per update; one update")
@@ -156,7 +158,8 @@ def main() -> None:
         low, high = min(windows[name, threads]), max(windows[name, threads])
         ratio = speed / statistics.median(windows[SB3, threads])
         floor = statistics.median(rates[threads]) / flops  # updates/s of the products alone
-        percent = "" if name == SB3 or "bf16" in name else f"{100 * speed / floor:.0f} %"
+        on_fp32_cpu = name in ("MEow eager", "MEow compiled")
+        percent = f"{100 * speed / floor:.0f} %" if on_fp32_cpu else ""
         span = f"{speed:.0f} ({low:.0f} to {high:.0f})"
         print(f"| {name} | {threads} | {span} | {ratio:.2f} | {percent} |")
     listed = ", ".join(f"{t}: {statistics.median(r) / 1e9:.0f} GFLOP/s" for t, r in rates.items())

@@ -64,6 +64,15 @@ def metrics(folder):
         ]
 
 
+def wait_for(condition, process):
+    """Polls until the condition holds; fails if the process ends first or a minute passes."""
+    deadline = time.time() + 60
+    while not condition():
+        assert process.poll() is None, "the run ended early"
+        assert time.time() < deadline, "the run is stuck"
+        time.sleep(0.02)
+
+
 def script(*words):
     return [sys.executable, str(SCRIPT), *map(str, words)]
 
@@ -131,8 +140,7 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
         process = subprocess.Popen(
             words, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
         )
-        while not list(tmp_path.glob("runs/*/checkpoint.pt")):
-            time.sleep(0.02)
+        wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
         moment = time.time() + rng.uniform(0, 6)
         while process.poll() is None and time.time() < moment:
             time.sleep(0.005)
@@ -159,8 +167,8 @@ def test_stop_signals_write_a_checkpoint(finished, tmp_path, signum):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not any("losses/loss" in f.read_text() for f in tmp_path.glob("runs/*/metrics.csv")):
-        time.sleep(0.02)
+    files = tmp_path.glob
+    wait_for(lambda: any("losses/" in f.read_text() for f in files("runs/*/metrics.csv")), process)
     assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
@@ -270,8 +278,7 @@ def test_full_disk_keeps_the_previous_checkpoint(finished, tmp_path):
     process = subprocess.Popen(
         command(), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
     )
-    while not list(tmp_path.glob("runs/*/checkpoint.pt")):
-        time.sleep(0.02)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
     process.send_signal(signal.SIGTERM)
     process.wait()
     folder = only_run(tmp_path)
