@@ -5,9 +5,10 @@
 
 Every row is a process of its own that trains for real (environment, acting, replay buffer, update,
 logging); the rows take turns, round by round, so that a slow minute of the machine hits all alike.
-With a GPU there are rows for it too. Reported is the median over windows of 250 steps after warm-up and compilation. The floor is the
-time that the update's matrix products alone would take: FLOPs counted by PyTorch in one update,
-over the rate of a 256 x 256 x 256 fp32 product measured in the same round on as many threads.
+With a GPU there are rows for it too. Reported is the median over windows of 250 steps after warm-up
+and compilation. The floor is the time that the update's matrix products alone would take: FLOPs
+counted by PyTorch in one update, over the rate of a 256 x 256 x 256 fp32 product measured in the
+same round on as many threads.
 """
 
 import csv
