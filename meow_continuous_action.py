@@ -139,7 +139,7 @@ class Args:
     evaluate: str | None = None
     """run folder, checkpoint or policy to play instead of training; prints each return"""
 
-    # Algorithm (paper, section 5 and appendix)
+    # Algorithm
     learning_rate: float = 1e-3
     """Adam's step size"""
     gamma: float = 0.99
@@ -488,7 +488,7 @@ class MLP(nn.Module):
 
 
 class EnergyFlow(nn.Module):
-    """The conditional flow that is policy, soft Q and soft value at once [MEow, section 4].
+    """The conditional flow that is policy, soft Q and soft value at once (MEow).
 
     From action to latent: u = atanh(a) and four couplings with alternating masks (the non-linear
     layers), then z = x / sigma(s) (the linear layer). For any action dimension and float dtype.
@@ -814,7 +814,7 @@ def prepare_hardware(args: Args) -> tuple[torch.device, bool]:
     """Sets threads and floating-point modes; returns the device and whether to compile."""
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("highest")
-    torch.set_flush_denormal(True)  # zero-initialised networks are full of them, and they are slow
+    torch.set_flush_denormal(True)  # denormals are slow; zero-initialised networks are full of them
     torch.set_num_threads(args.torch_threads)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # keep freed memory: else each update faults 1,300 pages in again
