@@ -238,8 +238,11 @@ def default_args(env_id: str) -> Args:
     return Args(env_id=env_id, **(PAPER_SETTINGS.get(name, {}) if version in ("4", "5") else {}))
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line to Args; first `--env-id`, `--resume`, `--evaluate`: they set the defaults."""
+def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
+    """Args of the command line, and the content of the file given to --resume or --evaluate.
+
+    `--env-id`, `--resume` and `--evaluate` are read first: they set the other defaults.
+    """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("env-id", "resume", "evaluate"):
         peek.add_argument(f"--{name}", f"--{name.replace('-', '_')}", dest=name.replace("-", "_"))
@@ -247,10 +250,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         given = peek.parse_known_args(argv)[0]
     except argparse.ArgumentError:  # an option without its value: tyro explains it below
         given = argparse.Namespace(env_id=None, resume=None, evaluate=None)
-    saved = None
+    saved = content = None
     if given.resume or given.evaluate:
         file = find_checkpoint(given.resume) if given.resume else find_policy(given.evaluate)
-        saved = saved_args(load_file(file), file)
+        content = load_file(file)
+        saved = saved_args(content, file)
     default = saved or default_args(given.env_id or Args.env_id)
     try:
         args = tyro.cli(Args, default=default, description=__doc__.split("\n\n    ")[0], args=argv)
@@ -264,7 +268,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             named = [f"--{k.replace('_', '-')} {asked[k]} (saved: {stored[k]})" for k in conflicts]
             text = f"{file} was made with other settings: {', '.join(named)}"
             raise UsageError(f"{text}. Leave these options out.")
-    return args
+    return args, content
 
 
 # --- 3. Environment -------------------------------------------------------------------------------
@@ -897,11 +901,10 @@ def evaluation_metrics(returns: list[float], lengths: list[int]) -> dict[str, fl
     return summary | {f"eval/return_{i}": value for i, value in enumerate(returns)}
 
 
-def evaluate_file(args: Args) -> dict:
+def evaluate_file(args: Args, saved: dict) -> dict:
     """`--evaluate PATH`: plays a saved policy on the CPU and prints the return of each episode."""
     prepare_hardware(args)
     file = find_policy(args.evaluate)
-    saved = load_file(file)
     video_path = file.parent / "videos" / f"evaluate-{file.stem}-seed{args.seed}.mp4"
 
     def act(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -1141,12 +1144,11 @@ def make_flow(args: Args, obs_dim: int, act_dim: int) -> EnergyFlow:
     return flow.requires_grad_(False)
 
 
-def open_run(args: Args, description: dict) -> tuple[Path, dict | None]:
-    """The run folder and, with --resume, its checkpoint; writes args.json."""
-    checkpoint = None
-    if args.resume:
+def open_run(args: Args, description: dict, checkpoint: dict | None) -> Path:
+    """The run folder, new or the checkpoint's; writes args.json."""
+    if checkpoint:
         file = find_checkpoint(args.resume)
-        run_dir, checkpoint = file.parent, load_file(file)
+        run_dir = file.parent
         if "learner" not in checkpoint:
             raise UsageError(f"--resume {file}: this file holds a policy alone, not a checkpoint")
         if checkpoint["step"] >= args.total_timesteps:
@@ -1161,15 +1163,18 @@ def open_run(args: Args, description: dict) -> tuple[Path, dict | None]:
         name = re.sub(r"[^\w.-]", "_", args.env_id)
         run_dir = Path(args.runs_dir) / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
     try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        run_dir.mkdir(parents=True, exist_ok=bool(checkpoint))
         (run_dir / "args.json").write_text(json.dumps(description, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"can't write to the run folder {run_dir}: {error.strerror}") from None
-    return run_dir, checkpoint
+    return run_dir
 
 
-def train(args: Args) -> dict:
-    """Trains and returns {"run_dir", "step", "return_mean"}: the last evaluation's mean return."""
+def train(args: Args, checkpoint: dict | None = None) -> dict:
+    """Trains, from a checkpoint's content if given (and empties it).
+
+    Returns {"run_dir", "step", "return_mean"}: the last evaluation's mean return.
+    """
     device, compiled = prepare_hardware(args)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)  # exploration, replay and dropout
@@ -1181,7 +1186,7 @@ def train(args: Args) -> dict:
     act = learner.make_actor(1)
     evaluator = Evaluator(args, learner.make_actor(args.eval_episodes))
     description = describe_run(args, device, compiled)
-    run_dir, checkpoint = open_run(args, description)
+    run_dir = open_run(args, description, checkpoint)
     step, best, return_mean = 0, -math.inf, math.nan
 
     def policy() -> dict:
@@ -1201,7 +1206,7 @@ def train(args: Args) -> dict:
         replay.load_state_dict(checkpoint["replay"])
         env.load_state_dict(checkpoint["env"], step)
         rng.bit_generator.state = checkpoint["rng"]
-        del checkpoint  # it holds the replay buffer a second time
+        checkpoint.clear()  # it holds the replay buffer a second time
     else:
         env.reset(step)
     first = "; compiling takes about a minute the first time" if compiled else ""
@@ -1255,8 +1260,8 @@ def train(args: Args) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 1 (run), 2 (usage) or 128 + signal."""
     try:
-        args = parse_args(argv)
-        evaluate_file(args) if args.evaluate else train(args)
+        args, saved = parse_args(argv)
+        evaluate_file(args, saved) if args.evaluate else train(args, saved)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
