@@ -87,7 +87,7 @@ from torch.nn.functional import linear, softplus
 from tqdm import tqdm
 
 # --- 2. Settings ----------------------------------------------------------------------------------
-# The paper's settings, the defaults for v4 and v5 of these; others get the defaults of `Args`.
+# The paper's settings, the defaults for these (MuJoCo: v4 and v5); others get those of `Args`.
 PAPER_SETTINGS = {
     name: dict(
         total_timesteps=steps,
@@ -103,8 +103,10 @@ PAPER_SETTINGS = {
         ("Walker2d", 4_000_000, 0.005, 0.1, 10_000, -5.0, -0.3),
         ("Ant", 4_000_000, 0.0001, 0.05, 5_000, -5.0, -0.3),
         ("Humanoid", 5_000_000, 0.0005, 0.125, 5_000, -5.0, -0.3),
+        ("multi_goal:MultiGoal", 4_000, 0.0005, 2.5, 1_000, -2.0, 1.0),
     )
 }
+PAPER_SETTINGS["multi_goal:MultiGoal"] |= dict(gamma=0.9, eval_frequency=500)
 
 
 class UsageError(Exception):
@@ -233,9 +235,10 @@ EVALUATE_MAY_CHANGE = "evaluate seed eval_episodes deterministic_eval capture_vi
 
 
 def default_args(env_id: str) -> Args:
-    """The paper's settings for its MuJoCo tasks, v4 and v5; general ones for any other."""
+    """The paper's settings for its tasks (MuJoCo: v4 and v5); general ones for any other."""
     name, _, version = env_id.rpartition("-v")
-    return Args(env_id=env_id, **(PAPER_SETTINGS.get(name, {}) if version in ("4", "5") else {}))
+    versions = ("0",) if ":" in name else ("4", "5")
+    return Args(env_id=env_id, **(PAPER_SETTINGS.get(name, {}) if version in versions else {}))
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
@@ -286,8 +289,8 @@ def show_once(text: str):
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """The environment with its actions rescaled to [-1, 1].
 
-    Raises: UsageError for an unknown id and where MEow can't act: it needs a flat Box observation
-    and a bounded continuous action.
+    Raises: UsageError for an unknown id and where the policy can't act: it needs a flat Box
+    observation and a bounded continuous action.
     """
     if ":" in env_id and os.getcwd() not in sys.path:  # `module:Env-v0` may lie in this folder
         sys.path.append(os.getcwd())
@@ -647,26 +650,27 @@ def adam(theta: Tensor, m: Tensor, v: Tensor, decay: Tensor, grad: Tensor, lr: f
 METRICS = "losses/loss losses/grad_norm flow/q flow/v_next flow/target flow/shift_gap".split()
 
 
-def split_parameters(flow: nn.Module, theta: Tensor) -> dict[str, Tensor]:
-    """Views of the vector theta (P,) with the names and shapes of the flow's parameters."""
-    parameters = dict(flow.named_parameters())
+def split_parameters(network: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+    """Views of the vector theta (P,) with the names and shapes of the network's parameters."""
+    parameters = dict(network.named_parameters())
     parts = zip(
         theta.split([p.numel() for p in parameters.values()]), parameters.items(), strict=True
     )
     return {name: part.view(p.shape) for part, (name, p) in parts}
 
 
-def flatten_parameters(flow: nn.Module) -> Tensor:
-    """Moves the flow's parameters into one vector theta (P,): changing it changes the flow."""
-    theta = torch.cat([p.detach().flatten() for p in flow.parameters()])
-    for p, view in zip(flow.parameters(), split_parameters(flow, theta).values(), strict=True):
+def flatten_parameters(network: nn.Module) -> Tensor:
+    """Moves a network's parameters into one vector theta (P,): changing it changes the network."""
+    theta = torch.cat([p.detach().flatten() for p in network.parameters()])
+    views = split_parameters(network, theta).values()
+    for p, view in zip(network.parameters(), views, strict=True):
         p.data = view
     return theta
 
 
-def call(flow: EnergyFlow, theta: Tensor, method: str, *inputs):
-    """`flow.<method>(*inputs)` with the parameters theta (P,), as a pure function of them."""
-    return torch.func.functional_call(flow, split_parameters(flow, theta), (method, *inputs))
+def call(network: nn.Module, theta: Tensor, method: str, *inputs):
+    """`network.<method>(*inputs)` with the parameters theta (P,), as a pure function of them."""
+    return torch.func.functional_call(network, split_parameters(network, theta), (method, *inputs))
 
 
 def make_update(flow: EnergyFlow, splits: list[int], args: Args):
