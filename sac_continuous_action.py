@@ -882,6 +882,7 @@ def evaluate_file(args: Args, saved: dict) -> dict:
 
 # --- 9. Files of a run ----------------------------------------------------------------------------
 FORMAT = "sac_continuous_action/1"
+POLICY_FILES = ["policy_final.pt", "checkpoint.pt", "policy_best.pt"]  # the first there is
 
 
 def save_file(path: Path, content: dict):
@@ -943,7 +944,7 @@ def find_checkpoint(path: str) -> Path:
 
 
 def find_policy(path: str) -> Path:
-    return find_file(path, ["policy_final.pt", "checkpoint.pt", "policy_best.pt"], "--evaluate")
+    return find_file(path, POLICY_FILES, "--evaluate")
 
 
 def git(*words: str) -> str:
