@@ -8,7 +8,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPT = ROOT / "meow_continuous_action.py"
+SCRIPTS = [ROOT / f"{name}_continuous_action.py" for name in ("meow", "sac", "sql")]
+SCRIPT = SCRIPTS[0]
 torch.set_num_threads(1)
 
 

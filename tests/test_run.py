@@ -26,11 +26,11 @@ QUICK = {
 }  # fmt: skip
 
 
-def command(*flags, **options):
+def command(*flags, script=SCRIPT, **options):
     """The command line of a quick run; keyword a_b replaces option --a-b."""
     merged = QUICK | {f"--{k.replace('_', '-')}": str(v) for k, v in options.items()}
     words = [word for pair in merged.items() for word in pair]
-    return [sys.executable, str(SCRIPT), *words, "--no-compile", *flags]
+    return [sys.executable, str(script), *words, "--no-compile", *flags]
 
 
 def environment(**extra):
