@@ -1,4 +1,4 @@
-"""Steps per second of the whole training loop: MEow (eager, compiled, bf16) against SB3's SAC.
+"""Steps per second of the whole training loop: MEow, our SAC and SQL, and SB3's SAC.
 
     pip install -r requirements-benchmark.txt
     python benchmarks/speed.py --env-id HalfCheetah-v4
@@ -7,8 +7,8 @@ Every row is a process of its own that trains for real (environment, acting, rep
 logging); the rows take turns, round by round, so that a slow minute of the machine hits all alike.
 With a GPU there are rows for it too. Reported is the median over windows of 250 steps after warm-up
 and compilation. The floor is the time that the update's matrix products alone would take: FLOPs
-counted by PyTorch in one update, over the rate of a 256 x 256 x 256 fp32 product measured in the
-same round on as many threads.
+counted by PyTorch in one update of MEow, over the rate of a 256 x 256 x 256 fp32 product measured
+in the same round on as many threads.
 """
 
 import csv
@@ -30,17 +30,25 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-SCRIPT = Path(__file__).parent.parent / "meow_continuous_action.py"
+ROOT = Path(__file__).parent.parent
 WINDOW, WARM_UP = (
     250,
     1_000,
 )  # steps; learning starts after the warm-up, compilation falls into window 1
-MEOW = {
-    "MEow eager": ["--no-cuda", "--no-compile"],
-    "MEow compiled": ["--no-cuda"],
-    "MEow compiled, bf16": ["--no-cuda", "--bf16"],
+CPU = {
+    "MEow eager": "meow --no-cuda --no-compile",
+    "MEow compiled": "meow --no-cuda",
+    "MEow compiled, bf16": "meow --no-cuda --bf16",
+    "SAC eager": "sac --no-cuda --no-compile",
+    "SAC compiled": "sac --no-cuda",
+    "SQL compiled": "sql --no-cuda",
 }
-GPU = {"MEow compiled, GPU": [], "MEow compiled, bf16, GPU": ["--bf16"]}
+GPU = {
+    "MEow compiled, GPU": "meow",
+    "MEow compiled, bf16, GPU": "meow --bf16",
+    "SAC compiled, GPU": "sac",
+    "SQL compiled, GPU": "sql",
+}
 SB3 = "SB3 SAC"
 
 
@@ -56,14 +64,16 @@ class Options:
     """thread counts on the CPU"""
 
 
-def meow_windows(options: Options, flags: list[str], threads: int) -> list[float]:
-    """Steps per second in each window of one real run of the script."""
+def script_windows(options: Options, row: str, threads: int) -> list[float]:
+    """Steps per second in each window of one real run; row: a script's name and its options."""
+    name, *flags = row.split()
+    script = ROOT / f"{name}_continuous_action.py"
     total = WARM_UP + WINDOW + options.steps
     words = f"--env-id {options.env_id} --torch-threads {threads} --total-timesteps {total}"
     words += f" --learning-starts {WARM_UP} --log-frequency {WINDOW} --eval-episodes 1"
     words += f" --eval-frequency {total} --checkpoint-frequency 0"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(SCRIPT), *words.split(), *flags, "--runs-dir", folder]
+        command = [sys.executable, str(script), *words.split(), *flags, "--runs-dir", folder]
         subprocess.run(command, check=True, capture_output=True, env=one_pool(threads))
         (file,) = Path(folder).glob("*/metrics.csv")
         with open(file) as f:
@@ -117,7 +127,7 @@ def product_rate(threads: int) -> float:
 
 def update_flops(env_id: str) -> int:
     """FLOPs of the matrix products in one update, counted by PyTorch on the eager one."""
-    sys.path.insert(0, str(SCRIPT.parent))
+    sys.path.insert(0, str(ROOT))
     import meow_continuous_action as meow
 
     args = meow.default_args(env_id)
@@ -134,7 +144,7 @@ def update_flops(env_id: str) -> int:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     flops = update_flops(options.env_id)
-    rows = [(name, threads) for threads in options.threads for name in (*MEOW, SB3)]
+    rows = [(name, threads) for threads in options.threads for name in (*CPU, SB3)]
     rows += [(name, options.threads[0]) for name in GPU if torch.cuda.is_available()]
     windows, rates = {row: [] for row in rows}, {threads: [] for threads in options.threads}
     for i in range(options.rounds):
@@ -144,7 +154,7 @@ def main() -> None:
             measured = (
                 sb3_windows(options, threads)
                 if name == SB3
-                else meow_windows(options, (MEOW | GPU)[name], threads)
+                else script_windows(options, (CPU | GPU)[name], threads)
             )
             windows[name, threads] += measured
     print(f"\n{options.env_id}: {flops / 1e6:.0f} MFLOP of matrix products per update; one update")
