@@ -37,7 +37,9 @@ items() { # the items of a list, one per line, without repetitions
 }
 
 number() { # number OPTION TEXT LOWEST: the whole number without leading zeros
-  if ! [[ $2 =~ ^[0-9]{1,12}$ ]] || ((10#$2 < $3)); then fail "$1 $2: must be a whole number from $3 up"; fi
+  if ! [[ $2 =~ ^[0-9]{1,12}$ ]] || ((10#$2 < $3)); then
+    fail "$1 $2: must be a whole number from $3 up"
+  fi
   echo $((10#$2))
 }
 
@@ -73,7 +75,8 @@ while (($#)); do
     --help | -h) usage && exit ;;
     --dry-run) dry=1 && shift && continue ;;
     --slurm) slurm=1 && shift && continue ;;
-    --algos | --envs | --seeds | --workers | --total-timesteps | --out | --slurm-options | --element)
+    --algos | --envs | --seeds | --workers | --total-timesteps | --out | --slurm-options | \
+      --element)
       [[ -n ${2-} && ($2 != --* || $1 == --slurm-options) ]] || fail "$1 needs a value" ;;
     *) fail "unknown option $1; ./benchmark.sh --help lists all" ;;
   esac
@@ -85,7 +88,8 @@ total=${total_timesteps:+$(number --total-timesteps "$total_timesteps" 1)}
 workers=${workers:+$(number --workers "$workers" 1)}
 for word in "${extra[@]}"; do
   case ${word//_/-} in
-    --env-id* | --seed* | --runs-dir* | --exp-name* | --total-timesteps* | --algo* | --resume* | --evaluate*)
+    --env-id* | --seed* | --runs-dir* | --exp-name* | --total-timesteps* | --algo* | --resume* | \
+      --evaluate*)
       fail "${word%%=*} can't stand after --: it would name other runs" ;;
   esac
 done
@@ -137,8 +141,9 @@ def look(folder, env):
         pass
     return own, re.findall(r"^(\d+),[^,\n]*,([^,\n]+),(" + NUMBER + r")\n", rows, re.M)
 
-def short(number):
-    return format(float(number), ".1f")
+def latest(rows, name):
+    found = [value for _, metric, value in rows if metric == name]
+    return format(float(found[-1]), ".1f") if found else "-"
 
 for key in sys.argv[3:]:
     env, exp_name, seed = key.split(" ")
@@ -162,10 +167,9 @@ for key in sys.argv[3:]:
             state = 0, "new"
             abandoned.append(name)
         if (state[0], step) > best:
-            last = {metric: value for _, metric, value in rows}
-            latest = (last.get(metric, "nan") for metric in ("charts/SPS", "eval/return_mean"))
-            best, shown = (state[0], step), (state[1], name, step, goal, *map(short, latest))
-    state, name, *progress = shown or ("new", "", 0, asked, "nan", "nan")
+            speed, result = latest(rows, "charts/SPS"), latest(rows, "eval/return_mean")
+            best, shown = (state[0], step), (state[1], name, step, goal, speed, result)
+    state, name, *progress = shown or ("new", "", 0, asked, "-", "-")
     print(state, " ".join(abandoned) if state == "new" else name, *progress, sep="|")
 ' "$out" "${total:-0}" "$@"
 }
@@ -186,7 +190,8 @@ find_devices() { # GPUs, worker slots and the CPU threads of each
 }
 
 prepare() { # prepare RUN SLOT SURVEY: sets state, folders, note and the words of the command
-  local step goal
+  local step goal cpu=(--torch-threads "$threads")
+  if [[ " ${extra[*]//_/-}" == *" --torch-threads"* ]]; then cpu=(); fi # a run keeps its own
   IFS='|' read -r state folders step goal _ <<<"$3"
   words=(env "OMP_NUM_THREADS=$threads")
   if [[ ${gpus[*]} ]]; then words+=("CUDA_VISIBLE_DEVICES=${gpus[$2 % ${#gpus[@]}]}"); fi
@@ -197,11 +202,11 @@ prepare() { # prepare RUN SLOT SURVEY: sets state, folders, note and the words o
     finished) note="skip ${labels[$1]}: $out/$folders is finished" ;;
     resume)
       note="resume ${labels[$1]} at step $step of $goal"
-      words+=(--resume "$out/$folders" --torch-threads "$threads")
+      words+=(--resume "$out/$folders" "${cpu[@]}")
       if ((goal)); then words+=(--total-timesteps "$goal"); fi ;;
     new)
       note="new ${labels[$1]}${folders:+; without a checkpoint, to $out/abandoned/: $folders}"
-      words+=(--env-id "$env" --seed "$seed" --runs-dir "$out" --torch-threads "$threads")
+      words+=(--env-id "$env" --seed "$seed" --runs-dir "$out" "${cpu[@]}")
       words+=(${total:+--total-timesteps "$total"} "${extra[@]}") ;;
     *) fail "can't tell what $out holds" ;;
   esac
@@ -219,19 +224,21 @@ dry_run() { # prints the commands
 }
 
 array_script() { # the job array of --slurm
-  local options=(--algos "$algos" --envs "$envs" --seeds "${seeds//$'\n'/ }" --out "$(realpath -m -- "$out")")
-  options+=(${total:+--total-timesteps "$total"} --element)
+  local folder options=(--algos "$algos" --envs "$envs" --seeds "${seeds//$'\n'/ }")
+  folder=$(realpath -m -- "$out")
+  options+=(--out "$folder" ${total:+--total-timesteps "$total"} --element)
   cat <<END
 #!/bin/bash
 #SBATCH --job-name=benchmark
 #SBATCH --array=0-$((${#keys[@]} - 1))${workers:+%$workers}
 #SBATCH --requeue --open-mode=append --signal=B:TERM@120
-#SBATCH --output="$(realpath -m -- "$out")/logs/slurm-%A_%a.log"
+#SBATCH --output="$folder/logs/slurm-%A_%a.log"
 ${slurm_options:+#SBATCH $slurm_options}
 cd $(printf %q "$PWD") || exit
 export PYTHON=$(printf %q "$python")
 # exec: the warning before the time limit reaches benchmark.sh, which then requeues the run
-exec $(printf '%q ' "$here/benchmark.sh" "${options[@]}")"\$SLURM_ARRAY_TASK_ID"$(printf ' %q' -- "${extra[@]}")
+exec $(printf '%q ' "$here/benchmark.sh" "${options[@]}") \\
+  "\$SLURM_ARRAY_TASK_ID"$(printf ' %q' -- "${extra[@]}")
 END
 }
 
@@ -331,14 +338,15 @@ overview() { # one line for each running run and one for all, redrawn in place o
   i="$finished/${#queue[@]} finished, ${#running[@]} running, ${#failed[@]} failed, $i waiting"
   i+=", ETA $(eta)"
   if [[ -t 1 ]]; then
-    read -r rows columns < <(stty size <&1 2>/dev/null || echo 24 80)
-    text=("${text[@]:0:rows > 2 ? rows - 2 : 1}" "$i")
-    say "$(printf '%s\n' "${text[@]}" | cut -c "1-$((columns > 1 ? columns - 1 : 80))")"
+    read -r rows columns < <(stty size <&3 2>/dev/null || echo 24 80)
+    if ((rows < 3 || columns < 2)); then rows=24 columns=80; fi # it doesn't know its size
+    text=("${text[@]:0:rows-2}" "$i")
+    say "$(printf '%s\n' "${text[@]}" | cut -c "1-$((columns - 1))")"
     drawn=${#text[@]}
   else
     printf '%s\n' "${text[@]}" "$i"
   fi
-}
+} 3>&1 # for stty, whose own output is read
 
 requeue() { # after Slurm's warning; a job that was cancelled or requeued already is left alone
   local id=${SLURM_ARRAY_JOB_ID:-}_${SLURM_ARRAY_TASK_ID:-}
@@ -346,69 +354,73 @@ requeue() { # after Slurm's warning; a job that was cancelled or requeued alread
 }
 
 # --- 5. All runs ----------------------------------------------------------------------------------
-asked=() queue=("${!keys[@]}") # never changes: the elements of a Slurm array count on it
-if [[ $slurm && -z $dry ]]; then
-  command -v sbatch >/dev/null || fail "--slurm: there is no sbatch here"
-  mkdir -p -- "$out/logs" || exit 1
-  array_script | sbatch || exit 1
-  exit
-fi
-if [[ $slurm ]]; then array_script && exit; fi
-if [[ $element ]]; then queue=("$element"); fi
-find_devices
-for run in "${queue[@]}"; do asked+=("${keys[run]}"); done
-mapfile -t lines < <(survey "${asked[@]}")
-((${#lines[@]} == ${#queue[@]})) || fail "can't tell what $out holds"
-if [[ $dry ]]; then dry_run && exit; fi
-command -v -- "$python" >/dev/null || fail "PYTHON $python: there is no such program"
-command -v flock >/dev/null || fail "there is no flock here: install util-linux"
-mkdir -p -- "$out/logs" "$out/.locks" || exit 1
-
-
-pids=() running=() caught=() # of each worker slot in use: process, run, has had a handler
-waiting=() failed=() part=() begun=() # part, begun: millionths done of each run, and at the start
-finished=0 stopping='' rang='' forwarded='' drawn=0 shown=-1000 next=0 SECONDS=0
-period=$([[ -t 1 ]] && echo 2 || echo 30)
-for name in INT TERM HUP; do
-  # shellcheck disable=SC2064 # this name
-  trap "stopping=\${stopping:-$name} rang=1" "$name"
-done
-
-for i in "${!lines[@]}"; do
-  run=${queue[i]} begun[run]=0
-  IFS='|' read -r state _ step goal _ <<<"${lines[i]}"
-  if [[ $state == resume ]] && ((step < goal)); then begun[run]=$((step * 1000000 / goal)); fi
-  if [[ $state == finished ]]; then
-    begun[run]=1000000 finished=$((finished + 1))
-  else
-    waiting+=("$run")
+main() { # a function, so that editing this file doesn't disturb a benchmark that runs
+  asked=() queue=("${!keys[@]}") # never changes: the elements of a Slurm array count on it
+  if [[ $slurm && -z $dry ]]; then
+    command -v sbatch >/dev/null || fail "--slurm: there is no sbatch here"
+    mkdir -p -- "$out/logs" 2>/dev/null || fail "--out $out: can't make folders there"
+    array_script | sbatch || exit 1
+    exit
   fi
-  part[run]=${begun[run]}
-done
-echo "${#queue[@]} runs in $out: $finished finished before, $workers at a time, CPU threads $threads${gpus[*]:+, GPUs ${gpus[*]}}"
+  if [[ $slurm ]]; then array_script && exit; fi
+  if [[ $element ]]; then queue=("$element"); fi
+  find_devices
+  for run in "${queue[@]}"; do asked+=("${keys[run]}"); done
+  mapfile -t lines < <(survey "${asked[@]}")
+  ((${#lines[@]} == ${#queue[@]})) || fail "can't tell what $out holds"
+  if [[ $dry ]]; then dry_run && exit; fi
+  command -v -- "$python" >/dev/null || fail "PYTHON $python: there is no such program"
+  command -v flock >/dev/null || fail "there is no flock here: install util-linux"
+  mkdir -p -- "$out/logs" "$out/.locks" 2>/dev/null || fail "--out $out: can't make folders there"
 
-while :; do
-  for ((slot = 0; slot < workers && slot < ${#waiting[@]}; slot++)); do
-    if [[ ${pids[slot]:-} ]] && kill -0 "${pids[slot]}" 2>/dev/null; then
-      if catches_term "${pids[slot]}"; then caught[slot]=1; fi
-      continue
-    fi
-    if [[ ${pids[slot]:-} ]]; then collect "$slot"; fi
-    if [[ -z $stopping ]] && ((next < ${#waiting[@]})); then
-      train "${waiting[next]}" "$slot" &
-      pids[slot]=$! running[slot]=${waiting[next]} next=$((next + 1))
-    fi
+  pids=() running=() caught=() # of each worker slot in use: process, run, has had a handler
+  waiting=() failed=() part=() begun=() # part, begun: millionths done of each run, and at the start
+  finished=0 stopping='' rang='' forwarded='' drawn=0 shown=-1000 next=0 SECONDS=0
+  if [[ -t 1 ]]; then period=2; else period=30; fi # seconds
+  for name in INT TERM HUP; do
+    # shellcheck disable=SC2064 # this name
+    trap "stopping=\${stopping:-$name} rang=1" "$name"
   done
-  if ((${#pids[@]} == 0)); then break; fi
-  if [[ $rang ]]; then rang='' && forward; fi
-  if ((SECONDS - shown >= period)); then overview && shown=$SECONDS; fi
-  sleep 0.3 || true # a signal may end it
-done
 
-say "$finished of ${#queue[@]} runs are finished"
-if ((${#failed[@]})); then printf 'failed: %s\n' "${failed[@]}" >&2; fi
-if [[ $stopping ]] && ((finished + ${#failed[@]} < ${#queue[@]})); then
-  if [[ $element ]]; then requeue; else echo "stopped; go on with the same command:$again" >&2; fi
-  exit $((128 + $(kill -l "$stopping")))
-fi
-((${#failed[@]} == 0))
+  for i in "${!lines[@]}"; do
+    run=${queue[i]} begun[run]=0
+    IFS='|' read -r state _ step goal _ <<<"${lines[i]}"
+    if [[ $state == resume ]] && ((step < goal)); then begun[run]=$((step * 1000000 / goal)); fi
+    if [[ $state == finished ]]; then
+      begun[run]=1000000 finished=$((finished + 1))
+    else
+      waiting+=("$run")
+    fi
+    part[run]=${begun[run]}
+  done
+  echo "${#queue[@]} runs in $out: $finished finished before, $workers at a time," \
+    "CPU threads $threads${gpus[*]:+, GPUs ${gpus[*]}}"
+
+  while :; do
+    for ((slot = 0; slot < workers && slot < ${#waiting[@]}; slot++)); do
+      if [[ ${pids[slot]:-} ]] && kill -0 "${pids[slot]}" 2>/dev/null; then
+        if catches_term "${pids[slot]}"; then caught[slot]=1; fi
+        continue
+      fi
+      if [[ ${pids[slot]:-} ]]; then collect "$slot"; fi
+      if [[ -z $stopping ]] && ((next < ${#waiting[@]})); then
+        train "${waiting[next]}" "$slot" &
+        pids[slot]=$! running[slot]=${waiting[next]} next=$((next + 1))
+      fi
+    done
+    if ((${#pids[@]} == 0)); then break; fi
+    if [[ $rang ]]; then rang='' && forward; fi
+    if ((SECONDS - shown >= period)); then overview && shown=$SECONDS; fi
+    sleep 0.3 || true # a signal may end it
+  done
+
+  say "$finished of ${#queue[@]} runs are finished"
+  if ((${#failed[@]})); then printf 'failed: %s\n' "${failed[@]}" >&2; fi
+  if [[ $stopping ]] && ((finished + ${#failed[@]} < ${#queue[@]})); then
+    if [[ $element ]]; then requeue; else echo "stopped; go on with the same command:$again" >&2; fi
+    exit $((128 + $(kill -l "$stopping")))
+  fi
+  ((${#failed[@]} == 0))
+}
+
+main; exit # on one line: bash reads nothing after main
