@@ -217,7 +217,9 @@ EVALUATE_MAY_CHANGE = "evaluate seed eval_episodes deterministic_eval capture_vi
 def default_args(env_id: str) -> Args:
     """The paper's settings for its tasks (MuJoCo: v4 and v5); general ones for any other."""
     name, _, version = env_id.rpartition("-v")
-    versions = ("0",) if ":" in name else ("4", "5")
+    versions = ("4", "5")
+    if name.startswith("multi_goal:"):  # its worlds share their settings
+        name, versions = "multi_goal:MultiGoal", ("0",)
     return Args(env_id=env_id, **(PAPER_SETTINGS.get(name, {}) if version in versions else {}))
 
 

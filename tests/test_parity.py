@@ -47,7 +47,7 @@ def definitions(script: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("pair", combinations(SCRIPTS, 2), ids=" ".join)
+@pytest.mark.parametrize("pair", list(combinations(SCRIPTS, 2)), ids=" ".join)
 def test_copies_are_identical(pair):
     first, second = map(definitions, pair)
     common = [name for name in first if name in second and name not in OWN | set(LINES)]
@@ -56,7 +56,7 @@ def test_copies_are_identical(pair):
 
 
 @pytest.mark.parametrize("name", LINES)
-@pytest.mark.parametrize("pair", combinations(SCRIPTS, 2), ids=" ".join)
+@pytest.mark.parametrize("pair", list(combinations(SCRIPTS, 2)), ids=" ".join)
 def test_nearly_identical_functions_differ_in_the_networks_alone(pair, name):
     first, second = (definitions(script)[name].splitlines() for script in pair)
     changed = [

@@ -1,0 +1,343 @@
+"""The multi-goal world: dynamics, reward and ends by hand; its figure from random policies."""
+
+import math
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from gymnasium.utils.env_checker import check_env
+
+import meow_continuous_action as meow
+import multi_goal
+import sac_continuous_action as sac
+import sql_continuous_action as sql
+
+ENV_ID = "multi_goal:MultiGoal-v0"
+
+
+def step_from(state, action):
+    """One step of the environment from a state: new state, reward, terminated, truncated."""
+    env = gym.make(ENV_ID, disable_env_checker=True)
+    env.reset(seed=0, options={"state": state})
+    return env.step(np.float32(action))[:4]
+
+
+@pytest.mark.parametrize(
+    ("state", "action", "new", "reward"),
+    [
+        ((0, 0), (0, 0), (0, 0), -25),
+        ((1, 1), (0.5, -0.25), (1.5, 0.75), -30 * 0.3125 - (3.5**2 + 0.75**2)),  # right is nearest
+        ((-1, 3), (0, -1), (-1, 2), -30 - (1 + 9)),  # up
+        ((-3, 0), (0.5, 0), (-2.5, 0), -7.5 - 6.25),  # left
+        ((0.5, -6.5), (0.5, 0), (1, -6.5), -7.5 - (1 + 2.25)),  # down
+        ((0, 0), (5, -3), (1, -1), -60 - (16 + 1)),  # clipped, and the cost is the clipped action's
+        ((6.5, -6.5), (1, -1), (7, -7), -60 - (49 + 4)),  # stopped by the walls
+        ((-6.75, 6.75), (-1, 0.5), (-7, 7), -37.5 - (49 + 4)),
+    ],
+)
+def test_dynamics_and_reward(state, action, new, reward):
+    position, got, terminated, truncated = step_from(state, action)
+    assert position.dtype == np.float32
+    np.testing.assert_array_equal(position, np.float32(new))
+    assert type(got) is float
+    assert got == pytest.approx(reward, abs=1e-5)
+    assert (terminated, truncated) == (False, False)
+
+
+@pytest.mark.parametrize("goal", [(5, 0), (-5, 0), (0, 5), (0, -5)])
+@pytest.mark.parametrize(("distance", "arrives"), [(1.001, False), (1.0, False), (0.999, True)])
+def test_arrival_ends_the_episode_and_pays_ten(goal, distance, arrives):
+    """At the edge of each goal's disc, from two units away along the axis."""
+    goal = np.float64(goal)
+    start, end = goal * (5 - distance - 0.5) / 5, goal * (5 - distance) / 5
+    position, reward, terminated, _ = step_from(start, end - start)
+    np.testing.assert_allclose(position, end, atol=1e-6)
+    assert terminated is arrives
+    assert reward == pytest.approx(-7.5 - distance**2 + 10 * arrives, abs=1e-4)
+
+
+def test_a_goal_can_be_crossed_without_arrival():
+    """Only where a step ends counts, as in the papers' code."""
+    assert step_from((3.99, 0.99), (0, 0))[2] is False
+
+
+def test_time_limit():
+    env = gym.make(ENV_ID)
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(2, np.float32))[2:4] for _ in range(multi_goal.TIME_LIMIT)]
+    assert ends == [(False, False)] * (multi_goal.TIME_LIMIT - 1) + [(False, True)]
+
+
+def test_the_seed_determines_the_episode():
+    env = gym.make(ENV_ID)
+    first, again, other = (env.reset(seed=seed)[0] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    starts = np.stack([env.reset()[0] for _ in range(2000)])
+    np.testing.assert_allclose(starts.mean(0), 0, atol=0.01)
+    np.testing.assert_allclose(starts.std(0), 0.1, atol=0.01)
+
+
+def test_observations_are_copies():
+    env = multi_goal.MultiGoalEnv()
+    obs, _ = env.reset(seed=0)
+    obs[:] = 7
+    obs = env.step(np.float32([0.5, 0]))[0]
+    assert abs(obs[0] - 0.5) < 0.5
+    obs[:] = 7
+    assert abs(env.state[0] - 0.5) < 0.5
+
+
+@pytest.mark.filterwarnings("error")
+def test_gymnasium_accepts_it():
+    check_env(gym.make(ENV_ID).unwrapped)
+    check_env(gym.make(ENV_ID, render_mode="rgb_array").unwrapped)
+
+
+def test_picture():
+    env = gym.make(ENV_ID, render_mode="rgb_array")
+    env.reset(seed=0, options={"state": (3, -6)})
+    image = env.render()
+    assert (image.shape, image.dtype) == ((280, 280, 3), np.uint8)
+    rows, columns = np.nonzero((image == (31, 119, 180)).all(-1))  # the point
+    np.testing.assert_allclose([columns.mean(), rows.mean()], [199.5, 259.5], atol=1)
+    assert tuple(image[139, 240]) == tuple(image[240, 139]) == (214, 39, 40)  # goals
+    with pytest.raises(ValueError, match="rgb_array"):
+        multi_goal.MultiGoalEnv(render_mode="ansi")
+    assert "render_fps" in env.metadata
+
+
+@pytest.mark.parametrize("script", [meow, sac, sql])
+def test_the_scripts_make_it(script):
+    env = script.make_env(ENV_ID, "rgb_array")
+    assert env.observation_space.shape == env.action_space.shape == (2,)
+    env.reset(seed=0)
+    env.step(np.float32([1, -1]))
+    np.testing.assert_allclose(env.unwrapped.state, [1, -1], atol=0.5)
+
+
+def test_importing_it_needs_only_the_requirements():
+    code = "import sys, multi_goal; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True)
+
+
+def test_counting_of_goals():
+    made_up = [
+        [(0, 0), (2, 0), (4.5, 0)],
+        [(0, 0), (-4.5, 0), (0, -4.5)],  # the first arrival counts
+        [(0, 0), (0, 4), (0, 6), (0, 7)],  # exactly 1 away never arrives
+        [(0, 0), (0, 5.9)],
+        [(0, 0), (0, -4.01)],
+        [(0, 0), (0.5, -4.3)],
+        [(0, 0)],
+    ]
+    counts = multi_goal.count_goals([np.float32(t) for t in made_up])
+    assert counts.tolist() == [1, 1, 1, 2, 2]
+
+
+def test_trajectories_follow_the_world():
+    """A policy that steps right (or left, by the sign of its noise) and never stops by itself."""
+
+    def act(obs, noise):
+        sign = torch.where(obs[:, :1] == 0, noise[:, :1].sign(), obs[:, :1].sign())
+        return torch.cat([sign, 0 * sign], dim=-1)
+
+    policy = multi_goal.Policy("scripted", 1, 0, "", None, act, None)
+    trajectories = multi_goal.sample_trajectories(policy, 50)
+    for trajectory in trajectories:  # 4 is exactly 1 away: the fifth step arrives
+        np.testing.assert_array_equal(abs(trajectory[:, 0]), range(6))
+    right, left, *others = multi_goal.count_goals(trajectories)
+    assert right + left == 50
+    assert min(right, left) > 10
+    assert others == [0, 0, 0]
+    policy.act = lambda _, noise: 0 * noise
+    still = multi_goal.sample_trajectories(policy, 2)
+    assert [len(t) for t in still] == [multi_goal.TIME_LIMIT + 1] * 2
+    assert multi_goal.count_goals(still).tolist() == [0, 0, 0, 0, 2]
+
+
+def test_quadrature_gives_the_exact_value_of_the_flow(make_random_flow):
+    """The figure needs the integral for SAC and soft Q-learning; MEow's V has it already."""
+    flow = make_random_flow(2, 2, alpha=2.5, low=-1.5, high=-0.3)
+    for mlp in flow.t:  # moderate couplings, so that the grid can resolve the density
+        mlp.layers[-1].weight.data *= 0.2
+    obs = torch.rand(4, 2, dtype=torch.float64) * 14 - 7
+    exact = flow.soft_values(obs).min(-1).values.detach()
+    assert (exact.max() - exact.min()) > 0.1
+    for n, error in ((multi_goal.QUADRATURE, 5e-3), (80, 2e-4)):
+        value = multi_goal.quadrature_value(flow.q_values, obs, 2.5, n)
+        torch.testing.assert_close(value, exact, rtol=0, atol=error)
+
+
+def test_quadrature_of_a_known_integral():
+    """Q = -30 |a|^2: V = alpha log(pi alpha / 30) but for the tails; the lower Q counts."""
+
+    def q_values(_, action):
+        q = -30 * action.square().sum(-1)
+        return torch.stack([q + 1, q], dim=-1)
+
+    for alpha in (0.2, 0.4, 2.5):
+        value = multi_goal.quadrature_value(q_values, torch.zeros(40, 2), alpha)
+        inside = math.erf((30 / alpha) ** 0.5) ** 2  # of a normal with variance alpha / 60
+        expected = alpha * math.log(inside * math.pi * alpha / 30)
+        np.testing.assert_allclose(value, expected, atol=1e-4)
+
+
+def random_run(script, folder, env_id=ENV_ID, **changes):
+    """A run folder with the untrained policy of one of the scripts."""
+    torch.manual_seed(0)
+    args = script.Args(env_id=env_id, seed=7)
+    if script is meow:
+        state = {"flow": meow.make_flow(args, 2, 2).state_dict()}
+    elif script is sac:
+        networks = zip(("actor", "critics"), sac.make_networks(args, 2, 2), strict=True)
+        state = {name: network.state_dict() for name, network in networks} | {"log_alpha": 0.0}
+    else:
+        networks = zip(("sampler", "critic"), sql.make_networks(args, 2, 2), strict=True)
+        state = {name: network.state_dict() for name, network in networks}
+    folder.mkdir(parents=True)
+    content = {"args": vars(args), "step": 4000, **state, **changes}
+    script.save_file(folder / "policy_final.pt", content)
+    return folder
+
+
+def test_meow_value_is_the_lower_of_its_two(tmp_path):
+    flow = meow.make_flow(meow.Args(alpha=2.5), 2, 2)
+    flow.b[0].layers[-1].bias.fill_(3.0)
+    flow.b[1].layers[-1].bias.fill_(-2.0)
+    settings = vars(meow.Args(env_id=ENV_ID, alpha=2.5))
+    run = random_run(meow, tmp_path / "run", args=settings, flow=flow.state_dict())
+    obs = torch.zeros(1, 2)
+    expected = 2.5 * (float(flow.log_sigma(obs).sum()) - 2.0)
+    assert multi_goal.load_policy(run).soft_value(obs) == pytest.approx(expected, abs=1e-4)
+
+
+def test_sac_and_sql_values_are_in_reward_units(tmp_path):
+    """V = alpha log int exp(min_k Q_k / alpha) da; SQL's Q is scaled and its alpha is 1."""
+    obs, alpha, scale = torch.tensor([[1.0, -2.0]]), 2.5, 0.4
+    run = random_run(sac, tmp_path / "sac", log_alpha=math.log(alpha))
+    critics = sac.make_networks(sac.Args(), 2, 2)[1]
+    critics.load_state_dict(sac.load_file(run / "policy_final.pt")["critics"])
+    actions = torch.rand(50_000, 2, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    q = critics.q_values(obs.expand(len(actions), -1), actions).min(-1).values
+    expected = alpha * (torch.exp(q / alpha).mean() * 4).log()  # Monte Carlo; the square's area: 4
+    assert multi_goal.load_policy(run).soft_value(obs) == pytest.approx(float(expected), abs=2e-3)
+    settings = vars(sql.Args(env_id=ENV_ID, reward_scale=scale))
+    run = random_run(sql, tmp_path / "sql", args=settings)
+    critic = sql.make_networks(sql.Args(), 2, 2)[1]
+    critic.load_state_dict(sql.load_file(run / "policy_final.pt")["critic"])
+    q = critic.q_values(obs.expand(len(actions), -1), actions)[:, 0].detach()
+    expected = (torch.exp(q).mean() * 4).log() / scale
+    assert multi_goal.load_policy(run).soft_value(obs) == pytest.approx(float(expected), abs=2e-3)
+
+
+@pytest.mark.parametrize("script", [meow, sac, sql])
+def test_densities_and_values_of_each_method(script, tmp_path):
+    policy = multi_goal.load_policy(random_run(script, tmp_path / "run"))
+    density = multi_goal.action_density(policy, (1.0, 2.0))
+    cell = (2 / multi_goal.BINS) ** 2
+    assert density.sum() * cell == pytest.approx(1, abs=0.02)
+    noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        mean = policy.act(torch.tensor([[1.0, 2.0]]).expand(20_000, -1), noise).mean(0)
+    axis = (np.arange(multi_goal.BINS) + 0.5) * 2 / multi_goal.BINS - 1
+    by_density = [density.sum(0) @ axis * cell, density.sum(1) @ axis * cell]  # x, y
+    np.testing.assert_allclose(by_density, mean, atol=0.02)
+
+
+@pytest.mark.filterwarnings("error")
+def test_figure(tmp_path, monkeypatch, capsys):
+    """A column per run, whatever the algorithms; an untrained MEow's V is the same everywhere."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(multi_goal, "MAP_POINTS", 9)
+    runs = [str(random_run(s, tmp_path / s.__name__)) for s in (meow, sac, sql)]
+    for chosen in (runs, runs[2:]):
+        assert multi_goal.main(["--run", *chosen, "--out", str(tmp_path / "new" / "out")]) == 0
+        table = (tmp_path / "new" / "out" / "multi_goal.md").read_text(encoding="utf-8")
+        assert capsys.readouterr().out == table
+        rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+        names = [row[0].removeprefix("| ") for row in rows]
+        assert names == ["MEow", "SAC", "Soft Q-learning"][-len(chosen) :]
+        for row in rows:
+            assert row[1:3] == ["7", "4000"]
+            assert sum(map(int, row[3:8])) == 200
+        for name, start in (("multi_goal.png", b"\x89PNG"), ("multi_goal.svg", b"<?xml")):
+            content = (tmp_path / "new" / "out" / name).read_bytes()
+            assert content.startswith(start)
+            assert len(content) > 20_000
+    assert multi_goal.main(["--run", runs[0], "--run", runs[1], "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("| 4000 |") == 2
+
+
+def bad_runs(folder):
+    """Name: (arguments, exit code, words of the sentence)."""
+    good = str(random_run(meow, folder / "good"))
+    (folder / "empty").mkdir()
+    (folder / "damaged").mkdir()
+    whole = (folder / "good" / "policy_final.pt").read_bytes()
+    (folder / "damaged" / "policy_final.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "other.pt").write_bytes(b"")
+    torch.save({"format": "td3/1"}, folder / "td3.pt")
+    torch.save([1, 2], folder / "list.pt")
+    random_run(meow, folder / "hopper", env_id="Hopper-v4")
+    random_run(meow, folder / "unfitting", flow={})
+    random_run(meow, folder / "option", args={"no_such_option": 1})
+    nan = meow.make_flow(meow.Args(), 2, 2)
+    nan.h.layers[-1].bias.fill_(math.nan)
+    random_run(meow, folder / "nan", flow=nan.state_dict())
+    (folder / "file").write_text("")
+    return {
+        "no run": ([], 2, ["--run"]),
+        "empty run": (["--run"], 2, ["--run"]),
+        "unknown option": (["--run", good, "--speed"], 2, ["--speed"]),
+        "missing": (["--run", good, "nowhere"], 2, ["nowhere"]),
+        "empty folder": (["--run", f"{folder}/empty"], 2, ["empty", "policy_final.pt"]),
+        "damaged": (["--run", f"{folder}/damaged"], 1, ["damaged"]),
+        "empty file": (["--run", f"{folder}/other.pt"], 1, ["other.pt", "not a policy"]),
+        "another content": (["--run", f"{folder}/list.pt"], 1, ["list.pt", "not a policy"]),
+        "another program": (["--run", f"{folder}/td3.pt"], 2, ["td3", "sac_continuous_action"]),
+        "another environment": (["--run", f"{folder}/hopper"], 2, ["Hopper-v4", "MultiGoal-v0"]),
+        "other networks": (["--run", f"{folder}/unfitting"], 1, ["unfitting", "networks"]),
+        "other options": (["--run", f"{folder}/option"], 1, ["no_such_option"]),
+        "not finite": (["--run", f"{folder}/nan"], 1, ["MEow, seed 7", "not finite"]),
+        "out is a file": (["--run", good, "--out", f"{folder}/file"], 1, ["file"]),
+    }
+
+
+def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(multi_goal, "MAP_POINTS", 5)
+    monkeypatch.chdir(tmp_path)
+    for name, (words, code, needles) in bad_runs(tmp_path / "runs").items():
+        assert multi_goal.main(words) == code, name
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: "), name
+        assert captured.err.count("\n") == 1, name
+        assert all(needle in captured.err for needle in needles), (name, captured.err)
+        assert captured.out == "", name
+        assert not (tmp_path / "results").exists(), name
+
+
+def test_without_matplotlib(tmp_path, monkeypatch, capsys):
+    run = random_run(meow, tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert multi_goal.main(["--run", str(run), "--out", str(tmp_path)]) == 2
+    assert "requirements-benchmark.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "goals"), [("NorthEast", (0, 2)), ("SouthEast", (0, 3))])
+def test_worlds_to_compose_have_two_goals(name, goals):
+    """Only their own goals end an episode and draw the point; MEow's settings apply there too."""
+    env_id = f"multi_goal:MultiGoal{name}-v0"
+    env = meow.make_env(env_id)
+    for i, goal in enumerate(multi_goal.GOALS):
+        env.reset(seed=0, options={"state": goal})
+        _, reward, terminated, _, _ = env.step(np.zeros(2, np.float32))
+        assert terminated is (i in goals)
+        nearest = min(np.square(goal - multi_goal.GOALS[g]).sum() for g in goals)
+        assert reward == pytest.approx(10.0 if i in goals else -nearest)
+    assert meow.parse_args(["--env-id", env_id])[0].alpha == 2.5
