@@ -105,6 +105,8 @@ class Bench:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # a shell can't catch what was ignored when it began, as in jobs in the background
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *words, code=0, **env):
