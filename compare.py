@@ -60,6 +60,7 @@ OTHER_COLOURS = ("#666666", "#7b3294", "#1b1b1b", "#66a61e", "#e7298a", "#a6761d
 # change rounding or how often a run is evaluated: none of them splits a row.
 HOUSEKEEPING = "resume evaluate runs_dir checkpoint_frequency log_frequency capture_video track"
 HOUSEKEEPING = {*HOUSEKEEPING.split(), "wandb_project_name", "wandb_entity"}
+WHERE = {"runs_dir": "runs", "resume": None}  # where a run was on its machine: not copied
 COLUMNS = {"env_id", "exp_name", "seed", "total_timesteps", "eval_episodes", "deterministic_eval"}
 ROUNDING = {"cuda", "torch_threads", "torch_deterministic", "compile", "eval_frequency"}
 
@@ -220,7 +221,7 @@ def find_runs(paths: tuple[Path, ...]) -> list[Run]:
 def same_run(a: Run, b: Run) -> bool:
     arrays = all(np.array_equal(getattr(a, k), getattr(b, k), equal_nan=True)
                  for k in ("steps", "seconds", "returns"))  # fmt: skip
-    return arrays and a.args | {"runs_dir": ""} == b.args | {"runs_dir": ""}
+    return arrays and a.args | WHERE == b.args | WHERE
 
 
 def thin(rows: list[list[str]]) -> str:
@@ -239,7 +240,7 @@ def copy_run(run: Run, out: Path):
     if file.exists() and not text.encode().startswith(file.read_bytes()):
         raise RunError(f"{file} holds rows that a copy of {run.folder} lacks: not overwritten")
     target.mkdir(parents=True, exist_ok=True)
-    described = run.description | {"args": run.args | {"runs_dir": "runs"}}
+    described = run.description | {"args": run.args | WHERE}
     (target / "args.json").write_text(json.dumps(described, indent=2) + "\n")
     file.write_text(text)
 
