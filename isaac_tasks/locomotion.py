@@ -1,0 +1,226 @@
+"""What Ant and Humanoid share: run towards a target 1 km away along +x and stay upright."""
+
+import math
+
+import gymnasium
+import mujoco
+import torch
+from torch import Tensor
+
+from isaac_tasks.task import (
+    State,
+    Task,
+    Uniform,
+    normalize_angle,
+    roll_and_yaw,
+    rotation_matrix,
+    to_body,
+)
+
+TARGET = (1000.0, 0.0)
+ASSETS = f"{gymnasium.__path__[0]}/envs/mujoco/assets"
+
+
+class Locomotion(Task):
+    """qpos: free root (7), joints (A); qvel: free root (6), joints (A). One motor per joint."""
+
+    gears: tuple[float, ...]
+    """torque of each motor at action 1, N m"""
+    ranges: tuple[tuple[float, float], ...]
+    """lower and upper limit of each joint, degrees"""
+    dt: float
+    """seconds by which the reward divides progress"""
+    angular_scale: float
+    velocity_scale: float
+    sensor_scale: float
+    normalize_angles = True
+    start_height: float
+    alive, upright, forward = 0.5, 0.1, 0.5
+    action_cost: float
+    energy_cost = 0.05
+    fallen_height: float
+    fallen_reward: float
+    feet: tuple[str, ...]
+    """bodies with a force sensor, in the order of the observation"""
+
+    def __init__(self, variant: str, **kwargs):
+        super().__init__(variant, **kwargs)
+        self.lower, self.upper = self.tensor(self.ranges).mul(math.pi / 180).unbind(-1)
+        model = self.spec().compile()
+        self.sensor_count = model.nsensordata
+        feet = [model.body(name) for name in self.feet]
+        axes = rotation_matrix(self.tensor([foot.iquat for foot in feet]))
+        moments = torch.diag_embed(self.tensor([foot.inertia for foot in feet]))
+        self.foot_mass = self.tensor([foot.mass[0] for foot in feet])
+        self.foot_centre = self.tensor([foot.ipos for foot in feet])
+        self.foot_inertia = axes @ moments @ axes.transpose(-1, -2)
+
+    def add_motors(self, spec: mujoco.MjSpec):
+        """One motor per hinge in the order of the joints, instead of the model's own."""
+        for actuator in list(spec.actuators):
+            spec.delete(actuator)
+        hinges = [
+            joint for joint in spec.joints if joint.type == mujoco.mjtJoint.mjJNT_HINGE
+        ]
+        for joint, gear in zip(hinges, self.gears, strict=True):
+            motor = spec.add_actuator(name=joint.name, target=joint.name)
+            motor.trntype = mujoco.mjtTrn.mjTRN_JOINT
+            motor.gear = [gear, 0, 0, 0, 0, 0]
+
+    def initial(self, uniform: Uniform) -> State:
+        joints = uniform(-0.2, 0.2, self.act_dim) + self.tensor(0.0).clamp(
+            self.lower, self.upper
+        )
+        n = len(joints)
+        root = self.tensor([0.0, 0.0, self.start_height, 1.0, 0.0, 0.0, 0.0]).expand(
+            n, 7
+        )
+        qpos = torch.cat([root, joints.clamp(self.lower, self.upper)], -1)
+        qvel = torch.cat([root.new_zeros(n, 6), uniform(-0.1, 0.1, self.act_dim)], -1)
+        sensors = root.new_zeros(n, self.sensor_count)
+        return State(qpos, qvel, sensors, root.new_zeros(n, 0))
+
+    def joint_positions(self, state: State) -> Tensor:
+        """q~ (N, A): joint positions scaled to [-1, 1] between their limits."""
+        return (2 * state.qpos[:, 7:] - self.upper - self.lower) / (
+            self.upper - self.lower
+        )
+
+    def joint_velocities(self, state: State) -> Tensor:
+        """Scaled joint velocities (N, A)."""
+        return self.velocity_scale * state.qvel[:, 6:]
+
+    def up_and_heading(self, state: State) -> tuple[Tensor, Tensor]:
+        """Projections (N,) of the torso's z axis on the world's, of its x axis on the target."""
+        rotation = rotation_matrix(state.qpos[:, 3:7])
+        to_target = torch.nn.functional.normalize(
+            self.tensor(TARGET) - state.qpos[:, :2], dim=-1
+        )
+        return rotation[:, 2, 2], (rotation[:, :2, 0] * to_target).sum(-1)
+
+    def angles(self, state: State) -> Tensor:
+        """Yaw, roll and angle to the target (N, 3). As in the original, the last is z over x."""
+        roll, yaw = roll_and_yaw(state.qpos[:, 3:7])
+        to_target = torch.atan2(-state.qpos[:, 2], TARGET[0] - state.qpos[:, 0]) - yaw
+        angles = torch.stack([yaw, roll, to_target], -1)
+        return normalize_angle(angles) if self.normalize_angles else angles
+
+    def add_foot_sensors(self, spec: mujoco.MjSpec):
+        """oige: the wrench that each foot's joint transmits; ige: what `net_wrench` needs."""
+        for name in self.feet:
+            add = add_joint_wrench if self.variant == "oige" else add_motion_sensors
+            add(spec, spec.body(name))
+
+    def foot_sensors(self, state: State) -> Tensor:
+        """Force (3) and torque (3) at each foot in its own axes: (N, 6 feet)."""
+        if self.variant == "oige":
+            return state.sensors
+        sensors = state.sensors.unflatten(-1, (len(self.feet), 13))
+        wrench = net_wrench(
+            sensors, self.foot_mass, self.foot_centre, self.foot_inertia
+        )
+        return wrench.flatten(1)
+
+    def joint_forces(self, state: State, action: Tensor) -> Tensor:  # noqa: ARG002
+        """A slice of the observation that only the Humanoid's variant "ige" has."""
+        return action[:, :0]
+
+    def observe(self, state: State, action: Tensor) -> Tensor:
+        rotation = rotation_matrix(state.qpos[:, 3:7])
+        parts = [
+            state.qpos[:, 2:3],
+            to_body(rotation, state.qvel[:, :3]),
+            self.angular_scale * state.qvel[:, 3:6],
+            self.angles(state),
+            torch.stack(self.up_and_heading(state), -1),
+            self.joint_positions(state),
+            self.joint_velocities(state),
+            self.joint_forces(state, action),
+            self.sensor_scale * self.foot_sensors(state),
+            action,
+        ]
+        return torch.cat(parts, -1)
+
+    def limit_cost(self, state: State) -> Tensor:
+        """(N,) cost of joints at their limits."""
+        raise NotImplementedError
+
+    def motor_strength(self) -> Tensor | float:
+        """rho (A,) or (): the weight of each motor in the energy cost."""
+        return 1.0
+
+    def reward_terms(
+        self, before: State, state: State, action: Tensor
+    ) -> dict[str, Tensor]:
+        up, heading = self.up_and_heading(state)
+        power = (self.motor_strength() * action * self.joint_velocities(state)).abs()
+        return {
+            "progress": progress(before.qpos[:, :2], state.qpos[:, :2]) / self.dt,
+            "alive": torch.full_like(up, self.alive),
+            "upright": self.upright * (up > 0.93),
+            "heading": self.forward * (heading / 0.8).where(heading <= 0.8, 1.0),
+            "action": -self.action_cost * action.square().sum(-1),
+            "energy": -self.energy_cost * power.sum(-1),
+            "limits": -self.limit_cost(state),
+        }
+
+    def failed(self, state: State) -> Tensor:
+        return state.qpos[:, 2] < self.fallen_height
+
+    def reward(self, before: State, state: State, action: Tensor) -> Tensor:
+        reward = super().reward(before, state, action)
+        return reward.where(~self.failed(state), self.fallen_reward)
+
+
+def progress(before: Tensor, after: Tensor) -> Tensor:
+    """How much nearer the target is, (N,) m; from positions (N, 2).
+
+    |T - p| - |T - p'| without the cancellation of 1 km minus 1 km, which float32 can't afford.
+    """
+    to_before, to_after = (
+        before.new_tensor(TARGET) - before,
+        before.new_tensor(TARGET) - after,
+    )
+    difference_of_squares = ((after - before) * (to_before + to_after)).sum(-1)
+    return difference_of_squares / (to_before.norm(dim=-1) + to_after.norm(dim=-1))
+
+
+def add_joint_wrench(spec: mujoco.MjSpec, body: mujoco.MjsBody):
+    """Sensors of force and torque (6) that the parent exerts on the body at its first joint."""
+    site = body.add_site(name=f"{body.name}_joint", pos=body.joints[0].pos)
+    for kind in (mujoco.mjtSensor.mjSENS_FORCE, mujoco.mjtSensor.mjSENS_TORQUE):
+        spec.add_sensor(type=kind, objtype=mujoco.mjtObj.mjOBJ_SITE, objname=site.name)
+
+
+def add_motion_sensors(spec: mujoco.MjSpec, body: mujoco.MjsBody):
+    """What `net_wrench` needs (13): linear and angular acceleration, angular velocity, pose."""
+    for kind, frame in (
+        (
+            mujoco.mjtSensor.mjSENS_FRAMELINACC,
+            mujoco.mjtObj.mjOBJ_BODY,
+        ),  # of the centre of mass
+        (mujoco.mjtSensor.mjSENS_FRAMEANGACC, mujoco.mjtObj.mjOBJ_BODY),
+        (mujoco.mjtSensor.mjSENS_FRAMEANGVEL, mujoco.mjtObj.mjOBJ_BODY),
+        (mujoco.mjtSensor.mjSENS_FRAMEQUAT, mujoco.mjtObj.mjOBJ_XBODY),
+    ):
+        spec.add_sensor(type=kind, objtype=frame, objname=body.name)
+
+
+def net_wrench(
+    sensors: Tensor, mass: Tensor, centre: Tensor, inertia: Tensor
+) -> Tensor:
+    """Net force and torque on bodies, in body axes at the body's origin: (N, F, 6).
+
+    Newton and Euler: m a of the centre of mass, and I alpha + omega x (I omega) + c x m a.
+    sensors (N, F, 13) of `add_motion_sensors`; mass (F,), centre of mass (F, 3) and inertia about
+    it (F, 3, 3) in body axes. MuJoCo's accelerometers include +g, which is taken off.
+    """
+    acceleration, angular, velocity, quat = sensors.split([3, 3, 3, 4], -1)
+    gravity = sensors.new_tensor([0.0, 0.0, 9.81])
+    rotation = rotation_matrix(quat)
+    force = mass[:, None] * to_body(rotation, acceleration - gravity)
+    alpha, omega = to_body(rotation, angular), to_body(rotation, velocity)
+    spin = torch.linalg.cross(omega, (inertia @ omega[..., None])[..., 0], dim=-1)
+    torque = (inertia @ alpha[..., None])[..., 0] + spin
+    torque = torque + torch.linalg.cross(centre.expand_as(force), force, dim=-1)
+    return torch.cat([force, torque], -1)

@@ -1,0 +1,163 @@
+"""The embedded simulator: a task on MuJoCo, with resets inside the step that ends an episode."""
+
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+from isaac_tasks.physics import CpuPhysics, WarpPhysics
+from isaac_tasks.simulator import SimulatorError
+from isaac_tasks.task import State, Task
+
+
+class MujocoSimulator:
+    """N environments of a task; `isaac_tasks.Simulator` says what its methods return.
+
+    threads: of the CPU. On a CUDA device physics, observations, rewards and resets stay there.
+    """
+
+    valid = None
+    exact_resume = True
+    one_per_process = False
+
+    def __init__(
+        self,
+        task: type[Task],
+        num_envs: int,
+        seed: int,
+        device="cpu",
+        threads=1,
+        variant="oige",
+    ):
+        self.device = torch.device(device)
+        cuda = self.device.type == "cuda"
+        dtype = WarpPhysics.dtype if cuda else CpuPhysics.dtype
+        self.task = task(variant, device=self.device, dtype=dtype)
+        model = self.task.spec().compile()
+        if cuda:
+            sizes = self.task.contacts, self.task.constraints
+            self.physics = WarpPhysics(model, num_envs, str(self.device), *sizes)
+        else:
+            self.physics = CpuPhysics(model, num_envs, threads)
+        self.num_envs, self.model = num_envs, model
+        self.obs_dim, self.act_dim = self.task.obs_dim, self.task.act_dim
+        self.max_steps = self.task.episode_length - 1
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        zeros = dict(dtype=dtype, device=self.device)
+        self.progress = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
+        self.memory = torch.zeros(num_envs, self.task.memory_dim, **zeros)
+        self.action = torch.zeros(num_envs, self.act_dim, **zeros)
+        self.graphs = None
+        self.renderer = None
+
+    def reset(self) -> Tensor:
+        everywhere = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        return self._start(everywhere, self._state(), self.task.initial(self._uniform))
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        self.action.copy_(action.clamp(-1, 1))
+        if self.device.type == "cuda" and self.graphs is None:
+            self._capture()
+        before = self._replay(0) if self.graphs else self._before()
+        self.physics.step(self.task.substeps)
+        return self._replay(1) if self.graphs else self._after(*before)
+
+    def _before(self) -> tuple[State, State]:
+        """Writes controls and memory; returns copies of the state and fresh first states."""
+        fresh = self.task.initial(self._uniform)
+        self.memory.copy_(self.task.before_step(self._state(), self.progress, fresh))
+        self.physics.ctrl.copy_(self.task.control(self.action))
+        return self._state().clone(), fresh
+
+    def _after(
+        self, before: State, fresh: State
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        self.progress += 1
+        state = self.task.limit(self._state())
+        self._write(state)
+        reward = self.task.reward(before, state, self.action).float()
+        terminated = self.task.failed(state)
+        truncated = (self.progress >= self.max_steps) & ~terminated
+        final_obs = self._observe(state, self.action)
+        done = terminated | truncated
+        first_obs = self._start(done, state, fresh)
+        obs = torch.where(done[:, None], first_obs, final_obs)
+        return obs, reward, terminated, truncated, final_obs
+
+    def _start(self, mask: Tensor, state: State, fresh: State) -> Tensor:
+        """Starts new episodes where mask (N,) is set; returns the observations of `fresh`."""
+        choose = mask[:, None]
+        pairs = zip(vars(fresh).values(), vars(state).values(), strict=True)
+        self._write(State(*(torch.where(choose, new, old) for new, old in pairs)))
+        self.physics.qacc_warmstart.masked_fill_(choose, 0)
+        self.progress.masked_fill_(mask, 0)
+        return self._observe(fresh, torch.zeros_like(self.action))
+
+    def _state(self) -> State:
+        physics = self.physics
+        return State(physics.qpos, physics.qvel, physics.sensordata, self.memory)
+
+    def _write(self, state: State):
+        self.physics.qpos.copy_(state.qpos)
+        self.physics.qvel.copy_(state.qvel)
+        self.memory.copy_(state.memory)
+
+    def _observe(self, state: State, action: Tensor) -> Tensor:
+        limit = self.task.clip_obs
+        return self.task.observe(state, action).clamp(-limit, limit).float()
+
+    def _uniform(self, low: float, high: float, n: int) -> Tensor:
+        zeros = self.action.new_empty(self.num_envs, n)
+        return zeros.uniform_(low, high, generator=self.generator)
+
+    def _capture(self):
+        """Records the two halves of a step as CUDA graphs; leaves the state as it was."""
+        saved, halves, outputs = self.state_dict(), [], ()
+        for function in (self._before, self._after):
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # let the libraries allocate before the capture
+                    function(*outputs)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                outputs = function(*outputs)
+            halves.append((graph, outputs))
+        self.graphs = halves
+        self.load_state_dict(saved)
+
+    def _replay(self, half: int) -> tuple:
+        graph, outputs = self.graphs[half]
+        graph.replay()
+        return tuple(t.clone() for t in outputs) if half == 1 else outputs
+
+    def render(self) -> np.ndarray:
+        """An image (480, 640, 3) of environment 0, uint8. Raises: SimulatorError."""
+        try:
+            self.renderer = self.renderer or mujoco.Renderer(self.model, 480, 640)
+            data = self.physics.data(0)
+            self.task.show(data, self.memory[0])
+            mujoco.mj_forward(self.model, data)
+            self.renderer.update_scene(data, camera="track")
+            return self.renderer.render()
+        except Exception as error:  # whatever the graphics libraries raise
+            raise SimulatorError(
+                f"can't render: {type(error).__name__}: {error}"
+            ) from None
+
+    def state_dict(self) -> dict:
+        """Everything that the coming steps depend on, but for the action."""
+        return {
+            "physics": self.physics.state_dict(),
+            "progress": self.progress.clone(),
+            "memory": self.memory.clone(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict):
+        self.physics.load_state_dict(state["physics"])
+        self.progress.copy_(state["progress"])
+        self.memory.copy_(state["memory"])
+        self.generator.set_state(state["generator"])

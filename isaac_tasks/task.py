@@ -1,0 +1,161 @@
+"""What a task is: a MuJoCo model and batched functions of its state. Adding a task adds a file.
+
+Shapes: N environments, S observation, A action. Units: metres, radians, seconds, newtons; z is up.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+# uniform(low, high, n): (N, n) numbers drawn from [low, high)
+Uniform = Callable[[float, float, int], Tensor]
+
+
+@dataclass
+class State:
+    """The state of N environments, in MuJoCo's conventions.
+
+    A free joint holds position (3), quaternion w,x,y,z in qpos and the linear velocity in world
+    axes, the angular velocity in body axes in qvel.
+    """
+
+    qpos: Tensor
+    """(N, nq)"""
+    qvel: Tensor
+    """(N, nv)"""
+    sensors: Tensor
+    """(N, nsensordata), as of the last physics step; zero in the first state of an episode"""
+    memory: Tensor
+    """(N, memory_dim) numbers of the task's own, such as a target"""
+
+    def clone(self) -> "State":
+        return State(*(t.clone() for t in vars(self).values()))
+
+
+class Task:
+    """One robot task; subclasses fill in the class attributes and the methods below.
+
+    All functions are pure, batched and run on any device: state in, tensors out.
+
+    variant: "oige", the constants of OmniIsaacGymEnvs 2023.1.1 (the MEow paper's runs), or "ige",
+    those of IsaacGymEnvs 1.5.1.
+    """
+
+    variants = ("oige", "ige")
+    obs_dim: int
+    act_dim: int
+    memory_dim = 0
+    time_step = 0.0083
+    """seconds of one physics step"""
+    substeps = 2
+    """physics steps per control step"""
+    episode_length = 1000
+    """L: an episode times out at the end of its step L - 1"""
+    clip_obs = math.inf
+    """observations are clipped to +- this"""
+    contacts, constraints = 64, 256
+    """most contacts (on average) and constraint rows of one environment on the GPU"""
+
+    def __init__(
+        self, variant: str = "oige", device="cpu", dtype: torch.dtype = torch.float64
+    ):
+        if variant not in self.variants:
+            raise ValueError(
+                f"variant {variant}: must be one of {', '.join(self.variants)}"
+            )
+        self.variant, self.device, self.dtype = variant, torch.device(device), dtype
+
+    def tensor(self, values) -> Tensor:
+        return torch.as_tensor(np.array(values), dtype=self.dtype, device=self.device)
+
+    def set_options(self, spec: mujoco.MjSpec):
+        """The options that all models share."""
+        spec.option.timestep = self.time_step
+        spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+        spec.option.disableflags |= (
+            mujoco.mjtDisableBit.mjDSBL_AUTORESET
+        )  # a NaN stays visible
+
+    def spec(self) -> mujoco.MjSpec:
+        """The model: one control per number that `control` returns."""
+        raise NotImplementedError
+
+    def control(self, action: Tensor) -> Tensor:
+        """Action (N, A) in [-1, 1] to the model's controls (N, nu)."""
+        return action
+
+    def initial(self, uniform: Uniform) -> State:
+        """First states of N episodes."""
+        raise NotImplementedError
+
+    def before_step(self, state: State, progress: Tensor, fresh: State) -> Tensor:  # noqa: ARG002
+        """The memory (N, memory_dim) for the coming step.
+
+        progress (N,): steps since the reset. fresh: new first states to take from.
+        """
+        return state.memory
+
+    def limit(self, state: State) -> State:
+        """The state after a physics step, where the simulator limits it (e.g. speeds)."""
+        return state
+
+    def observe(self, state: State, action: Tensor) -> Tensor:
+        """Observations (N, S); action (N, A): the one just applied, zero after a reset."""
+        raise NotImplementedError
+
+    def reward_terms(
+        self, before: State, state: State, action: Tensor
+    ) -> dict[str, Tensor]:
+        """The addends (N,) of the reward by name, for a step without failure."""
+        raise NotImplementedError
+
+    def failed(self, state: State) -> Tensor:
+        """(N,) bool: where the episode terminates."""
+        raise NotImplementedError
+
+    def reward(self, before: State, state: State, action: Tensor) -> Tensor:
+        """(N,) rewards of the step from `before` to `state` with `action`."""
+        return sum(self.reward_terms(before, state, action).values())
+
+    def show(self, data: mujoco.MjData, memory: Tensor):
+        """Prepares an image: data and memory (memory_dim,) of one environment."""
+
+
+def rotation_matrix(quat: Tensor) -> Tensor:
+    """R (N, 3, 3), body to world, of unit quaternions w,x,y,z (N, 4)."""
+    w, x, y, z = quat.unbind(-1)
+    rows = [
+        torch.stack(
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], -1
+        ),
+        torch.stack(
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)], -1
+        ),
+        torch.stack(
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1
+        ),
+    ]
+    return torch.stack(rows, -2)
+
+
+def to_body(rotation: Tensor, vector: Tensor) -> Tensor:
+    """R^T v: world axes to body axes. (N, 3, 3), (N, 3) -> (N, 3)."""
+    return (rotation.transpose(-1, -2) @ vector[..., None])[..., 0]
+
+
+def roll_and_yaw(quat: Tensor) -> tuple[Tensor, Tensor]:
+    """Euler angles in [0, 2 pi) of quaternions w,x,y,z (N, 4) -> (N,), (N,)."""
+    w, x, y, z = quat.unbind(-1)
+    roll = torch.atan2(2 * (w * x + y * z), w * w - x * x - y * y + z * z)
+    yaw = torch.atan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)
+    return roll % (2 * math.pi), yaw % (2 * math.pi)
+
+
+def normalize_angle(angle: Tensor) -> Tensor:
+    """To (-pi, pi]."""
+    return torch.atan2(torch.sin(angle), torch.cos(angle))
