@@ -59,22 +59,16 @@ class Locomotion(Task):
         """One motor per hinge in the order of the joints, instead of the model's own."""
         for actuator in list(spec.actuators):
             spec.delete(actuator)
-        hinges = [
-            joint for joint in spec.joints if joint.type == mujoco.mjtJoint.mjJNT_HINGE
-        ]
+        hinges = [joint for joint in spec.joints if joint.type == mujoco.mjtJoint.mjJNT_HINGE]
         for joint, gear in zip(hinges, self.gears, strict=True):
             motor = spec.add_actuator(name=joint.name, target=joint.name)
             motor.trntype = mujoco.mjtTrn.mjTRN_JOINT
             motor.gear = [gear, 0, 0, 0, 0, 0]
 
     def initial(self, uniform: Uniform) -> State:
-        joints = uniform(-0.2, 0.2, self.act_dim) + self.tensor(0.0).clamp(
-            self.lower, self.upper
-        )
+        joints = uniform(-0.2, 0.2, self.act_dim) + self.tensor(0.0).clamp(self.lower, self.upper)
         n = len(joints)
-        root = self.tensor([0.0, 0.0, self.start_height, 1.0, 0.0, 0.0, 0.0]).expand(
-            n, 7
-        )
+        root = self.tensor([0.0, 0.0, self.start_height, 1.0, 0.0, 0.0, 0.0]).expand(n, 7)
         qpos = torch.cat([root, joints.clamp(self.lower, self.upper)], -1)
         qvel = torch.cat([root.new_zeros(n, 6), uniform(-0.1, 0.1, self.act_dim)], -1)
         sensors = root.new_zeros(n, self.sensor_count)
@@ -82,9 +76,7 @@ class Locomotion(Task):
 
     def joint_positions(self, state: State) -> Tensor:
         """q~ (N, A): joint positions scaled to [-1, 1] between their limits."""
-        return (2 * state.qpos[:, 7:] - self.upper - self.lower) / (
-            self.upper - self.lower
-        )
+        return (2 * state.qpos[:, 7:] - self.upper - self.lower) / (self.upper - self.lower)
 
     def joint_velocities(self, state: State) -> Tensor:
         """Scaled joint velocities (N, A)."""
@@ -93,9 +85,7 @@ class Locomotion(Task):
     def up_and_heading(self, state: State) -> tuple[Tensor, Tensor]:
         """Projections (N,) of the torso's z axis on the world's, of its x axis on the target."""
         rotation = rotation_matrix(state.qpos[:, 3:7])
-        to_target = torch.nn.functional.normalize(
-            self.tensor(TARGET) - state.qpos[:, :2], dim=-1
-        )
+        to_target = torch.nn.functional.normalize(self.tensor(TARGET) - state.qpos[:, :2], dim=-1)
         return rotation[:, 2, 2], (rotation[:, :2, 0] * to_target).sum(-1)
 
     def angles(self, state: State) -> Tensor:
@@ -116,9 +106,7 @@ class Locomotion(Task):
         if self.variant == "oige":
             return state.sensors
         sensors = state.sensors.unflatten(-1, (len(self.feet), 13))
-        wrench = net_wrench(
-            sensors, self.foot_mass, self.foot_centre, self.foot_inertia
-        )
+        wrench = net_wrench(sensors, self.foot_mass, self.foot_centre, self.foot_inertia)
         return wrench.flatten(1)
 
     def joint_forces(self, state: State, action: Tensor) -> Tensor:  # noqa: ARG002
@@ -149,9 +137,7 @@ class Locomotion(Task):
         """rho (A,) or (): the weight of each motor in the energy cost."""
         return 1.0
 
-    def reward_terms(
-        self, before: State, state: State, action: Tensor
-    ) -> dict[str, Tensor]:
+    def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
         up, heading = self.up_and_heading(state)
         power = (self.motor_strength() * action * self.joint_velocities(state)).abs()
         return {
@@ -206,9 +192,7 @@ def add_motion_sensors(spec: mujoco.MjSpec, body: mujoco.MjsBody):
         spec.add_sensor(type=kind, objtype=frame, objname=body.name)
 
 
-def net_wrench(
-    sensors: Tensor, mass: Tensor, centre: Tensor, inertia: Tensor
-) -> Tensor:
+def net_wrench(sensors: Tensor, mass: Tensor, centre: Tensor, inertia: Tensor) -> Tensor:
     """Net force and torque on bodies, in body axes at the body's origin: (N, F, 6).
 
     Newton and Euler: m a of the centre of mass, and I alpha + omega x (I omega) + c x m a.

@@ -69,9 +69,7 @@ class MujocoSimulator:
         self.physics.ctrl.copy_(self.task.control(self.action))
         return self._state().clone(), fresh
 
-    def _after(
-        self, before: State, fresh: State
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _after(self, before: State, fresh: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         self.progress += 1
         state = self.task.limit(self._state())
         self._write(state)
@@ -143,9 +141,7 @@ class MujocoSimulator:
             self.renderer.update_scene(data, camera="track")
             return self.renderer.render()
         except Exception as error:  # whatever the graphics libraries raise
-            raise SimulatorError(
-                f"can't render: {type(error).__name__}: {error}"
-            ) from None
+            raise SimulatorError(f"can't render: {type(error).__name__}: {error}") from None
 
     def state_dict(self) -> dict:
         """Everything that the coming steps depend on, but for the action."""

@@ -64,9 +64,7 @@ class WarpPhysics:
             import warp
         except ModuleNotFoundError as error:
             hint = f"pip install mujoco-warp=={mujoco.__version__}"
-            raise SimulatorError(
-                f"simulating on a GPU needs {error.name}: {hint}"
-            ) from None
+            raise SimulatorError(f"simulating on a GPU needs {error.name}: {hint}") from None
         self.model, self.device, self.graph = model, device, None
         self.warp, self.mujoco_warp = warp, mujoco_warp
         warp.config.quiet = True
@@ -83,9 +81,7 @@ class WarpPhysics:
             return
         if self.graph is None:
             self.graph = self._capture(substeps)
-        stream = self.warp.stream_from_torch(
-            torch.cuda.current_stream(self.qpos.device)
-        )
+        stream = self.warp.stream_from_torch(torch.cuda.current_stream(self.qpos.device))
         self.warp.capture_launch(self.graph, stream=stream)
 
     def _launch(self, substeps: int):

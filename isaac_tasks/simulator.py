@@ -87,18 +87,14 @@ def make_simulator(
     if chosen == "mujoco":
         if env_id not in TASKS:
             known = ", ".join(TASKS)
-            raise SimulatorError(
-                f"the embedded simulator has no task {env_id}; it has {known}"
-            )
+            raise SimulatorError(f"the embedded simulator has no task {env_id}; it has {known}")
         from isaac_tasks.mujoco_simulator import MujocoSimulator
 
         return MujocoSimulator(TASKS[env_id], num_envs, seed, device, threads, variant)
     package = {"isaacgym": "isaacgymenvs", "isaaclab": "isaaclab_tasks"}[chosen]
     if importlib.util.find_spec(package) is None:
         known = f"the embedded tasks are {', '.join(TASKS)}"
-        raise SimulatorError(
-            f"{env_id} needs {chosen}, and {package} is not installed; {known}"
-        )
+        raise SimulatorError(f"{env_id} needs {chosen}, and {package} is not installed; {known}")
     if chosen == "isaacgym":
         from isaac_tasks.isaacgym_simulator import IsaacGymSimulator
 

@@ -61,13 +61,9 @@ class Task:
     contacts, constraints = 64, 256
     """most contacts (on average) and constraint rows of one environment on the GPU"""
 
-    def __init__(
-        self, variant: str = "oige", device="cpu", dtype: torch.dtype = torch.float64
-    ):
+    def __init__(self, variant: str = "oige", device="cpu", dtype: torch.dtype = torch.float64):
         if variant not in self.variants:
-            raise ValueError(
-                f"variant {variant}: must be one of {', '.join(self.variants)}"
-            )
+            raise ValueError(f"variant {variant}: must be one of {', '.join(self.variants)}")
         self.variant, self.device, self.dtype = variant, torch.device(device), dtype
 
     def tensor(self, values) -> Tensor:
@@ -77,9 +73,7 @@ class Task:
         """The options that all models share."""
         spec.option.timestep = self.time_step
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-        spec.option.disableflags |= (
-            mujoco.mjtDisableBit.mjDSBL_AUTORESET
-        )  # a NaN stays visible
+        spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a NaN stays visible
 
     def spec(self) -> mujoco.MjSpec:
         """The model: one control per number that `control` returns."""
@@ -108,9 +102,7 @@ class Task:
         """Observations (N, S); action (N, A): the one just applied, zero after a reset."""
         raise NotImplementedError
 
-    def reward_terms(
-        self, before: State, state: State, action: Tensor
-    ) -> dict[str, Tensor]:
+    def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
         """The addends (N,) of the reward by name, for a step without failure."""
         raise NotImplementedError
 
@@ -130,15 +122,9 @@ def rotation_matrix(quat: Tensor) -> Tensor:
     """R (N, 3, 3), body to world, of unit quaternions w,x,y,z (N, 4)."""
     w, x, y, z = quat.unbind(-1)
     rows = [
-        torch.stack(
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], -1
-        ),
-        torch.stack(
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)], -1
-        ),
-        torch.stack(
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1
-        ),
+        torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], -1),
+        torch.stack([2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)], -1),
+        torch.stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1),
     ]
     return torch.stack(rows, -2)
 
