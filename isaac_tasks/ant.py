@@ -16,7 +16,8 @@ class Ant(Locomotion):
     """
 
     obs_dim, act_dim = 60, 8
-    ranges = ((-40, 40), (30, 100), (-40, 40), (-100, -30)) + ((-40, 40), (-100, -30), (-40, 40), (30, 100))  # fmt: skip
+    hip, rising, falling = (-40, 40), (30, 100), (-100, -30)  # ankles 1, 4 and 2, 3
+    ranges = (hip, rising, hip, falling, hip, falling, hip, rising)
     angular_scale, velocity_scale, sensor_scale = 1.0, 0.2, 0.1
     action_cost = 0.005
     fallen_height, fallen_reward = 0.31, -2.0
