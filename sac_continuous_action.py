@@ -435,6 +435,9 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+HIDDEN = [256, 256]  # units of the hidden layers
+
+
 class Actor(nn.Module):
     """pi(a|s): a = tanh(u), u ~ N(mu(s), sigma(s)^2), log sigma between -5 and 2.
 
@@ -446,7 +449,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, action_scale: Tensor | None = None):
         super().__init__()
-        self.net = MLP([obs_dim, 256, 256, 2 * act_dim])
+        self.net = MLP([obs_dim, *HIDDEN, 2 * act_dim])
         scale = torch.ones(act_dim) if action_scale is None else action_scale
         self.register_buffer("action_scale", scale.float())
 
@@ -481,7 +484,7 @@ class Critics(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, shifting: bool = False):
         super().__init__()
-        self.q = nn.ModuleList(MLP([obs_dim + act_dim, 256, 256, 1]) for _ in range(2))
+        self.q = nn.ModuleList(MLP([obs_dim + act_dim, *HIDDEN, 1]) for _ in range(2))
         self.b = nn.ModuleList(MLP([obs_dim, 256, 256, 1]) for _ in range(2 if shifting else 0))
         for shift in self.b:  # no shift at the start
             nn.init.zeros_(shift.layers[-1].weight)

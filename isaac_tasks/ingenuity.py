@@ -96,7 +96,7 @@ class Ingenuity(Task):
         angular = angular * (self.max_spin / speed.clamp(min=self.max_spin))
         return State(state.qpos, torch.cat([linear, angular], -1), state.sensors, state.memory)
 
-    def observe(self, state: State, action: Tensor) -> Tensor:  # noqa: ARG002
+    def observe(self, state: State, action: Tensor) -> Tensor:
         position, quat = state.qpos.split([3, 4], -1)
         quat = quat if self.variant == "oige" else quat.roll(-1, -1)
         linear, angular = state.qvel[:, :3], self.angular_velocity(state)

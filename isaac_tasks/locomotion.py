@@ -109,7 +109,7 @@ class Locomotion(Task):
         wrench = net_wrench(sensors, self.foot_mass, self.foot_centre, self.foot_inertia)
         return wrench.flatten(1)
 
-    def joint_forces(self, state: State, action: Tensor) -> Tensor:  # noqa: ARG002
+    def joint_forces(self, state: State, action: Tensor) -> Tensor:
         """A slice of the observation that only the Humanoid's variant "ige" has."""
         return action[:, :0]
 

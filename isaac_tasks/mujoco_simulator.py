@@ -42,6 +42,7 @@ class MujocoSimulator:
         self.num_envs, self.model = num_envs, model
         self.obs_dim, self.act_dim = self.task.obs_dim, self.task.act_dim
         self.max_steps = self.task.episode_length - 1
+        self.fps = round(1 / (self.task.substeps * self.task.time_step))
         self.generator = torch.Generator(self.device).manual_seed(seed)
         zeros = dict(dtype=dtype, device=self.device)
         self.progress = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
@@ -50,7 +51,9 @@ class MujocoSimulator:
         self.graphs = None
         self.renderer = None
 
-    def reset(self) -> Tensor:
+    def reset(self, seed: int | None = None) -> Tensor:
+        if seed is not None:
+            self.generator.manual_seed(seed)
         everywhere = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
         return self._start(everywhere, self._state(), self.task.initial(self._uniform))
 

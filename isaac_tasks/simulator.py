@@ -37,8 +37,11 @@ class Simulator(Protocol):
     one_per_process: bool
     """a second simulator can't exist beside this one, not even for evaluation"""
 
-    def reset(self) -> Tensor:
-        """Starts new episodes everywhere; first observations (N, S)."""
+    fps: int
+    """control steps per second of simulated time"""
+
+    def reset(self, seed: int | None = None) -> Tensor:
+        """Starts new episodes everywhere; first observations (N, S). seed: as Gymnasium's."""
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One control step with actions (N, A), clipped to [-1, 1].

@@ -87,7 +87,7 @@ class Task:
         """First states of N episodes."""
         raise NotImplementedError
 
-    def before_step(self, state: State, progress: Tensor, fresh: State) -> Tensor:  # noqa: ARG002
+    def before_step(self, state: State, progress: Tensor, fresh: State) -> Tensor:
         """The memory (N, memory_dim) for the coming step.
 
         progress (N,): steps since the reset. fresh: new first states to take from.

@@ -1,0 +1,92 @@
+"""Isaac Gym's own tasks (IsaacGymEnvs), where an episode's reset comes one step late."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isaac_tasks.simulator import SimulatorError
+
+
+class IsaacGymSimulator:
+    """N environments of a task; `isaac_tasks.Simulator` says what its methods return.
+
+    Isaac Gym resets an environment in the step after the one that raised its done flag. Where an
+    episode ends, `obs` is therefore the same as `final_obs`; the next row of that environment
+    joins two episodes: it is not `valid`, and its `obs` is the first one of the new episode.
+
+    seed: of torch's and numpy's global generators, from which Isaac Gym draws.
+    """
+
+    exact_resume = False
+    one_per_process = True
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, device="cpu"):
+        try:
+            import isaacgym  # noqa: F401  # before isaacgymenvs, and both before torch
+            import isaacgymenvs
+        except Exception as error:  # among others, of the wrong Python or numpy
+            hint = " (its import must come before torch's)" if "PyTorch" in str(error) else ""
+            raise SimulatorError(f"can't import Isaac Gym{hint}: {_text(error)}") from error
+        self.device, place = torch.device(device), str(device)
+        torch.manual_seed(seed)  # `make` takes a seed and ignores it
+        np.random.seed(seed)
+        try:
+            self.env = isaacgymenvs.make(
+                seed=seed,
+                task=env_id,
+                num_envs=num_envs,
+                sim_device=place,
+                rl_device=place,
+                graphics_device_id=-1,
+                headless=True,
+                force_render=False,
+            )
+        except (Exception, SystemExit) as error:  # it quits where it can't start the physics
+            raise SimulatorError(f"Isaac Gym can't make {env_id}: {_text(error)}") from error
+        self.num_envs = num_envs
+        self.obs_dim, self.act_dim = self.env.num_obs, self.env.num_acts
+        # A time-out comes at the end of step L - 1 of an episode. Tasks that reset before physics
+        # take step 1 within the late reset; `reset` does that step itself, so that L - 2 are left.
+        self.max_steps = int(self.env.max_episode_length) - 2
+        self.valid = torch.ones(num_envs, dtype=torch.bool, device=self.device)
+        self.late = torch.zeros_like(self.valid)  # where the next step is spent on a reset
+
+    def reset(self) -> Tensor:
+        """Isaac Gym's own `reset` resets nothing: its flags do, in a step."""
+        self.env.reset_buf.fill_(1)
+        zeros = torch.zeros(self.num_envs, self.act_dim, device=self.device)
+        obs, _, done, _ = self.env.step(zeros)
+        self.late = done.bool()  # an episode can fail within that step
+        self.valid = torch.ones_like(self.valid)
+        return obs["obs"].clone()
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        observations, reward, done, extras = self.env.step(action.clamp(-1, 1))
+        # All these are views of buffers that the next step overwrites.
+        final_obs, done = observations["obs"].clone(), done.bool()
+        if "time_outs" in extras:
+            time_out = extras["time_outs"].bool()  # also where a fall coincides with the limit
+        else:
+            limit = self.env.max_episode_length - 1
+            time_out = (self.env.progress_buf >= limit).to(self.device)
+        self.valid = ~self.late
+        self.late = done  # of a spurious row, too: then the next row is spurious again
+        done = done & self.valid
+        reward = torch.where(self.valid, reward, 0.0)
+        return final_obs.clone(), reward, done & ~time_out, done & time_out, final_obs
+
+    def render(self) -> np.ndarray:
+        message = "Isaac Gym runs without graphics here: leave out --capture-video"
+        raise SimulatorError(message)
+
+    def state_dict(self) -> dict:
+        """Empty: Isaac Gym can't save its physics. A resumed run starts new episodes."""
+        return {}
+
+    def load_state_dict(self, state: dict):
+        """Does nothing: see `state_dict`."""
+
+
+def _text(error: BaseException) -> str:
+    """The first line of its message."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
