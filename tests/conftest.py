@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = [ROOT / f"{name}_continuous_action.py" for name in ("meow", "sac", "sql")]
 SCRIPT = SCRIPTS[0]
+ISAAC_SCRIPTS = [ROOT / f"{name}_isaacgym.py" for name in ("meow", "sac")]
 torch.set_num_threads(1)
 
 
