@@ -2,6 +2,7 @@
 
     pip install -r requirements-benchmark.txt
     python benchmarks/speed.py --env-id HalfCheetah-v4
+    python benchmarks/speed.py --env-id Ant            # an Isaac Gym task: another table, see below
 
 Every row is a process of its own that trains for real (environment, acting, replay buffer, update,
 logging); the rows take turns, round by round, so that a slow minute of the machine hits all alike.
@@ -9,6 +10,9 @@ With a GPU there are rows for it too. Reported is the median over windows of 250
 and compilation. The floor is the time that the update's matrix products alone would take: FLOPs
 counted by PyTorch in one update of MEow, over the rate of a 256 x 256 x 256 fp32 product measured
 in the same round on as many threads.
+
+For the embedded Isaac Gym tasks: environment steps per second (vector steps times environments) of
+the simulator alone with random actions, and of training MEow and SAC.
 """
 
 import csv
@@ -50,6 +54,7 @@ GPU = {
     "SQL compiled, GPU": "sql",
 }
 SB3 = "SB3 SAC"
+ISAAC_WINDOW = 50  # vector steps
 
 
 @dataclasses.dataclass
@@ -62,6 +67,8 @@ class Options:
     """rounds; the table shows the median over all windows of all rounds"""
     threads: tuple[int, ...] = (1, 2)
     """thread counts on the CPU"""
+    num_envs: int = 128
+    """environments of an Isaac Gym task"""
 
 
 def script_windows(options: Options, row: str, threads: int) -> list[float]:
@@ -109,6 +116,72 @@ def run_sb3(env_id: str, steps: int, threads: int) -> None:
     print(json.dumps([WINDOW / (b - a) for a, b in pairwise(times)]))
 
 
+def isaac_windows(options: Options, row: str, threads: int) -> list[float]:
+    """Environment steps per second in each window of one real run; row: "script options"."""
+    name, *flags = row.split()
+    total = 100 + ISAAC_WINDOW + options.steps
+    words = f"--env-id {options.env_id} --torch-threads {threads} --sim-threads {threads}"
+    words += f" --num-envs {options.num_envs} --total-timesteps {total} --checkpoint-frequency 0"
+    words += f" --log-frequency {ISAAC_WINDOW} --eval-frequency {total} --eval-episodes 1"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / f"{name}_isaacgym.py"), *words.split(), *flags]
+        command += ["--runs-dir", folder]
+        subprocess.run(command, check=True, capture_output=True, env=one_pool(threads))
+        (file,) = Path(folder).glob("*/metrics.csv")
+        with open(file) as f:
+            rows = [r for r in csv.DictReader(f) if r["name"] == "charts/env_SPS"]
+    return [float(r["value"]) for r in rows if int(r["step"]) > 100 + ISAAC_WINDOW]
+
+
+def simulator_windows(options: Options, device: str, threads: int) -> list[float]:
+    """The same for the simulator alone."""
+    from isaac_tasks import make_simulator
+
+    torch.set_num_threads(threads)
+    envs = make_simulator("mujoco", options.env_id, options.num_envs, 1, device, threads)
+    envs.reset()
+    action = 2 * torch.rand(options.num_envs, envs.act_dim, device=device) - 1
+    speeds = []
+    for i in range(1 + options.steps // ISAAC_WINDOW):
+        start = time.perf_counter()
+        for _ in range(ISAAC_WINDOW):
+            envs.step(action)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i:  # the first one warms up
+            speeds.append(ISAAC_WINDOW * options.num_envs / (time.perf_counter() - start))
+    return speeds
+
+
+def measure_isaac(options: Options) -> None:
+    """The table of an Isaac Gym task."""
+    rows = {}
+    for threads in options.threads:
+        rows |= {
+            (f"{options.env_id} alone", threads): lambda t: simulator_windows(options, "cpu", t)
+        }
+        rows |= {("MEow training", threads): lambda t: isaac_windows(options, "meow --no-cuda", t)}
+        rows |= {("SAC training", threads): lambda t: isaac_windows(options, "sac --no-cuda", t)}
+    if torch.cuda.is_available():
+        rows |= {
+            (f"{options.env_id} alone, GPU", 1): lambda t: simulator_windows(options, "cuda", t)
+        }
+        rows |= {("MEow training, GPU", 1): lambda t: isaac_windows(options, "meow", t)}
+        rows |= {("SAC training, GPU", 1): lambda t: isaac_windows(options, "sac", t)}
+    windows = {row: [] for row in rows}
+    for i in range(options.rounds):
+        for (name, threads), measure in rows.items():
+            print(f"round {i + 1}/{options.rounds}: {name}, threads: {threads}", file=sys.stderr)
+            windows[name, threads] += measure(threads)
+    print(f"\n{options.env_id}, {options.num_envs} environments, one update per vector step;")
+    print(f"{options.rounds} rounds of {options.steps} vector steps; torch {torch.__version__},")
+    print(f"mujoco {mujoco.__version__}, {os.cpu_count()} cores\n")
+    print("| | threads | environment steps/s (min to max window) |\n|---|---|---|")
+    for (name, threads), speeds in windows.items():
+        span = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})"
+        print(f"| {name} | {threads} | {span} |")
+
+
 def one_pool(threads: int) -> dict:
     return {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
@@ -127,7 +200,6 @@ def product_rate(threads: int) -> float:
 
 def update_flops(env_id: str) -> int:
     """FLOPs of the matrix products in one update, counted by PyTorch on the eager one."""
-    sys.path.insert(0, str(ROOT))
     import meow_continuous_action as meow
 
     args = meow.default_args(env_id)
@@ -143,6 +215,12 @@ def update_flops(env_id: str) -> int:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
+    sys.path.insert(0, str(ROOT))
+    from isaac_tasks import TASKS
+
+    if options.env_id in TASKS:
+        measure_isaac(options)
+        return
     flops = update_flops(options.env_id)
     rows = [(name, threads) for threads in options.threads for name in (*CPU, SB3)]
     rows += [(name, options.threads[0]) for name in GPU if torch.cuda.is_available()]
