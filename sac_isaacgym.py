@@ -1211,9 +1211,9 @@ def train(args: Args, checkpoint: dict | None = None) -> dict:
     Returns {"run_dir", "step", "return_mean"}: the last evaluation's mean return.
     """
     device, compiled = prepare_hardware(args)
-    torch.manual_seed(args.seed)  # exploration
-    rng = np.random.default_rng(args.seed)  # replay and dropout
     env = TrainingEnvs(args, device)
+    torch.manual_seed(args.seed)  # networks and exploration, whatever the simulator has seeded
+    rng = np.random.default_rng(args.seed)  # replay and dropout
     capacity, max_steps = min(args.buffer_size, args.total_timesteps), env.simulator.max_steps
     replay = ReplayBuffer(capacity, args.num_envs, env.obs_dim, env.act_dim, max_steps, device)
     actor, critics = (n.to(device) for n in make_networks(args, env.obs_dim, env.act_dim))

@@ -11,7 +11,7 @@ from isaac_tasks.simulator import SimulatorError
 
 NEEDED = "Isaac Lab 3.0 or newer is needed: older ones hide an episode's final observation"
 # Isaac Lab's physics stays open until the process ends, as closing it may end the process.
-running = contextlib.ExitStack()
+until_exit = contextlib.ExitStack()
 
 
 class IsaacLabSimulator:
@@ -23,8 +23,12 @@ class IsaacLabSimulator:
 
     def __init__(self, env_id: str, num_envs: int, seed: int, device="cpu"):
         try:
+            from isaaclab import app
+
+            launch = getattr(app, "launch_simulation", None)
+            if launch is None:  # before 3.0 the app must start before all other imports
+                self.app = app.AppLauncher(headless=True, device=str(device)).app
             import isaaclab_tasks  # noqa: F401  # registers the tasks
-            from isaaclab.app import launch_simulation
             from isaaclab_tasks.utils import parse_env_cfg
         except ImportError as error:
             raise SimulatorError(f"{NEEDED} ({error})") from error
@@ -38,8 +42,8 @@ class IsaacLabSimulator:
             raise SimulatorError(NEEDED)
         cfg.seed, cfg.compute_final_obs = seed, True
         try:
-            options = {"headless": True, "device": str(device)}
-            running.enter_context(launch_simulation(cfg, options))
+            if launch:
+                until_exit.enter_context(launch(cfg, {"headless": True, "device": str(device)}))
             self.env = gymnasium.make(env_id, cfg=cfg)
         except Exception as error:  # whatever the graphics and physics libraries raise
             text = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -18,7 +18,9 @@ class Simulator(Protocol):
     """N environments stepped together; every tensor lies on `device`, float32 or bool.
 
     An environment whose episode ends starts its next one within the same step: `obs` is then the
-    new episode's first observation and `final_obs` the last one of the old. Observations and
+    new episode's first observation and `final_obs` the last one of the old. Where a simulator
+    resets one step late (Isaac Gym), `obs` equals `final_obs` at the end of an episode, and the
+    next row, which is not `valid`, brings the new episode's first observation. Observations and
     rewards are the caller's to keep: no later step changes them.
     """
 
@@ -30,7 +32,7 @@ class Simulator(Protocol):
     """an environment's time-outs are at least so many steps apart"""
     valid: Tensor | None
     """(N,) bool: rows of the last step that belong to the task. The others were spent on a late
-    reset (Isaac Gym): their flags are False, their reward is 0, and they must not be learned from.
+    reset: their flags are False, their reward is 0, and they must not be learned from.
     None: all are valid"""
     exact_resume: bool
     """`load_state_dict` restores the environments; if not, episodes start anew"""
@@ -61,14 +63,14 @@ class Simulator(Protocol):
 
 
 def choose_simulator(name: str, env_id: str) -> str:
-    """What "auto" means: the embedded tasks on MuJoCo, Isaac-...-v0 on Isaac Lab."""
+    """What "auto" means: the embedded tasks on MuJoCo, ids Isaac-... on Isaac Lab."""
     from isaac_tasks import TASKS
 
     if name != "auto":
         return name
     if env_id in TASKS:
         return "mujoco"
-    return "isaaclab" if env_id.startswith("Isaac-") else "isaacgym"
+    return "isaaclab" if env_id.startswith(("Isaac-", "IsaacContrib-")) else "isaacgym"
 
 
 def make_simulator(

@@ -1,0 +1,15 @@
+"""Stand-in: `launch_simulation` keeps the physics running until its block is left."""
+
+from contextlib import contextmanager
+
+running = False
+
+
+@contextmanager
+def launch_simulation(cfg, launcher_args=None):  # noqa: ARG001
+    global running
+    running = True
+    try:
+        yield
+    finally:
+        running = False
