@@ -269,14 +269,10 @@ def test_refusals_of_isaac_lab(env_id, message):
 
 
 def test_an_isaac_lab_without_final_observations_is_refused(monkeypatch):
-    """Without `launch_simulation` (2.3), without the option, and where it has no effect."""
-    import isaaclab.app
+    """Without the option, and where it has no effect."""
     import isaaclab_tasks
 
     needed = "Isaac Lab 3.0 or newer is needed"
-    with monkeypatch.context() as patch:
-        patch.delattr(isaaclab.app, "launch_simulation")
-        assert needed in refusal("isaaclab", "Isaac-Ant-Direct-v0")
     with monkeypatch.context() as patch:
         original = isaaclab_tasks.EnvCfg.__init__
         patch.setattr(
@@ -290,6 +286,15 @@ def test_an_isaac_lab_without_final_observations_is_refused(monkeypatch):
     simulator.env.unwrapped.cfg.compute_final_obs = False  # and no old one is taken instead
     with pytest.raises(SimulatorError, match="did not return the final observation"):
         play(simulator, 8, simulator.reset())
+
+
+def test_an_isaac_lab_without_launch_simulation_starts_by_its_app_launcher(monkeypatch):
+    import isaaclab.app
+
+    monkeypatch.setattr(isaaclab.app, "running", False)
+    monkeypatch.delattr(isaaclab.app, "launch_simulation")
+    simulator = make_simulator("isaaclab", "Isaac-Ant-Direct-v0", 5, seed=1)
+    play(simulator, 8, simulator.reset())
 
 
 @pytest.mark.parametrize(
