@@ -289,6 +289,15 @@ def make_envs(args: Args, num_envs: int, seed: int, device: torch.device) -> Sim
         raise UsageError(f"--env-id {args.env_id}: {error}") from None
 
 
+@contextlib.contextmanager
+def simulator_errors():
+    """As a decorator: the simulator's errors become ours."""
+    try:
+        yield
+    except SimulatorError as error:
+        raise RunError(f"the simulator failed: {error}; the last checkpoint is intact") from None
+
+
 def check_finite(env_id: str, step: int, obs: Tensor, reward: Tensor):
     """Raises: RunError when an environment returned NaN or infinity."""
     bad = ~(obs.isfinite().all(-1) & reward.isfinite())
@@ -320,18 +329,17 @@ class TrainingEnvs:
         self.returns, self.lengths = zeros, zeros.clone()  # of the episodes under way
         self.ended = torch.zeros(3, device=device)  # number, sum of returns, sum of lengths
 
+    @simulator_errors()
     def reset(self, step: int):
         """Starts new episodes everywhere; their first observations are `self.obs` (N, S)."""
         self.obs = self.simulator.reset()
         check_finite(self.env_id, step, self.obs, self.obs.new_zeros(len(self.obs)))
         self.norm.update(self.obs)
 
+    @simulator_errors()
     def step(self, action: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One vector step: reward, terminated, truncated (N,) and final_obs (N, S)."""
-        try:
-            self.obs, reward, terminated, truncated, final_obs = self.simulator.step(action)
-        except SimulatorError as error:
-            raise RunError(f"{self.env_id} at step {step}: {error}") from None
+        self.obs, reward, terminated, truncated, final_obs = self.simulator.step(action)
         check_finite(self.env_id, step, torch.cat([self.obs, final_obs], -1), reward)
         self.norm.update(self.obs)
         self.returns += reward
@@ -505,9 +513,8 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict):
         self.added = state["added"]
-        self.final_obs.copy_(state["final_obs"])
         self.invalid[: len(state["invalid"])] = state["invalid"].numpy()
-        for name in ("obs", "rows"):
+        for name in ("obs", "rows", "final_obs"):  # shorter ones after fewer --total-timesteps
             getattr(self, name)[: len(state[name])].copy_(state[name])
 
 
@@ -934,6 +941,7 @@ class Evaluator:
     def __init__(self, args: Args, simulator: Simulator, act):
         self.args, self.simulator, self.act = args, simulator, act
 
+    @simulator_errors()
     def run(self, step: int, video_path: Path) -> tuple[list[float], list[int]]:
         """Returns and lengths of n episodes; their seeds depend on --seed and `step`.  # D6
 

@@ -19,6 +19,7 @@ class IsaacGymSimulator:
 
     exact_resume = False
     one_per_process = True
+    fps = 60
 
     def __init__(self, env_id: str, num_envs: int, seed: int, device="cpu"):
         try:
@@ -28,8 +29,7 @@ class IsaacGymSimulator:
             hint = " (its import must come before torch's)" if "PyTorch" in str(error) else ""
             raise SimulatorError(f"can't import Isaac Gym{hint}: {_text(error)}") from error
         self.device, place = torch.device(device), str(device)
-        torch.manual_seed(seed)  # `make` takes a seed and ignores it
-        np.random.seed(seed)
+        seed_everything(seed)  # `make` takes a seed and ignores it
         try:
             self.env = isaacgymenvs.make(
                 seed=seed,
@@ -51,8 +51,10 @@ class IsaacGymSimulator:
         self.valid = torch.ones(num_envs, dtype=torch.bool, device=self.device)
         self.late = torch.zeros_like(self.valid)  # where the next step is spent on a reset
 
-    def reset(self) -> Tensor:
+    def reset(self, seed: int | None = None) -> Tensor:
         """Isaac Gym's own `reset` resets nothing: its flags do, in a step."""
+        if seed is not None:
+            seed_everything(seed)
         self.env.reset_buf.fill_(1)
         zeros = torch.zeros(self.num_envs, self.act_dim, device=self.device)
         obs, _, done, _ = self.env.step(zeros)
@@ -85,6 +87,11 @@ class IsaacGymSimulator:
 
     def load_state_dict(self, state: dict):
         """Does nothing: see `state_dict`."""
+
+
+def seed_everything(seed: int):
+    torch.manual_seed(seed)
+    np.random.seed(seed)
 
 
 def _text(error: BaseException) -> str:

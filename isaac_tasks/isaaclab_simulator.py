@@ -20,6 +20,7 @@ class IsaacLabSimulator:
     valid = None
     exact_resume = False
     one_per_process = True
+    fps = 60
 
     def __init__(self, env_id: str, num_envs: int, seed: int, device="cpu"):
         try:
@@ -56,8 +57,8 @@ class IsaacLabSimulator:
         self.act_dim = _length(space, f"{env_id}: actions")
         self.max_steps = int(unwrapped.max_episode_length) - 1
 
-    def reset(self) -> Tensor:
-        obs, _ = self.env.reset()
+    def reset(self, seed: int | None = None) -> Tensor:
+        obs, _ = self.env.reset(seed=seed)
         return obs["policy"].clone()
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

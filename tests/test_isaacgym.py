@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ISAAC_SCRIPTS
+from conftest import ISAAC_SCRIPTS, ROOT
 from test_run import environment, is_one_sentence, metrics, only_run, run, wait_for
 
 import meow_isaacgym as meow
@@ -268,3 +268,44 @@ def test_a_nan_from_an_environment_stops_the_run_and_names_it(tmp_path, monkeypa
     monkeypatch.setattr(meow.TrainingEnvs, "step", broken)
     with pytest.raises(meow.RunError, match=r"environment 2 of 4 of Ant .* = nan.* at step 5"):
         meow.train(args)
+
+
+# --- NVIDIA's simulators, played by the stand-ins of tests/stand_ins ------------------------------
+def with_stand_ins():
+    """PYTHONPATH with the stand-ins; isaacgym then refuses to be imported after torch."""
+    path = f"{ROOT}/tests/stand_ins:{ROOT}/tests"
+    return environment(PYTHONPATH=path, STRICT_IMPORT_ORDER="1")
+
+
+@pytest.mark.parametrize("script", ISAAC_SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("simulator", "env_id", "max_steps"),
+    [("isaacgym", "Ant", 6), ("isaacgym", "Ingenuity", 6), ("auto", "Isaac-Ant-Direct-v0", 7)],
+)
+def test_nvidias_simulators(simulator, env_id, max_steps, script, tmp_path):
+    """Trains, resumes with new episodes and evaluates; no row that is drawn joins two episodes."""
+    words = command(script=script, simulator=simulator, env_id=env_id, num_envs=5)
+    first = run(words, tmp_path, with_stand_ins())
+    assert first.returncode == 0, first.stderr
+    assert "no evaluation while training" in first.stderr
+    folder = only_run(tmp_path)
+    names = {name for _, name, _ in metrics(folder)}
+    assert "charts/episodic_return" in names
+    assert "eval/return_mean" not in names
+    resume = [sys.executable, str(script), "--resume", str(folder), "--total-timesteps", "160"]
+    resumed = run(resume, tmp_path, with_stand_ins())
+    assert resumed.returncode == 0, resumed.stderr
+    assert "their episodes start anew" in resumed.stderr
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["replay"]
+    obs_dim, width = state["obs"].shape[-1], state["rows"].shape[-1]
+    replay = ReplayBuffer(160, 5, obs_dim, width - 3, max_steps)
+    replay.load_state_dict(state)
+    drawn = gathered(replay, 20_000)
+    obs, _, next_obs, reward, terminated = drawn.split(replay.splits, -1)
+    going_on = terminated[:, 0] == 0
+    place, after = 64 * obs[going_on, :3], 64 * next_obs[going_on, :3]
+    assert torch.equal(place + torch.tensor([0, 0, 1]), after)  # environment, episode, step
+    assert (reward < 2).all()  # spurious rows pay 100
+    evaluate = [sys.executable, str(script), "--evaluate", str(folder)]
+    played = run(evaluate, tmp_path, with_stand_ins())
+    assert "2 deterministic episodes" in played.stdout, played.stderr
