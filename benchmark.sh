@@ -314,13 +314,15 @@ say() { # a line that stays, after taking back the overview on a terminal
   echo "$*"
 }
 
-eta() { # from the share of all steps that was done since the start
-  local run left=0 gained=0
+eta() { # workers at the speed so far; at least what the longest run needs by itself
+  local run own left=0 longest=0 gained=0
   for run in "${queue[@]}"; do
-    left=$((left + 1000000 - part[run])) gained=$((gained + part[run] - begun[run]))
+    own=$((1000000 - part[run])) gained=$((gained + part[run] - begun[run]))
+    left=$((left + own)) longest=$((own > longest ? own : longest))
   done
   if ((gained <= 0)); then echo unknown && return; fi
-  left=$((left * SECONDS / gained))
+  left=$((left / workers > longest ? left / workers : longest))
+  left=$((left * busy / gained)) # busy: seconds of all workers together
   printf '%d:%02d:%02d' $((left / 3600)) $((left / 60 % 60)) $((left % 60))
 }
 
@@ -375,7 +377,8 @@ main() { # a function, so that editing this file doesn't disturb a benchmark tha
 
   pids=() running=() caught=() # of each worker slot in use: process, run, has had a handler
   waiting=() failed=() part=() begun=() # part, begun: millionths done of each run, and at the start
-  finished=0 stopping='' rang='' forwarded='' drawn=0 shown=-1000 next=0 SECONDS=0
+  finished=0 stopping='' rang='' forwarded='' drawn=0 shown=-1000 next=0
+  busy=0 counted=0 SECONDS=0
   if [[ -t 1 ]]; then period=2; else period=30; fi # seconds
   for name in INT TERM HUP; do
     # shellcheck disable=SC2064 # this name
@@ -410,6 +413,7 @@ main() { # a function, so that editing this file doesn't disturb a benchmark tha
     done
     if ((${#pids[@]} == 0)); then break; fi
     if [[ $rang ]]; then rang='' && forward; fi
+    busy=$((busy + ${#pids[@]} * (SECONDS - counted))) counted=$SECONDS
     if ((SECONDS - shown >= period)); then overview && shown=$SECONDS; fi
     sleep 0.3 || true # a signal may end it
   done
