@@ -42,15 +42,17 @@ PAPER = {  # final average return of MEow and steps, as the paper reports them
     "Ant-v4": (6586.33, 4_000_000),
     "Humanoid-v4": (6923.22, 5_000_000),
 }
-SAC = "sac_continuous_action"
+SAC = ("sac_continuous_action", "sac_isaacgym")
 ALGORITHMS = {  # by --exp-name: label, colour, script, an option that only this script has
     "meow_continuous_action": ("MEow", "#0072b2", "meow_continuous_action.py", "coupling"),
-    SAC: ("SAC", "#d55e00", "sac_continuous_action.py", "autotune"),
+    "sac_continuous_action": ("SAC", "#d55e00", "sac_continuous_action.py", "autotune"),
     "sql_continuous_action": ("SQL", "#009e73", "sql_continuous_action.py", "kernel_particles"),
     "sb3_td3": ("TD3 (SB3)", "#cc79a7", "sb3_baselines.py", "algo"),
     "sb3_ddpg": ("DDPG (SB3)", "#56b4e9", "sb3_baselines.py", "algo"),
     "sb3_ppo": ("PPO (SB3)", "#e69f00", "sb3_baselines.py", "algo"),
     "sb3_sac": ("SAC (SB3)", "#8c510a", "sb3_baselines.py", "algo"),
+    "meow_isaacgym": ("MEow", "#0072b2", "meow_isaacgym.py", "num_envs"),
+    "sac_isaacgym": ("SAC", "#d55e00", "sac_isaacgym.py", "num_envs"),
 }
 HEADER = "step,seconds,name,value\n"
 RUN_FILES = ("args.json", "metrics.csv")
@@ -63,6 +65,7 @@ HOUSEKEEPING = {*HOUSEKEEPING.split(), "wandb_project_name", "wandb_entity"}
 WHERE = {"runs_dir": "runs", "resume": None}  # where a run was on its machine: not copied
 COLUMNS = {"env_id", "exp_name", "seed", "total_timesteps", "eval_episodes", "deterministic_eval"}
 ROUNDING = {"cuda", "torch_threads", "torch_deterministic", "compile", "eval_frequency"}
+ROUNDING |= {"sim_threads"}
 
 STYLE = {
     "svg.hashsalt": "compare.py",  # the same ids in the file each time
@@ -108,7 +111,10 @@ class Options:
 # --- 1. Reading runs ------------------------------------------------------------------------------
 @dataclass
 class Run:
-    """What args.json and the evaluation rows of metrics.csv say. Arrays: (T,) evaluations."""
+    """What args.json and the evaluation rows of metrics.csv say. Arrays: (T,) evaluations.
+
+    Steps are environment steps, also where the run counts steps of many environments at once.
+    """
 
     folder: Path
     description: dict
@@ -119,7 +125,8 @@ class Run:
     def __post_init__(self):
         self.name, self.args = self.folder.resolve().name, self.description["args"]
         self.env, self.exp_name = self.args["env_id"], self.args["exp_name"]
-        self.seed, self.total = self.args["seed"], self.args["total_timesteps"]
+        self.seed, num_envs = self.args["seed"], self.args.get("num_envs", 1)
+        self.steps, self.total = num_envs * self.steps, num_envs * self.args["total_timesteps"]
         settings = self.description.get("settings")  # what sb3_baselines.py looked up itself
         self.settings = {**(settings if isinstance(settings, dict) else {}), **self.args}
         modes = {True: "deterministic", False: "stochastic"}
@@ -188,8 +195,8 @@ def read_run(folder: Path) -> Run:
     if not np.isfinite(seconds).all() or (np.diff(steps) <= 0).any():
         raise RunError(f"{file} is damaged: steps of evaluations must increase, seconds be finite")
     run = Run(folder, description, steps, seconds, returns)
-    if len(steps) and steps[-1] > run.total:
-        raise RunError(f"{file} goes on after the last step of args.json, {run.total}")
+    if len(steps) and run.steps[-1] > run.total:
+        raise RunError(f"{file} goes on after the last step of args.json")
     return run
 
 
@@ -339,7 +346,7 @@ def make_rows(
     runs: list[Run], envs: tuple[str, ...] = (), algos: tuple[str, ...] = ()
 ) -> list[Row]:
     """The rows of every pair of an environment and an algorithm."""
-    exp_names = {label(e).lower(): e for e in ALGORITHMS}
+    exp_names = {label(e).lower(): e for e in reversed(ALGORITHMS)}  # of equals the first
     algos = {exp_names.get(a.lower(), a) for a in algos} | {run.exp_name for run in runs}
     rows = []
     for env in in_order({*envs, *(run.env for run in runs)}, PAPER):
@@ -375,7 +382,7 @@ def group_runs(runs: list[Run]) -> list[Row]:
 
 def sac_return(task: tuple, rows: list[Row]) -> float:
     """SAC's mean final return; nan if no row of SAC is finished, or several with other settings."""
-    found = [row for row in rows if not row.status and (row.task, row.exp_name) == (task, SAC)]
+    found = [row for row in rows if not row.status and row.task == task and row.exp_name in SAC]
     return found[0].finals.mean() if len(found) == 1 else math.nan
 
 
@@ -387,10 +394,10 @@ def choose_divisors(rows: list[Row]) -> tuple[str, dict[tuple, float]]:
     several tasks on an environment it takes the one of most algorithms, then of most steps.
     """
     finished = [row for row in rows if not row.status]
-    by_sac = any(row.exp_name == SAC for row in finished)
+    by_sac = any(row.exp_name in SAC for row in finished)
     divisors = {}
     for env in dict.fromkeys(row.env for row in finished):
-        tasks = [r.task for r in finished if r.env == env and (r.exp_name == SAC or not by_sac)]
+        tasks = [r.task for r in finished if r.env == env and (r.exp_name in SAC or not by_sac)]
         algorithms = {t: len({r.exp_name for r in finished if r.task == t}) for t in tasks}
         task = max(tasks, key=lambda t: (algorithms[t], t), default=None)
         divisor = sac_return(task, rows) if by_sac else PAPER.get(env, (math.nan,))[0]

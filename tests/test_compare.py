@@ -388,3 +388,15 @@ def test_missing_package(tmp_path, package):
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     expected = f"error: {package} is missing: pip install -r requirements-benchmark.txt\n"
     assert (result.returncode, result.stderr) == (1, expected)
+
+
+def test_steps_of_many_environments_are_environment_steps(tmp_path, capsys):
+    for name, returns in (("meow_isaacgym", (1, 5, 9)), ("sac_isaacgym", (1, 2, 5))):
+        for seed in (1, 2):
+            write_run(tmp_path / "runs", name, seed, returns, env="Ant", num_envs=128)
+    code, text, _ = run_compare(capsys, tmp_path / "runs", "--out", tmp_path / "out")
+    assert code == 0
+    meow, sac = cells(text)
+    assert meow[1:3] == ["MEow", "3,840"]
+    assert sac[1:3] == ["SAC", "3,840"]
+    assert meow[6] == "2,560"  # step 20 of 30 has SAC's final return, in each of 128 environments
