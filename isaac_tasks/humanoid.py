@@ -61,6 +61,7 @@ class Humanoid(Locomotion):
         spec.option.solver = mujoco.mjtSolver.mjSOL_NEWTON
         for tendon in list(spec.tendons):
             spec.delete(tendon)
+        spec.geom("floor").size = (0, 0, 1)  # without end
         for side, sign in (("right", -1), ("left", 1)):
             foot = spec.body(f"{side}_foot")
             foot.pos = (0, 0, -0.39)

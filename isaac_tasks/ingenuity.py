@@ -28,6 +28,7 @@ class Ingenuity(Task):
     def __init__(self, variant: str = "oige", **kwargs):
         super().__init__(variant, **kwargs)
         oige = variant == "oige"
+        self.identity = self.tensor([1.0, 0.0, 0.0, 0.0])
         self.time_step, self.substeps = (0.01, 1) if oige else (0.005, 2)
         self.target_width = 1.0 if oige else 5.0
         self.start_width, self.start_height = (0.5, (0.5, 1.5)) if oige else (1.5, (0.8, 2.5))
@@ -81,7 +82,7 @@ class Ingenuity(Task):
         )
         target = torch.cat([uniform(-1, 1, 2) * self.target_width, uniform(1, 2, 1)], -1)
         n = len(position)
-        upright = self.tensor([1.0, 0.0, 0.0, 0.0]).expand(n, 4)
+        upright = self.identity.expand(n, 4)
         zeros = position.new_zeros
         return State(torch.cat([position, upright], -1), zeros(n, 6), zeros(n, 0), target)
 

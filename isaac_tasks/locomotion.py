@@ -45,7 +45,10 @@ class Locomotion(Task):
 
     def __init__(self, variant: str, **kwargs):
         super().__init__(variant, **kwargs)
+        self.target = self.tensor(TARGET)
+        self.start = self.tensor([0.0, 0.0, self.start_height, 1.0, 0.0, 0.0, 0.0])
         self.lower, self.upper = self.tensor(self.ranges).mul(math.pi / 180).unbind(-1)
+        self.neutral = self.tensor(0.0).clamp(self.lower, self.upper)
         model = self.spec().compile()
         self.sensor_count = model.nsensordata
         feet = [model.body(name) for name in self.feet]
@@ -64,11 +67,12 @@ class Locomotion(Task):
             motor = spec.add_actuator(name=joint.name, target=joint.name)
             motor.trntype = mujoco.mjtTrn.mjTRN_JOINT
             motor.gear = [gear, 0, 0, 0, 0, 0]
+            motor.ctrllimited = mujoco.mjtLimited.mjLIMITED_FALSE
 
     def initial(self, uniform: Uniform) -> State:
-        joints = uniform(-0.2, 0.2, self.act_dim) + self.tensor(0.0).clamp(self.lower, self.upper)
+        joints = uniform(-0.2, 0.2, self.act_dim) + self.neutral
         n = len(joints)
-        root = self.tensor([0.0, 0.0, self.start_height, 1.0, 0.0, 0.0, 0.0]).expand(n, 7)
+        root = self.start.expand(n, 7)
         qpos = torch.cat([root, joints.clamp(self.lower, self.upper)], -1)
         qvel = torch.cat([root.new_zeros(n, 6), uniform(-0.1, 0.1, self.act_dim)], -1)
         sensors = root.new_zeros(n, self.sensor_count)
@@ -85,7 +89,7 @@ class Locomotion(Task):
     def up_and_heading(self, state: State) -> tuple[Tensor, Tensor]:
         """Projections (N,) of the torso's z axis on the world's, of its x axis on the target."""
         rotation = rotation_matrix(state.qpos[:, 3:7])
-        to_target = torch.nn.functional.normalize(self.tensor(TARGET) - state.qpos[:, :2], dim=-1)
+        to_target = torch.nn.functional.normalize(self.target - state.qpos[:, :2], dim=-1)
         return rotation[:, 2, 2], (rotation[:, :2, 0] * to_target).sum(-1)
 
     def angles(self, state: State) -> Tensor:
@@ -107,7 +111,7 @@ class Locomotion(Task):
             return state.sensors
         sensors = state.sensors.unflatten(-1, (len(self.feet), 13))
         wrench = net_wrench(sensors, self.foot_mass, self.foot_centre, self.foot_inertia)
-        return wrench.flatten(1)
+        return (wrench * sensors.any(-1, keepdim=True)).flatten(1)  # zero in first states
 
     def joint_forces(self, state: State, action: Tensor) -> Tensor:
         """A slice of the observation that only the Humanoid's variant "ige" has."""
@@ -141,7 +145,7 @@ class Locomotion(Task):
         up, heading = self.up_and_heading(state)
         power = (self.motor_strength() * action * self.joint_velocities(state)).abs()
         return {
-            "progress": progress(before.qpos[:, :2], state.qpos[:, :2]) / self.dt,
+            "progress": progress(before.qpos[:, :2], state.qpos[:, :2], self.target) / self.dt,
             "alive": torch.full_like(up, self.alive),
             "upright": self.upright * (up > 0.93),
             "heading": self.forward * (heading / 0.8).where(heading <= 0.8, 1.0),
@@ -158,15 +162,12 @@ class Locomotion(Task):
         return reward.where(~self.failed(state), self.fallen_reward)
 
 
-def progress(before: Tensor, after: Tensor) -> Tensor:
+def progress(before: Tensor, after: Tensor, target: Tensor) -> Tensor:
     """How much nearer the target is, (N,) m; from positions (N, 2).
 
     |T - p| - |T - p'| without the cancellation of 1 km minus 1 km, which float32 can't afford.
     """
-    to_before, to_after = (
-        before.new_tensor(TARGET) - before,
-        before.new_tensor(TARGET) - after,
-    )
+    to_before, to_after = target - before, target - after
     difference_of_squares = ((after - before) * (to_before + to_after)).sum(-1)
     return difference_of_squares / (to_before.norm(dim=-1) + to_after.norm(dim=-1))
 
@@ -200,7 +201,8 @@ def net_wrench(sensors: Tensor, mass: Tensor, centre: Tensor, inertia: Tensor) -
     it (F, 3, 3) in body axes. MuJoCo's accelerometers include +g, which is taken off.
     """
     acceleration, angular, velocity, quat = sensors.split([3, 3, 3, 4], -1)
-    gravity = sensors.new_tensor([0.0, 0.0, 9.81])
+    gravity = torch.zeros_like(acceleration)
+    gravity[..., 2] = 9.81
     rotation = rotation_matrix(quat)
     force = mass[:, None] * to_body(rotation, acceleration - gravity)
     alpha, omega = to_body(rotation, angular), to_body(rotation, velocity)

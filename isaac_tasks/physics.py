@@ -4,6 +4,7 @@ Both classes show their worlds as torch tensors that share the simulator's memor
 `qpos` is the worlds' position in the next step. CPU: float64; GPU: float32.
 """
 
+import copy
 import warnings
 
 import mujoco
@@ -69,7 +70,9 @@ class WarpPhysics:
         self.warp, self.mujoco_warp = warp, mujoco_warp
         warp.config.quiet = True
         with warp.ScopedDevice(device):
-            self.warp_model = mujoco_warp.put_model(model)
+            accepted = copy.copy(model)  # it never resets by itself and refuses the flag
+            accepted.opt.disableflags &= ~mujoco.mjtDisableBit.mjDSBL_AUTORESET.value
+            self.warp_model = mujoco_warp.put_model(accepted)
             sizes = dict(nconmax=contacts, njmax=constraints)
             self.warp_data = mujoco_warp.make_data(model, nworld=num_envs, **sizes)
         for name in (*STATE, "sensordata"):

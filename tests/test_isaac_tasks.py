@@ -25,7 +25,6 @@ from numpy.testing import assert_allclose
 from torch.overrides import TorchFunctionMode
 
 from isaac_tasks import TASKS, SimulatorError
-from isaac_tasks.locomotion import progress
 from isaac_tasks.mujoco_simulator import MujocoSimulator
 from isaac_tasks.physics import STATE, CpuPhysics, WarpPhysics
 from isaac_tasks.task import State
@@ -76,7 +75,12 @@ HUMANOID = {
             (0.027, (-0.07, 0, 0), (0.14, 0.02, 0)),
         ],
     ),
-    "right_upper_arm": ("torso", (0, -0.17, 0.06), 1.661, [(0.04, (0, 0, 0), (0.16, -0.16, -0.16))]),
+    "right_upper_arm": (
+        "torso",
+        (0, -0.17, 0.06),
+        1.661,
+        [(0.04, (0, 0, 0), (0.16, -0.16, -0.16))],
+    ),
     "right_lower_arm": (
         "right_upper_arm",
         (0.18, -0.18, -0.18),
@@ -213,6 +217,12 @@ def body_velocity(model, data, body, kind=mujoco.mjtObj.mjOBJ_XBODY, local=False
     return velocity[3:], velocity[:3]
 
 
+def without_contacts(model):
+    model = copy.copy(model)
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT.value
+    return model
+
+
 def zero_action(task):
     return torch.zeros(1, task.act_dim, dtype=torch.float64)
 
@@ -249,7 +259,10 @@ def capsule_mass(radius, length, density):
 @every_variant
 def test_ant_model(variant):
     task, model = compiled("Ant", variant)
-    assert [model.body(i).name for i in range(1, model.nbody)] == ["torso", *(row[0] for row in ANT)]
+    assert [model.body(i).name for i in range(1, model.nbody)] == [
+        "torso",
+        *(row[0] for row in ANT),
+    ]
     assert [model.joint(i).name for i in range(1, model.njnt)] == [row[3] for row in ANT]
     assert model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE
     inner = [(RADIUS, (0, 0, 0), (x, y, 0)) for x in (0.2, -0.2) for y in (0.2, -0.2)]
@@ -334,7 +347,9 @@ def ingenuity_inertia():
 def test_ingenuity_model(variant):
     task, model = compiled("Ingenuity", variant)
     mass, centre, sideways, upright = ingenuity_inertia()
-    assert_allclose([mass, centre, sideways, upright], [1.5001, 0.01178, 0.0084, 0.01611], atol=6e-6)
+    assert_allclose(
+        [mass, centre, sideways, upright], [1.5001, 0.01178, 0.0084, 0.01611], atol=2e-5
+    )
     assert_allclose(model.body("chassis").mass, 0.0864)
     for rotor, z in (("lower_rotor", 0), ("upper_rotor", 0.025)):
         assert_allclose(model.body(rotor).mass, 0.7069, atol=5e-5)
@@ -411,7 +426,7 @@ def distance(model, data, one, other):
 @every_variant
 def test_ant_does_not_collide_with_itself(variant):
     task, model = compiled("Ant", variant)
-    joints = np.radians([40, 30, -40, -30, 0, -30, 0, 30])  # the front legs towards each other
+    joints = np.radians([90, 30, -90, -30, 0, -30, 0, 30])  # beyond the limits: front legs cross
     data = forward(model, make_state(task, model, joints=joints))
     assert distance(model, data, "front_left_leg", "front_right_leg") < 0
     assert data.ncon == 0
@@ -457,7 +472,11 @@ def test_thrust_on_a_tilted_body(variant, action):
         if variant == "oige":  # the full range of x and y matters
             rotor = np.array([thrust * 0.2 * x, thrust * 0.2 * y, thrust])
         else:
-            rotor = rotation @ [thrust * np.clip(x, -0.2, 0.2), thrust * np.clip(y, -0.2, 0.2), thrust]
+            rotor = rotation @ [
+                thrust * np.clip(x, -0.2, 0.2),
+                thrust * np.clip(y, -0.2, 0.2),
+                thrust,
+            ]
         force += rotor
         torque += np.cross(rotation @ [0, 0, height - centre], rotor)
     alpha = rotation @ (rotation.T @ torque / (sideways, sideways, upright))
@@ -609,11 +628,12 @@ def test_posture_rewards(name, variant):
     for up, expected in ((0.93 + 1e-9, 0.1), (0.93 - 1e-9, 0), (-1, 0)):
         values, _ = terms(task, model, quat=quaternion(roll=math.acos(up)))
         assert_allclose(values["upright"], expected)
-    for heading, expected in ((1, 0.5), (0.8 + 1e-9, 0.5), (0.4, 0.25), (0, 0), (-1, -0.625)):
+    for heading, expected in ((1, 0.5), (0.81, 0.5), (0.4, 0.25), (0, 0), (-1, -0.625)):
         values, _ = terms(task, model, quat=quaternion(yaw=math.acos(heading)))
         assert_allclose(values["heading"], expected, atol=1e-12)
-    just_below = terms(task, model, quat=quaternion(yaw=math.acos(0.8 - 1e-6)))[0]["heading"]
-    assert_allclose(just_below, 0.5 - 0.5e-6 / 0.8, rtol=0, atol=1e-12)
+    for offset in (-1e-6, 1e-6):  # continuous at 0.8
+        values, _ = terms(task, model, quat=quaternion(yaw=math.acos(0.8 + offset)))
+        assert_allclose(values["heading"], 0.5 + min(offset, 0) * 0.5 / 0.8, rtol=0, atol=1e-12)
 
 
 @every_runner
@@ -682,15 +702,19 @@ def test_progress_in_float32(start):
     """To a millionth of the way, where a difference of distances would be off by 0.06 mm."""
     rng = np.random.default_rng(0)
     before = np.array(start, np.float32) + rng.normal(size=(100, 2)).astype(np.float32)
-    after = before + 0.05 * rng.normal(size=(100, 2)).astype(np.float32)
+    after = before + (0.05 * rng.normal(size=(100, 2))).astype(np.float32)
     target = np.array([1000.0, 0.0])
     exact = np.linalg.norm(target - before, axis=1) - np.linalg.norm(target - after, axis=1)
     way = np.linalg.norm(after.astype(float) - before, axis=1)
-    got = progress(torch.tensor(before), torch.tensor(after))
-    assert got.dtype == torch.float32
-    assert np.all(abs(got.double().numpy() - exact) < 1e-6 * way + 1e-12)
-    got = progress(torch.tensor(before).double(), torch.tensor(after).double())
-    assert_allclose(got, exact, rtol=0, atol=1e-12)
+    for dtype, error in ((torch.float32, 1e-6 * way), (torch.float64, 1e-12)):
+        task = TASKS["Ant"]("oige", dtype=dtype)
+        one = make_state(task, compiled("Ant", "oige")[1])
+        states = [State(*(t.to(dtype).repeat(100, 1) for t in vars(one).values())) for _ in "ab"]
+        for state, position in zip(states, (before, after), strict=True):
+            state.qpos[:, :2] = torch.tensor(position)
+        speed = task.reward_terms(*states, torch.zeros(100, 8, dtype=dtype))["progress"]
+        assert speed.dtype == dtype
+        assert np.all(abs(speed.double().numpy() / 60 - exact) < error)
 
 
 @every_variant
@@ -735,7 +759,9 @@ def test_ingenuity_failure(variant):
 def foot_wrenches(name, variant, data):
     """{foot: (force, torque)} in foot axes, as the task reports them for MuJoCo's data."""
     task, _ = compiled(name, variant)
-    state = State(*(torch.tensor(np.array([x])) for x in (data.qpos, data.qvel, data.sensordata, [])))
+    state = State(
+        *(torch.tensor(np.array([x])) for x in (data.qpos, data.qvel, data.sensordata, []))
+    )
     rows = task.foot_sensors(state)[0].unflatten(0, (-1, 2, 3)).numpy()
     return dict(zip(FEET[name, variant], rows, strict=True))
 
@@ -814,7 +840,7 @@ def momentum(model, data, foot):
 def test_net_wrench_is_the_change_of_momentum(name, seed):
     """ige: force = dp/dt and torque = dL/dt + c x force, by central differences in flight."""
     task, model = compiled(name, "ige")
-    state = random_state(task, model, seed)
+    model, state = without_contacts(model), random_state(task, model, seed)
     data, h, moved = forward(model, state, random_action(task, seed=seed)[0]), 1e-5, []
     for step in (h, -h):
         neighbour = state.clone()
@@ -823,7 +849,6 @@ def test_net_wrench_is_the_change_of_momentum(name, seed):
         neighbour.qpos[0] = torch.tensor(qpos)
         neighbour.qvel[0] += step * torch.tensor(data.qacc)
         moved.append(forward(model, neighbour))
-    assert data.ncon == 0
     for foot, (force, torque) in foot_wrenches(name, "ige", data).items():
         change = (momentum(model, moved[0], foot) - momentum(model, moved[1], foot)) / (2 * h)
         rotation = data.body(foot).xmat.reshape(3, 3)
@@ -838,10 +863,11 @@ def test_net_wrench_is_the_change_of_momentum(name, seed):
 def test_both_kinds_of_foot_sensors_agree(name):
     """In flight: net wrench (ige) = wrench of the joint (oige) + weight, at the foot's origin."""
     task, model = compiled(name, "oige")
-    data = forward(model, random_state(task, model))
+    state = random_state(task, model)
+    data = forward(without_contacts(model), state)
     joint = foot_wrenches(name, "oige", data)
-    _, ige_model = compiled(name, "ige")
-    net = foot_wrenches(name, "ige", forward(ige_model, random_state(task, model)))
+    ige_model = without_contacts(compiled(name, "ige")[1])
+    net = foot_wrenches(name, "ige", forward(ige_model, state))
     for foot, (force, torque) in joint.items():
         body = model.body(foot)
         gravity = data.body(foot).xmat.reshape(3, 3).T @ [0, 0, -9.81 * body.mass[0]]
@@ -857,9 +883,8 @@ def test_both_kinds_of_foot_sensors_agree(name):
 def test_conservation_in_free_fall(name, variant):
     """Without contacts, limits, damping, springs and motors: p, L, energy and the parabola."""
     task, model = compiled(name, variant)
-    model = copy.copy(model)
+    model = without_contacts(model)
     model.dof_damping[:], model.jnt_stiffness[:] = 0, 0
-    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT.value
     model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_LIMIT.value
     model.opt.enableflags |= mujoco.mjtEnableBit.mjENBL_ENERGY.value
     model.opt.integrator, model.opt.timestep = mujoco.mjtIntegrator.mjINT_RK4, 1e-3
@@ -909,38 +934,40 @@ def test_humanoid_falls_without_action(variant):
 
 
 @every_runner
-def test_joint_limits_hold(name, variant):
-    """Under full torque a joint that is past its limit is stopped within a physics step.
+def test_overshoot_at_joint_limits(name, variant):
+    """Under full random torque no more than of the critically damped springs that limits are.
 
-    How far it gets in the one step until then depends on its speed alone.
+    A joint arriving at speed w gets w dt past its limit until the spring acts, then
+    w t exp(-t / T) <= w T / e further: T = 20 ms is MuJoCo's time constant.
     """
     task, model = compiled(name, variant)
     low, high = RANGES[name].T
     rng = np.random.default_rng(0)
     data = forward(model, make_state(task, model, (0, 0, 1.3)))
-    before = np.zeros(task.act_dim)
+    overshoot, speed = np.zeros((2, task.act_dim))
     for _ in range(200):
         data.ctrl[:] = rng.choice([-1, 1], task.act_dim)
         for _ in range(task.substeps):
             mujoco.mj_step(model, data)
-            excess = np.maximum(data.qpos[7:] - high, low - data.qpos[7:]).clip(0)
-            grown = (excess - before)[before > 0]
-            assert not len(grown) or math.degrees(grown.max()) < 6
-            before = excess
+            overshoot = np.maximum(overshoot, np.maximum(data.qpos[7:] - high, low - data.qpos[7:]))
+            speed = np.maximum(speed, abs(data.qvel[6:]))
+    assert np.all(overshoot < speed * (task.time_step + 0.02 / math.e) + math.radians(3))
 
 
 @every_runner
 def test_joints_rest_at_their_limits(name, variant):
     """Within 2 degrees under full steady torque, floating."""
     task, model = compiled(name, variant)
-    model = copy.copy(model)
+    model = without_contacts(model)
     model.opt.gravity[:] = 0
-    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT.value
     low, high = RANGES[name].T
+    names = [model.joint(i).name for i in range(1, model.njnt)]
+    single = ["shoulder" not in joint for joint in names]  # shoulders: two joints push each other
     for sign in (1, -1):
         data = forward(model, make_state(task, model), sign)
         mujoco.mj_step(model, data, 400)
-        assert np.degrees(np.maximum(data.qpos[7:] - high, low - data.qpos[7:]).max()) < 2
+        at_limit = high if sign > 0 else low
+        assert np.degrees(abs(data.qpos[7:] - at_limit)[single]).max() < 2
 
 
 # --- The simulator ---
@@ -980,7 +1007,9 @@ def same(one, other):
 @every_task
 def test_outputs(name, variant):
     simulator = make_simulator(name, variant)
-    obs, reward, terminated, truncated, final_obs = simulator.step(torch.zeros(4, simulator.act_dim))
+    obs, reward, terminated, truncated, final_obs = simulator.step(
+        torch.zeros(4, simulator.act_dim)
+    )
     assert obs.shape == final_obs.shape == (4, simulator.obs_dim)
     assert reward.shape == terminated.shape == truncated.shape == (4,)
     assert obs.dtype == reward.dtype == final_obs.dtype == torch.float32
@@ -988,6 +1017,21 @@ def test_outputs(name, variant):
     assert torch.equal(obs, final_obs)  # no episode has ended
     assert simulator.valid is None
     assert simulator.fps == (100 if name == "Ingenuity" else 60)
+
+
+@every_task
+def test_reset(name, variant):
+    """Starts new episodes everywhere, also in the middle of others."""
+    simulator = make_simulator(name, variant)
+    rollout(simulator, 3)
+    old = simulator._state().clone()
+    obs = simulator.reset()
+    state = simulator._state()
+    assert (state.qpos != old.qpos).any(-1).all()
+    assert (simulator.progress == 0).all()
+    first = State(state.qpos, state.qvel, torch.zeros_like(state.sensors), state.memory)
+    action = torch.zeros(4, simulator.act_dim, dtype=torch.float64)
+    assert torch.equal(obs, simulator.task.observe(first, action).float())
 
 
 @every_task
@@ -1016,11 +1060,17 @@ def test_batch_equals_single_environments(name, variant):
             getattr(single.physics, field)[0] = getattr(batch.physics, field)[i]
         single.memory[0], single.progress[0] = batch.memory[i], batch.progress[i]
         singles.append(single)
+    alive, steps = torch.ones(3, dtype=torch.bool), 0
     for action in actions(batch, 50):
-        outputs = batch.step(action)
         alone = zip(*(s.step(action[i : i + 1]) for i, s in enumerate(singles)), strict=True)
-        assert same(outputs, [torch.cat(column) for column in alone])
-        assert not (outputs[2] | outputs[3]).any()  # resets would draw other numbers
+        obs, *rest = batch.step(action)
+        obs_alone, *rest_alone = (torch.cat(column) for column in alone)
+        assert same([t[alive] for t in rest], [t[alive] for t in rest_alone])
+        alive &= ~(rest[1] | rest[2])  # resets draw other numbers
+        assert torch.equal(obs[alive], obs_alone[alive])
+        steps += alive.any()
+    assert steps == 50 or name == "Humanoid"
+    assert steps > 25  # the Humanoid has fallen by then
 
 
 def assert_uniform(x, low, high):
@@ -1041,11 +1091,8 @@ def start_everywhere(request):
         simulator = MujocoSimulator(TASKS[name], 2000, 0, variant=variant, threads=2)
         simulator.reset()
         if request.param == "step":
-            if name == "Ingenuity":
-                simulator.physics.qpos[:, 2] = 4
             simulator.progress[:] = simulator.max_steps - 1
-            *_, truncated, _ = simulator.step(torch.zeros(2000, simulator.act_dim))
-            assert truncated.all()
+            simulator.step(torch.zeros(2000, simulator.act_dim))
         assert (simulator.progress == 0).all()
         return simulator
 
@@ -1056,7 +1103,7 @@ def start_everywhere(request):
 def test_first_states_of_the_runners(start_everywhere, name, variant):
     physics = start_everywhere(name, variant).physics
     height = START_HEIGHT.get((name, variant), 1.34)
-    assert (physics.qpos[:, :7] == torch.tensor([0, 0, height, 1, 0, 0, 0]).double()).all()
+    assert physics.qpos[:, :7].unique(dim=0).tolist() == [[0, 0, height, 1, 0, 0, 0]]
     assert (physics.qvel[:, :6] == 0).all()
     assert_uniform(physics.qvel[:, 6:], -0.1, 0.1)
     joints = physics.qpos[:, 7:]
@@ -1117,7 +1164,8 @@ def test_end_of_an_episode(name, variant, end):
     before = simulator._state().clone()  # of all worlds
     world.ctrl[:] = task.control(action[1:2].double())[0]
     mujoco.mj_step(simulator.model, world, task.substeps)  # what the episode's last step does
-    row = (world.qpos, world.qvel, world.sensordata, before.memory[1])
+    target = before.memory[1]
+    row = (world.qpos, world.qvel, world.sensordata, target)
     last = State(*(torch.tensor(np.array([x])) for x in row))
 
     obs, reward, terminated, truncated, final_obs = simulator.step(action)
@@ -1129,18 +1177,19 @@ def test_end_of_an_episode(name, variant, end):
     old = State(*(t[1:2] for t in vars(before).values()))
     assert_allclose(reward[1], task.reward(old, last, action[1:2].double())[0], rtol=1e-5)
     assert torch.equal(obs[[0, 2]], final_obs[[0, 2]])
-    first = State(physics.qpos[1:2], physics.qvel[1:2], torch.zeros_like(last.sensors), row[3][None])
-    first.memory = simulator.memory[1:2]
+    now = [physics.qpos[1:2], physics.qvel[1:2], torch.zeros_like(last.sensors)]
+    first = State(*now, simulator.memory[1:2])
     assert torch.equal(obs[1:2], task.observe(first, zero_action(task)).float())
     if name == "Ingenuity":
         assert obs[1, 7:].tolist() == [0] * 6
-        assert not torch.equal(simulator.memory[1], row[3])
+        assert not torch.equal(simulator.memory[1], target)
     else:
-        forces, last = LAYOUT[name, variant][2], LAYOUT[name, variant][4]
+        feet = LAYOUT[name, variant][3]
         assert obs[1, 0] == torch.tensor(START_HEIGHT.get((name, variant), 1.34))
-        assert (obs[1, [1, 2, 3, 4, 5, 6]] == 0).all()
-        assert (obs[1, LAYOUT[name, variant][3] :] == 0).all()
-        assert (final_obs[1, forces:last] != 0).any()
+        assert (obs[1, 1:7] == 0).all()
+        assert (obs[1, feet:] == 0).all()  # neither a wrench at the feet nor an action yet
+        assert (final_obs[1, feet:] != 0).all()
+    assert (physics.qacc_warmstart[1] == 0).all()
     simulator.step(action)
     assert simulator.progress.tolist() == [4, 1, 4]
 
@@ -1261,7 +1310,12 @@ class NoHostNumbers(TorchFunctionMode):
     """Forbids to make tensors from Python's or NumPy's numbers."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor)
+        assert func not in (
+            torch.tensor,
+            torch.as_tensor,
+            torch.from_numpy,
+            torch.Tensor.new_tensor,
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -1284,8 +1338,10 @@ def test_render(name):
         pytest.skip(f"no off-screen renderer works here: {error}")
     simulator = make_simulator(name, "oige")
     simulator.step(torch.zeros(4, simulator.act_dim))
+    simulator.physics.qpos[0, 0] = 5
     before = simulator.state_dict()
     image = simulator.render()
+    assert abs(simulator.renderer.scene.camera[0].pos[0] - 5) < 1  # it follows the robot
     assert image.shape == (480, 640, 3)
     assert image.dtype == np.uint8
     assert image.std() > 5
@@ -1321,25 +1377,26 @@ def test_warp_agrees_with_mujoco(name, variant):
     task, model = compiled(name, variant)
     cpu = CpuPhysics(model, 4, 1)
     warp = WarpPhysics(model, 4, "cpu", task.contacts, task.constraints)
-    standing = {"Ant": (0.5, 30), "Humanoid": (1.285, 20), "Ingenuity": (0.07, 50)}
-    height, steps = standing[name]
+    height, settle = {"Ant": (0.5, 30), "Humanoid": (1.285, 20), "Ingenuity": (0.07, 50)}[name]
+    neutral = np.clip(0, *model.jnt_range[1:].T)
+    floor = [make_state(task, model, (i, 0, height), joints=neutral) for i in range(2)]
+    air = [random_state(task, model, seed) for seed in range(2)]
+    for i, state in enumerate(floor + air):
+        cpu.qpos[i], cpu.qvel[i] = state.qpos[0], state.qvel[0]
+    cpu.step(settle)
     for i in range(4):
-        cpu.qpos[i], cpu.qvel[i] = random_state(task, model, i).qpos, random_state(task, model, i).qvel
-        if i < 2:  # on the floor
-            joints = np.clip(0, *model.jnt_range[1:].T)
-            cpu.qpos[i] = make_state(task, model, (i, 0, height), joints=joints).qpos
-            cpu.qvel[i] = 0
-    for _ in range(steps):  # until the first two rest on the floor
-        cpu.step(1)
-    assert all(cpu.data(i).qpos[2] < height + 0.1 for i in range(2))
-    cpu.ctrl[:] = task.control(random_action(task, 4, scale=0.5))
+        data = cpu.data(i)
+        mujoco.mj_forward(model, data)
+        assert (model.geom("floor").id in data.contact.geom) == (i < 2)
+    cpu.ctrl[:] = task.control(random_action(task, 4))
     cpu.qacc_warmstart[:] = 0
     warp.load_state_dict(cpu.state_dict())
     cpu.step(task.substeps)
     warp.step(task.substeps)
-    for field, tolerance in (("qpos", 1e-5), ("qvel", 1e-3), ("sensordata", 1e-2)):
-        got, expected = getattr(warp, field).double(), getattr(cpu, field)
-        print(name, variant, field, (got - expected).abs().amax(1) if got.numel() else 0, expected.abs().max() if got.numel() else 0)
+    for field, tolerance in (("qpos", 2e-6), ("qvel", 2e-5), ("sensordata", 1e-4)):
+        expected = getattr(cpu, field)
+        error = (getattr(warp, field).double() - expected).abs()
+        assert (error < tolerance * (1 + expected.norm(dim=-1, keepdim=True))).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -1355,7 +1412,7 @@ def test_cuda_graphs(name, variant):
     for action in actions(graphs, 12):
         got, expected = graphs.step(action.cuda()), functions.step(action.cuda())
         for one, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(graphs.memory, functions.memory)
         assert torch.equal(graphs.progress, functions.progress)
         ended |= got[3]
