@@ -241,8 +241,6 @@ def test_bad_input_is_one_sentence(finished, tmp_path):
         (dict(env_id="Bee"), 2, "--env-id Bee"),
         (dict(env_id="Isaac-Ant-Direct-v0"), 2, "isaaclab_tasks is not installed"),
         (dict(simulator="isaacgym"), 2, "isaacgymenvs is not installed"),
-        (dict(num_envs=0), 2, "--num-envs 0: must be at least 1"),
-        (dict(updates_per_step=0), 2, "--updates-per-step 0: must be at least 1"),
         (
             dict(buffer_size=10**9, total_timesteps=10**9),
             2,
@@ -250,6 +248,10 @@ def test_bad_input_is_one_sentence(finished, tmp_path):
         ),
     ):
         is_one_sentence(run(command(script=script, **options), tmp_path), code, needle)
+    for name in ("num_envs", "updates_per_step", "sim_threads"):
+        result = run(command(script=script, **{name: 0}), tmp_path)
+        assert result.returncode == 2
+        assert f"--{name.replace('_', '-')} 0: must be at least 1" in result.stderr
     rate = dict(learning_rate=1e30) if script.stem.startswith("meow") else dict(q_lr=1e30)
     is_one_sentence(run(command(script=script, **rate), tmp_path), 1, "is not finite")
 
