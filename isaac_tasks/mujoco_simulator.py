@@ -74,8 +74,7 @@ class MujocoSimulator:
 
     def _after(self, before: State, fresh: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         self.progress += 1
-        state = self.task.limit(self._state())
-        self._write(state)
+        state = self.task.limit(self._state())  # `_start` writes it
         reward = self.task.reward(before, state, self.action).float()
         terminated = self.task.failed(state)
         truncated = (self.progress >= self.max_steps) & ~terminated
@@ -108,8 +107,8 @@ class MujocoSimulator:
         return self.task.observe(state, action).clamp(-limit, limit).float()
 
     def _uniform(self, low: float, high: float, n: int) -> Tensor:
-        zeros = self.action.new_empty(self.num_envs, n)
-        return zeros.uniform_(low, high, generator=self.generator)
+        numbers = self.action.new_empty(self.num_envs, n)
+        return numbers.uniform_(low, high, generator=self.generator)
 
     def _capture(self):
         """Records the two halves of a step as CUDA graphs; leaves the state as it was."""
