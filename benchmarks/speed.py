@@ -35,10 +35,8 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
-WINDOW, WARM_UP = (
-    250,
-    1_000,
-)  # steps; learning starts after the warm-up, compilation falls into window 1
+# Steps; learning starts after the warm-up, compilation falls into window 1.
+WINDOW, WARM_UP = 250, 1_000
 CPU = {
     "MEow eager": "meow --no-cuda --no-compile",
     "MEow compiled": "meow --no-cuda",
@@ -134,18 +132,17 @@ def isaac_windows(options: Options, row: str, threads: int) -> list[float]:
 
 
 def simulator_windows(options: Options, device: str, threads: int) -> list[float]:
-    """The same for the simulator alone."""
+    """The same for the simulator alone, with random actions."""
     from isaac_tasks import make_simulator
 
     torch.set_num_threads(threads)
     envs = make_simulator("mujoco", options.env_id, options.num_envs, 1, device, threads)
     envs.reset()
-    action = 2 * torch.rand(options.num_envs, envs.act_dim, device=device) - 1
-    speeds = []
+    shape, speeds = (options.num_envs, envs.act_dim), []
     for i in range(1 + options.steps // ISAAC_WINDOW):
         start = time.perf_counter()
         for _ in range(ISAAC_WINDOW):
-            envs.step(action)
+            envs.step(2 * torch.rand(shape, device=device) - 1)
         if device == "cuda":
             torch.cuda.synchronize()
         if i:  # the first one warms up
@@ -155,31 +152,25 @@ def simulator_windows(options: Options, device: str, threads: int) -> list[float
 
 def measure_isaac(options: Options) -> None:
     """The table of an Isaac Gym task."""
-    rows = {}
-    for threads in options.threads:
-        rows |= {
-            (f"{options.env_id} alone", threads): lambda t: simulator_windows(options, "cpu", t)
-        }
-        rows |= {("MEow training", threads): lambda t: isaac_windows(options, "meow --no-cuda", t)}
-        rows |= {("SAC training", threads): lambda t: isaac_windows(options, "sac --no-cuda", t)}
-    if torch.cuda.is_available():
-        rows |= {
-            (f"{options.env_id} alone, GPU", 1): lambda t: simulator_windows(options, "cuda", t)
-        }
-        rows |= {("MEow training, GPU", 1): lambda t: isaac_windows(options, "meow", t)}
-        rows |= {("SAC training, GPU", 1): lambda t: isaac_windows(options, "sac", t)}
-    windows = {row: [] for row in rows}
+    devices = [("cpu", "--no-cuda", threads) for threads in options.threads]
+    devices += [("cuda", "", 1)] * torch.cuda.is_available()
+    windows = {}
     for i in range(options.rounds):
-        for (name, threads), measure in rows.items():
-            print(f"round {i + 1}/{options.rounds}: {name}, threads: {threads}", file=sys.stderr)
-            windows[name, threads] += measure(threads)
+        for device, flag, threads in devices:
+            place = "GPU" if device == "cuda" else threads
+            print(f"round {i + 1}/{options.rounds}, CPU threads or GPU: {place}", file=sys.stderr)
+            speeds = {f"{options.env_id} alone": simulator_windows(options, device, threads)}
+            for label, name in (("MEow training", "meow"), ("SAC training", "sac")):
+                speeds[label] = isaac_windows(options, f"{name} {flag}", threads)
+            for label, values in speeds.items():
+                windows.setdefault((label, place), []).extend(values)
     print(f"\n{options.env_id}, {options.num_envs} environments, one update per vector step;")
     print(f"{options.rounds} rounds of {options.steps} vector steps; torch {torch.__version__},")
     print(f"mujoco {mujoco.__version__}, {os.cpu_count()} cores\n")
-    print("| | threads | environment steps/s (min to max window) |\n|---|---|---|")
-    for (name, threads), speeds in windows.items():
+    print("| | CPU threads | environment steps/s (min to max window) |\n|---|---|---|")
+    for (label, place), speeds in windows.items():
         span = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})"
-        print(f"| {name} | {threads} | {span} |")
+        print(f"| {label} | {place} | {span} |")
 
 
 def one_pool(threads: int) -> dict:

@@ -8,10 +8,7 @@ from torch import Tensor
 
 from isaac_tasks.task import State, Task, Uniform, rotation_matrix
 
-ROTORS = {
-    "lower_rotor": 0.0,
-    "upper_rotor": 0.025,
-}  # height above the chassis' centre, m
+ROTORS = {"lower_rotor": 0.0, "upper_rotor": 0.025}  # m above the chassis' centre
 
 
 class Ingenuity(Task):

@@ -181,11 +181,8 @@ def add_joint_wrench(spec: mujoco.MjSpec, body: mujoco.MjsBody):
 
 def add_motion_sensors(spec: mujoco.MjSpec, body: mujoco.MjsBody):
     """What `net_wrench` needs (13): linear and angular acceleration, angular velocity, pose."""
-    for kind, frame in (
-        (
-            mujoco.mjtSensor.mjSENS_FRAMELINACC,
-            mujoco.mjtObj.mjOBJ_BODY,
-        ),  # of the centre of mass
+    for kind, frame in (  # mjOBJ_BODY: at the centre of mass
+        (mujoco.mjtSensor.mjSENS_FRAMELINACC, mujoco.mjtObj.mjOBJ_BODY),
         (mujoco.mjtSensor.mjSENS_FRAMEANGACC, mujoco.mjtObj.mjOBJ_BODY),
         (mujoco.mjtSensor.mjSENS_FRAMEANGVEL, mujoco.mjtObj.mjOBJ_BODY),
         (mujoco.mjtSensor.mjSENS_FRAMEQUAT, mujoco.mjtObj.mjOBJ_XBODY),
