@@ -23,7 +23,10 @@ class CpuPhysics:
 
     def __init__(self, model: mujoco.MjModel, num_envs: int, threads: int):
         self.model = model
-        self.batch = Batch(model, num_envs, threads)
+        try:
+            self.batch = Batch(model, num_envs, threads)
+        except (MemoryError, TypeError, ValueError):  # too large for the memory or for an integer
+            raise SimulatorError(f"{num_envs} environments don't fit into memory") from None
         with warnings.catch_warnings():  # sensordata is read-only, and only read
             warnings.filterwarnings("ignore", message=".*not writable.*")
             for name in (*STATE, "sensordata"):
@@ -74,7 +77,11 @@ class WarpPhysics:
             accepted.opt.disableflags &= ~mujoco.mjtDisableBit.mjDSBL_AUTORESET.value
             self.warp_model = mujoco_warp.put_model(accepted)
             sizes = dict(nconmax=contacts, njmax=constraints)
-            self.warp_data = mujoco_warp.make_data(model, nworld=num_envs, **sizes)
+            try:
+                self.warp_data = mujoco_warp.make_data(model, nworld=num_envs, **sizes)
+            except RuntimeError:
+                text = f"{num_envs} environments don't fit into memory of {device}"
+                raise SimulatorError(text) from None
         for name in (*STATE, "sensordata"):
             setattr(self, name, warp.to_torch(getattr(self.warp_data, name)))
 
