@@ -43,7 +43,7 @@ PAPER = {  # final average return of MEow and steps, as the paper reports them
     "Humanoid-v4": (6923.22, 5_000_000),
 }
 SAC = ("sac_continuous_action", "sac_isaacgym")
-ALGORITHMS = {  # by --exp-name: label, colour, script, an option that only this script has
+ALGORITHMS = {  # by --exp-name: label, colour, script, options that only it has together
     "meow_continuous_action": ("MEow", "#0072b2", "meow_continuous_action.py", "coupling"),
     "sac_continuous_action": ("SAC", "#d55e00", "sac_continuous_action.py", "autotune"),
     "sql_continuous_action": ("SQL", "#009e73", "sql_continuous_action.py", "kernel_particles"),
@@ -51,8 +51,8 @@ ALGORITHMS = {  # by --exp-name: label, colour, script, an option that only this
     "sb3_ddpg": ("DDPG (SB3)", "#56b4e9", "sb3_baselines.py", "algo"),
     "sb3_ppo": ("PPO (SB3)", "#e69f00", "sb3_baselines.py", "algo"),
     "sb3_sac": ("SAC (SB3)", "#8c510a", "sb3_baselines.py", "algo"),
-    "meow_isaacgym": ("MEow", "#0072b2", "meow_isaacgym.py", "num_envs"),
-    "sac_isaacgym": ("SAC", "#d55e00", "sac_isaacgym.py", "num_envs"),
+    "meow_isaacgym": ("MEow", "#0072b2", "meow_isaacgym.py", "coupling num_envs"),
+    "sac_isaacgym": ("SAC", "#d55e00", "sac_isaacgym.py", "autotune num_envs"),
 }
 HEADER = "step,seconds,name,value\n"
 RUN_FILES = ("args.json", "metrics.csv")
@@ -526,8 +526,9 @@ def notes(rows: list[Row]) -> str:
 
 def command(run: Run) -> str:
     """The command of a run with any seed; every option is named, since defaults may change."""
-    known = ALGORITHMS.values()
-    guess = next((script for *_, script, option in known if option in run.args), "SCRIPT.py")
+    known = [(set(options.split()), script) for *_, script, options in ALGORITHMS.values()]
+    fitting = [(len(options), script) for options, script in known if options <= run.args.keys()]
+    guess = max(fitting, default=(0, "SCRIPT.py"))[1]
     words = ["python", ALGORITHMS.get(run.exp_name, (0, 0, guess))[2]]
     for name, value in run.args.items():
         flag = name.replace("_", "-")

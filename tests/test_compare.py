@@ -400,3 +400,20 @@ def test_steps_of_many_environments_are_environment_steps(tmp_path, capsys):
     assert meow[1:3] == ["MEow", "3,840"]
     assert sac[1:3] == ["SAC", "3,840"]
     assert meow[6] == "2,560"  # step 20 of 30 has SAC's final return, in each of 128 environments
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("meow_continuous_action", dict(coupling="additive")),
+        ("sac_continuous_action", dict(autotune=True)),
+        ("meow_isaacgym", dict(coupling="additive", num_envs=128)),
+        ("sac_isaacgym", dict(autotune=False, num_envs=128)),
+        ("SCRIPT", {}),
+    ],
+)
+def test_script_of_an_experiment_with_its_own_name(script, options, tmp_path, capsys):
+    write_run(tmp_path / "runs", "ablation", **options)
+    run_compare(capsys, tmp_path / "runs", "--out", tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert f"python {script}.py --env-id Hopper-v4 --exp-name ablation" in text
