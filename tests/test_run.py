@@ -358,11 +358,8 @@ renders = pytest.mark.skipif(
 )
 
 
-@renders
-def test_video_shows_the_robot(finished, tmp_path):
-    """The mp4 has one frame per step at the environment's rate, and the robot moves in it."""
-    folder = finished[0]
-    result = run(script("--evaluate", folder, "--capture-video"), tmp_path)
+def shows_the_robot(result, folder):
+    """The mp4 of an evaluation has one frame per step, and the robot moves in it."""
     assert result.returncode == 0, result.stderr
     (path,) = (folder / "videos").glob("*.mp4")
     assert f"video of episode 0: {path}" in result.stdout
@@ -371,6 +368,12 @@ def test_video_shows_the_robot(finished, tmp_path):
     assert abs(len(frames) - length) <= 1
     assert all(frame.std() > 10 for frame in frames)
     assert np.abs(frames[-1] - frames[0]).max() > 50
+
+
+@renders
+def test_video_shows_the_robot(finished, tmp_path):
+    folder = finished[0]
+    shows_the_robot(run(script("--evaluate", folder, "--capture-video"), tmp_path), folder)
 
 
 @renders
