@@ -26,7 +26,8 @@ class CpuPhysics:
         try:
             self.batch = Batch(model, num_envs, threads)
         except (MemoryError, TypeError, ValueError):  # too large for the memory or for an integer
-            raise SimulatorError(f"{num_envs} environments don't fit into memory") from None
+            text = f"{num_envs} environments on {threads} thread(s) don't fit into memory"
+            raise SimulatorError(text) from None
         with warnings.catch_warnings():  # sensordata is read-only, and only read
             warnings.filterwarnings("ignore", message=".*not writable.*")
             for name in (*STATE, "sensordata"):

@@ -258,7 +258,7 @@ def test_bad_input_is_one_sentence(finished, tmp_path):
         (dict(env_id="Bee"), 2, "--env-id Bee"),
         (dict(env_id="Isaac-Ant-Direct-v0"), 2, "isaaclab_tasks is not installed"),
         (dict(simulator="isaacgym"), 2, "isaacgymenvs is not installed"),
-        (dict(num_envs=10**10), 2, "10000000000 environments don't fit into memory"),
+        (dict(num_envs=10**10), 2, "10000000000 environments on 1 thread(s) don't fit into memory"),
         (
             dict(buffer_size=10**9, total_timesteps=10**9),
             2,
