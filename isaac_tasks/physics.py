@@ -80,8 +80,9 @@ class WarpPhysics:
             sizes = dict(nconmax=contacts, njmax=constraints)
             try:
                 self.warp_data = mujoco_warp.make_data(model, nworld=num_envs, **sizes)
-            except RuntimeError:
-                text = f"{num_envs} environments don't fit into memory of {device}"
+            except RuntimeError as error:  # such as too little memory
+                reason = str(error).partition("\n")[0]
+                text = f"can't make {num_envs} environments on {device}: {reason}"
                 raise SimulatorError(text) from None
         for name in (*STATE, "sensordata"):
             setattr(self, name, warp.to_torch(getattr(self.warp_data, name)))

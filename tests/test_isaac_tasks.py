@@ -1399,6 +1399,17 @@ def test_warp_agrees_with_mujoco(name, variant):
         assert (error < tolerance * (1 + expected.norm(dim=-1, keepdim=True))).all()
 
 
+def test_warp_says_why_there_are_no_environments(monkeypatch):
+    mujoco_warp = pytest.importorskip("mujoco_warp")
+
+    def refuse(*_args, **_options):
+        raise RuntimeError("Failed to allocate 9 bytes on device 'cpu'\nand more")
+
+    monkeypatch.setattr(mujoco_warp, "make_data", refuse)
+    with pytest.raises(SimulatorError, match=r"^can't make 4 environments on cpu: .* 'cpu'$"):
+        WarpPhysics(compiled("Ant", "oige")[1], 4, "cpu", 64, 256)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @every_task
 def test_cuda_graphs(name, variant):
