@@ -153,7 +153,9 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
     assert killed
     if process.returncode != 0:
         result = run(words, tmp_path)
-        assert result.returncode == 0, result.stderr
+        # A kill can come after the last checkpoint, when only the exit was left to do.
+        done = result.returncode == 2 and "is already at step" in result.stderr
+        assert result.returncode == 0 or done, result.stderr
     assert metrics(only_run(tmp_path)) == metrics(finished[0])
 
 
