@@ -26,120 +26,67 @@ theta     theta                 all parameters of the flow in one vector; theta'
 y         target                soft target, reward units
 Shapes: B batch, A action, S observation, K shifts (2; 1 in the ablations), P parameters.
 
-Deviations from the authors' code (github.com/ChienFeng-hub/meow), each with its reason:
-D1  One flow pass gives both Q_k (theirs: two, on a doubled batch): half the work, and the twins
-    share one dropout mask.
-D2  V is computed without the flow (theirs runs every coupling on zero actions): the same number.
+Deviations from the authors' code (reasons: docs/deviations.md):
+D1  One flow pass gives both Q_k; the twins share one dropout mask.
+D2  V is computed without the flow: the same number.
 D3  log_prob is log p_z plus all log-determinants; in their `sample` one has the wrong sign.
 D4  No `autotune`: theirs changed a local variable that nothing read.
-D5  No NaN masking: a loss or gradient that is not finite stops the run and says where.
-D6  Fresh evaluation seeds each time (theirs: always the same ten); the final policy is kept
-    beside the best one, because the best of many noisy evaluations is not an honest result.
-D7  log(1 - a^2) is computed from u = atanh(a) as 2 (log 2 - u - softplus(-2u)), which keeps its
-    digits near |a| = 1.
-D8  An update runs before the environment's step of its iteration, so that a GPU works while the
-    simulator does: the newest transition can be drawn one update later.
-D9  On CPU the dropout probability is rounded to 1/65536 (16 random bits a unit; exact on CUDA).
-D10 In float64 actions are clamped to 1 - 1e-12 instead of 1 - 1e-5: the identities hold to 1e-6.
+D5  No NaN masking: a loss, gradient or action that is not finite stops the run and says where.
+D6  Fresh evaluation seeds each time; the final policy is kept beside the best one.
+D7  log(1 - a^2) is computed from u = atanh(a), which keeps its digits near |a| = 1.
+D8  An update runs before the environment's step of its iteration.
+D9  On CPU the dropout probability is rounded to 1/65536.
+D10 In float64 actions are clamped to 1 - 1e-12 instead of 1 - 1e-5.
 """
 
-# --- 1. Imports -----------------------------------------------------------------------------------
-import argparse
-import contextlib
-import ctypes
-import ctypes.util
-import dataclasses
-import functools
-import importlib.metadata
-import importlib.util
-import json
 import math
-import os
-import platform
-import re
-import shutil
-import signal
-import subprocess
 import sys
-import sysconfig
-import time
-import warnings
-import zipfile
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
-# MuJoCo chooses its renderer when it is imported: without a screen, an off-screen one.
-if sys.platform == "linux" and "DISPLAY" not in os.environ:
-    for renderer, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-        if ctypes.util.find_library(library):
-            os.environ.setdefault("MUJOCO_GL", renderer)
-
-import gymnasium as gym
-import imageio
-import mujoco
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
-from tqdm import tqdm
 
-# --- 2. Settings ----------------------------------------------------------------------------------
-# The paper's settings, the defaults for these (MuJoCo: v4 and v5); others get those of `Args`.
-PAPER_SETTINGS = {
-    name: dict(
-        total_timesteps=steps,
-        tau=tau,
-        alpha=alpha,
-        learning_starts=starts,
-        log_sigma_min=low,
-        log_sigma_max=high,
-    )
-    for name, steps, tau, alpha, starts, low, high in (
-        ("Hopper", 1_500_000, 0.005, 0.25, 5_000, -5.0, -0.3),
-        ("HalfCheetah", 1_500_000, 0.003, 0.25, 10_000, -5.0, 2.0),
-        ("Walker2d", 4_000_000, 0.005, 0.1, 10_000, -5.0, -0.3),
-        ("Ant", 4_000_000, 0.0001, 0.05, 5_000, -5.0, -0.3),
-        ("Humanoid", 5_000_000, 0.0005, 0.125, 5_000, -5.0, -0.3),
-        ("multi_goal:MultiGoal", 4_000, 0.0005, 2.5, 1_000, -2.0, 1.0),
-    )
+from harness.args import RunArgs
+from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv
+from harness.functional import (
+    Keep,
+    Learner,
+    adam,
+    adam_moments,
+    clip_gradient,
+    flatten_parameters,
+    functional,
+    make_policy,
+)
+from harness.main import main
+from harness.replay import ReplayBuffer, split_batch
+from harness.runs import Run
+
+
+# --- Settings -------------------------------------------------------------------------------------
+def paper(steps: int, tau: float, alpha: float, starts: int, **more) -> dict:
+    return dict(total_timesteps=steps, tau=tau, alpha=alpha, learning_starts=starts, **more)
+
+
+PAPER_SETTINGS = {  # the defaults of these environments; all others get those of `Args`
+    "Hopper-v[45]": paper(1_500_000, 0.005, 0.25, 5_000),
+    "HalfCheetah-v[45]": paper(1_500_000, 0.003, 0.25, 10_000, log_sigma_max=2.0),
+    "Walker2d-v[45]": paper(4_000_000, 0.005, 0.1, 10_000),
+    "Ant-v[45]": paper(4_000_000, 0.0001, 0.05, 5_000),
+    "Humanoid-v[45]": paper(5_000_000, 0.0005, 0.125, 5_000),
+    "multi_goal:MultiGoal.*": paper(4_000, 0.0005, 2.5, 1_000, log_sigma_min=-2.0)
+    | dict(log_sigma_max=1.0, gamma=0.9, eval_frequency=500),
 }
-PAPER_SETTINGS["multi_goal:MultiGoal"] |= dict(gamma=0.9, eval_frequency=500)
-
-
-class UsageError(Exception):
-    """The command can't be carried out as given (exit code 2)."""
-
-
-class RunError(Exception):
-    """The run can't go on (exit code 1)."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM, after the checkpoint has been written (exit code 128 + signal number)."""
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
 
 
 @dataclass
-class Args:
-    # Experiment
-    env_id: str = "HalfCheetah-v4"
-    """Gymnasium id; flat observation, bounded continuous action; `module:Env-v0` imports module"""
+class Args(RunArgs):
     exp_name: str = "meow_continuous_action"
     """name of the experiment, a part of the run name"""
-    seed: int = 1
-    """seed of networks, exploration, replay, training and evaluation episodes"""
-    total_timesteps: int = 1_000_000
-    """environment steps in all"""
-    resume: str | None = None
-    """run folder or checkpoint to continue exactly; its own settings become the defaults"""
-    evaluate: str | None = None
-    """run folder, checkpoint or policy to play instead of training; prints each return"""
 
     # Algorithm
     learning_rate: float = 1e-3
@@ -164,287 +111,27 @@ class Args:
     """the gradient is scaled down to this norm"""
     dropout: float = 0.1
     """dropout probability in the couplings, in the Q pass of the update only"""
-
-    # Ablations of the paper
     reward_shifting: Literal["clipped", "single", "none"] = "clipped"
-    """clipped: two learnable shifts, min of V as target (paper); single: one; none: no shift"""
+    """clipped: two learnable shifts, min of V as target (paper); ablations: one shift, none"""
     coupling: Literal["additive", "affine"] = "additive"
-    """additive: x + t (paper); affine: x exp(s) + t"""
-
-    # Evaluation and logging
-    eval_frequency: int = 10_000
-    """environment steps between evaluations (the last step is always evaluated)"""
-    eval_episodes: int = 10
-    """episodes per evaluation, in separate environments, with fresh seeds derived from --seed"""
-    deterministic_eval: bool = True
-    """evaluate the action of latent z = 0; --no-deterministic-eval draws from the policy"""
-    log_frequency: int = 1_000
-    """environment steps between rows of losses and speed in metrics.csv"""
-    checkpoint_frequency: int = 50_000
-    """environment steps between checkpoints (0: only when interrupted and at the end)"""
-    runs_dir: str = "runs"
-    """folder that holds the run folders"""
-    capture_video: bool = False
-    """write an mp4 of the first episode of each evaluation to the run's videos/"""
-    track: bool = False
-    """log to Weights & Biases too (WANDB_MODE=offline needs no network)"""
-    wandb_project_name: str = "meow"
-    """W&B project"""
-    wandb_entity: str | None = None
-    """W&B team or user"""
-
-    # Hardware and speed
-    cuda: bool = True
-    """use the GPU if there is one"""
-    torch_deterministic: bool = True
-    """choose deterministic cuDNN algorithms"""
-    torch_threads: int = 1
-    """CPU threads; networks this small gain little from a second and nothing from more"""
-    compile: bool = True
-    """compile acting and update (a minute, then cached; needs g++ on CPU); equal up to rounding"""
+    """additive: x + t (paper); ablation: affine, x exp(s) + t"""
     bf16: bool = False
     """matrix products of the shift networks in bfloat16 (8 bits of precision instead of 24)"""
 
+    settings = PAPER_SETTINGS
+
     def __post_init__(self):
-        counts = "total_timesteps batch_size buffer_size learning_starts"
-        for name in f"{counts} eval_frequency eval_episodes log_frequency torch_threads".split():
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "checkpoint_frequency"):
-            self._check(name, 0 <= getattr(self, name) < 2**32, "from 0 to 2^32 - 1")
-        for name in ("learning_rate", "alpha", "max_grad_norm"):
-            self._check(name, 0 < getattr(self, name) < math.inf, "positive and finite")
-        self._check("gamma", 0 <= self.gamma <= 1, "from 0 to 1")
-        self._check("tau", 0 < self.tau <= 1, "above 0 and at most 1")
-        self._check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        for name in ("log_sigma_min", "log_sigma_max"):
-            self._check(name, -20 <= getattr(self, name) <= 20, "from -20 to 20 (log of sigma)")
-        ordered = self.log_sigma_min < self.log_sigma_max
-        self._check("log_sigma_max", ordered, "above --log-sigma-min")
-        if self.resume and self.evaluate:
-            raise ValueError("--resume and --evaluate exclude each other")
-
-    def _check(self, name: str, valid: bool, allowed: str):
-        if not valid:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
+        super().__post_init__()
+        self.check("batch_size buffer_size learning_starts", lambda x: x >= 1, "at least 1")
+        self.check("learning_rate alpha max_grad_norm", lambda x: x > 0, "positive and finite")
+        self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
+        self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        self.check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1")
+        self.check("log_sigma_min log_sigma_max", lambda x: -20 <= x <= 20, "from -20 to 20 (log)")
+        self.check("log_sigma_max", lambda x: x > self.log_sigma_min, "above --log-sigma-min")
 
 
-# What may differ from the checkpoint when a run goes on, and when a policy is evaluated.
-RESUME_MAY_CHANGE = "resume total_timesteps checkpoint_frequency capture_video track"
-RESUME_MAY_CHANGE += " wandb_project_name wandb_entity cuda torch_threads compile"
-EVALUATE_MAY_CHANGE = "evaluate seed eval_episodes deterministic_eval capture_video torch_threads"
-
-
-def default_args(env_id: str) -> Args:
-    """The paper's settings for its tasks (MuJoCo: v4 and v5); general ones for any other."""
-    name, _, version = env_id.rpartition("-v")
-    versions = ("4", "5")
-    if name.startswith("multi_goal:"):  # its worlds share their settings
-        name, versions = "multi_goal:MultiGoal", ("0",)
-    return Args(env_id=env_id, **(PAPER_SETTINGS.get(name, {}) if version in versions else {}))
-
-
-def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
-    """Args of the command line, and the content of the file given to --resume or --evaluate.
-
-    `--env-id`, `--resume` and `--evaluate` are read first: they set the other defaults.
-    """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("env-id", "resume", "evaluate"):
-        peek.add_argument(f"--{name}", f"--{name.replace('-', '_')}", dest=name.replace("-", "_"))
-    try:
-        given = peek.parse_known_args(argv)[0]
-    except argparse.ArgumentError:  # an option without its value: tyro explains it below
-        given = argparse.Namespace(env_id=None, resume=None, evaluate=None)
-    saved = content = None
-    if given.resume or given.evaluate:
-        file = find_checkpoint(given.resume) if given.resume else find_policy(given.evaluate)
-        content = load_file(file)
-        saved = saved_args(content, file)
-    default = saved or default_args(given.env_id or Args.env_id)
-    try:
-        args = tyro.cli(Args, default=default, description=__doc__.split("\n\n    ")[0], args=argv)
-    except ValueError as error:
-        raise UsageError(error) from None
-    if saved:
-        may_change = (RESUME_MAY_CHANGE if given.resume else EVALUATE_MAY_CHANGE).split()
-        asked, stored = dataclasses.asdict(args), dataclasses.asdict(saved)
-        conflicts = [k for k in asked if asked[k] != stored[k] and k not in may_change]
-        if conflicts:
-            named = [f"--{k.replace('_', '-')} {asked[k]} (saved: {stored[k]})" for k in conflicts]
-            text = f"{file} was made with other settings: {', '.join(named)}"
-            raise UsageError(f"{text}. Leave these options out.")
-    return args, content
-
-
-# --- 3. Environment -------------------------------------------------------------------------------
-def derive_seed(*key: int) -> int:
-    """One 32-bit seed from several numbers, e.g. the run's seed, the use and the episode."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-@functools.cache
-def show_once(text: str):
-    """Prints a warning of MuJoCo's once; by default each of our environments repeats it."""
-    print(f"MuJoCo: {text}", file=sys.stderr)
-
-
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """The environment with its actions rescaled to [-1, 1].
-
-    Raises: UsageError for an unknown id and where the policy can't act: it needs a flat Box
-    observation and a bounded continuous action.
-    """
-    if ":" in env_id and os.getcwd() not in sys.path:  # `module:Env-v0` may lie in this folder
-        sys.path.append(os.getcwd())
-    mujoco.set_mju_user_warning(show_once)
-    problem = f"--env-id {env_id}:"
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date.*")  # v4 is the paper's
-            env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        reason = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())
-        raise UsageError(f"{problem} can't make this environment: {reason}") from None
-    if render_mode and render_mode not in env.metadata.get("render_modes", []):
-        raise UsageError(f"{problem} it can't render images: leave out --capture-video")
-    obs, act = env.observation_space, env.action_space
-    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1 or obs.shape[0] == 0:
-        hint = "wrap the environment in gymnasium.wrappers.FlattenObservation"
-        raise UsageError(f"{problem} the observation must be one flat vector, not {obs}; {hint}")
-    if not isinstance(act, gym.spaces.Box) or not np.issubdtype(act.dtype, np.floating):
-        raise UsageError(f"{problem} the actions must be continuous (a float Box), not {act}")
-    if len(act.shape) != 1 or act.shape[0] == 0:
-        raise UsageError(f"{problem} the action must be one flat vector, not of shape {act.shape}")
-    if not (np.isfinite([act.low, act.high]).all() and (act.low < act.high).all()):
-        raise UsageError(f"{problem} the action space must be bounded on both sides, not {act}")
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-
-
-def check_finite(env_id: str, step: int, obs: np.ndarray, reward: float = 0.0):
-    """Raises: RunError when the environment returned NaN or infinity."""
-    if not (np.isfinite(obs).all() and math.isfinite(reward)):
-        bad = [f"observation[{i}] = {obs[i]}" for i in np.flatnonzero(~np.isfinite(obs))[:5]]
-        bad += [] if math.isfinite(reward) else [f"reward = {reward}"]
-        raise RunError(f"{env_id} returned {', '.join(bad)} at step {step}; it was not stored")
-
-
-def check_action(action: np.ndarray, step: int) -> np.ndarray:
-    """The action itself. Raises: FloatingPointError when the policy diverged.  # D5"""
-    if not np.isfinite(action).all():
-        hint = "try a smaller --learning-rate; the last checkpoint is intact"
-        raise FloatingPointError(f"the policy's action at step {step} is not finite; {hint}")
-    return action
-
-
-class TrainingEnv:
-    """The training environment and its episode statistics, restorable exactly.
-
-    Each episode starts from its own seed, so this seed and the actions since the reset determine
-    the state of any deterministic environment: a checkpoint holds both, and loading it plays the
-    actions again.
-    """
-
-    def __init__(self, env_id: str, seed: int):
-        self.env, self.env_id, self.seed = make_env(env_id), env_id, seed
-        self.obs_dim = self.env.observation_space.shape[0]
-        self.act_dim = self.env.action_space.shape[0]
-        self.episode, self.last_return = -1, math.nan
-
-    def reset(self, step: int):
-        """Starts the next episode; its first observation is `self.obs` (S,)."""
-        self.episode += 1
-        self.actions, self.episodic_return = [], 0.0
-        obs, _ = self.env.reset(seed=derive_seed(self.seed, 0, self.episode))
-        self.obs = np.array(obs, dtype=np.float32)
-        check_finite(self.env_id, step, self.obs)
-
-    def step(self, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
-        """One step, without reset: at the end next_obs (S,) is the true final observation."""
-        next_obs, reward, terminated, truncated, _ = self.env.step(action)
-        next_obs = np.array(next_obs, dtype=np.float32)  # a copy: some environments reuse theirs
-        reward = float(reward)
-        check_finite(self.env_id, step, next_obs, reward)
-        self.actions.append(action)
-        self.episodic_return += reward
-        self.obs = next_obs
-        return next_obs, reward, bool(terminated), bool(truncated)
-
-    def episode_metrics(self) -> dict[str, float]:
-        """Return and length of the episode that has just ended."""
-        self.last_return = self.episodic_return
-        length = len(self.actions)
-        return {"charts/episodic_return": self.last_return, "charts/episodic_length": length}
-
-    def state_dict(self) -> dict:
-        actions = np.array(self.actions, dtype=np.float32).reshape(-1, self.act_dim)
-        return {
-            "episode": self.episode,
-            "actions": torch.from_numpy(actions),
-            "obs": torch.from_numpy(self.obs.copy()),
-            "last_return": self.last_return,
-        }
-
-    def load_state_dict(self, state: dict, step: int):
-        self.episode, self.last_return = state["episode"] - 1, state["last_return"]
-        self.reset(step)
-        for action in state["actions"].numpy():
-            self.step(action.copy(), step)
-        if not np.array_equal(self.obs, state["obs"].numpy()):
-            problem = f"{self.env_id} did not replay its episode exactly"
-            print(f"warning: {problem}; starting a new one", file=sys.stderr)
-            self.reset(step)
-
-
-# --- 4. Replay buffer -----------------------------------------------------------------------------
-class ReplayBuffer:
-    """Ring of rows [obs | action | next_obs | reward | terminated] on the training device.
-
-    Time-outs are stored with terminated = 0: the target bootstraps through them.
-    """
-
-    def __init__(
-        self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu"
-    ):
-        self.splits = [obs_dim, act_dim, obs_dim, 1, 1]
-        self.capacity, self.added = capacity, 0
-        need, free = 4 * capacity * sum(self.splits), available_memory(torch.device(device))
-        if need > free:
-            gb = f"{need / 1e9:.1f} GB, more than the {free / 1e9:.1f} GB free"
-            raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {gb} on {device}")
-        self.rows = torch.empty(capacity, sum(self.splits), device=device)
-        self.row = torch.empty(sum(self.splits), pin_memory=self.rows.is_cuda)
-        self.parts = np.split(self.row.numpy(), np.cumsum(self.splits)[:-1])
-
-    def __len__(self) -> int:
-        return min(self.added, self.capacity)
-
-    def add(self, *transition):
-        """Stores obs (S,), action (A,), next_obs (S,), reward, terminated."""
-        for part, value in zip(self.parts, transition, strict=True):
-            part[:] = value
-        self.rows[self.added % self.capacity].copy_(self.row)
-        self.added += 1
-
-    def state_dict(self) -> dict:
-        filled = self.rows[: len(self)].cpu().numpy()  # by way of NumPy, or torch saves all rows
-        return {"added": self.added, "rows": torch.from_numpy(filled)}
-
-    def load_state_dict(self, state: dict):
-        self.added = state["added"]
-        self.rows[: len(self)].copy_(state["rows"])
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes free on the device; on CPU what the kernel can give without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# --- 5. Networks ----------------------------------------------------------------------------------
+# --- Networks -------------------------------------------------------------------------------------
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -531,10 +218,6 @@ class EnergyFlow(nn.Module):
         mask = (torch.arange(act_dim) % 2 == 0).float()
         self.register_buffer("masks", torch.stack([mask, 1 - mask]))
 
-    def forward(self, method: str, *inputs):
-        """`flow.<method>(*inputs)`: torch.func.functional_call can only call `forward`."""
-        return getattr(self, method)(*inputs)
-
     def log_sigma(self, obs: Tensor) -> Tensor:
         """log sigma(s) of the linear layer, between its bounds. obs (B, S) -> (B, A), nats."""
         half_range = 0.5 * (self.log_sigma_max - self.log_sigma_min)
@@ -600,15 +283,16 @@ class EnergyFlow(nn.Module):
         z, log_det_nonlinear, log_det_linear = self.to_latent(obs, action)
         return log_prior(z) + log_det_nonlinear + log_det_linear
 
-    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """a ~ pi(.|s) and log pi(a|s). obs (B, S) -> (B, A), (B,)."""
-        z = torch.randn_like(obs.new_empty(len(obs), self.masks.shape[1]))
+    def sample(self, obs: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """a = g^-1(z|s) ~ pi(.|s), z ~ N(0, I), and log pi(a|s). (B, S) -> (B, A), (B,), nats."""
+        if z is None:
+            z = obs.new_empty(len(obs), self.masks.shape[1]).normal_()
         action, log_det_nonlinear, log_det_linear = self.to_action(obs, z)
         return action, log_prior(z) - log_det_nonlinear - log_det_linear
 
     def mode_action(self, obs: Tensor) -> Tensor:
         """g^-1(0|s), the mode of the density before tanh, not argmax_a Q. (B, S) -> (B, A)."""
-        return self.to_action(obs, obs.new_zeros(len(obs), self.masks.shape[1]))[0]
+        return self.sample(obs, obs.new_zeros(len(obs), self.masks.shape[1]))[0]
 
 
 def log_prior(z: Tensor) -> Tensor:
@@ -621,7 +305,7 @@ def log_tanh_slope(u: Tensor) -> Tensor:
     return 2 * (math.log(2) - u - softplus(-2 * u))
 
 
-# --- 6. Target and loss ---------------------------------------------------------------------------
+# --- Target, loss and update ----------------------------------------------------------------------
 def soft_target(reward: Tensor, terminated: Tensor, v_next: Tensor, gamma: float) -> Tensor:
     """y = r + gamma (1 - terminated) min_k V_k(s'). (B,), (B,), (B, K) -> (B,), reward units."""
     return reward + gamma * (1 - terminated) * v_next.min(-1).values
@@ -632,66 +316,27 @@ def meow_loss(q: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (q - target[:, None]).square().sum(-1).mean()
 
 
-def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Scales grad (P,) to at most max_norm; also returns the norm before, ()."""
-    norm = torch.linalg.vector_norm(grad)
-    return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
-
-
-def adam(theta: Tensor, m: Tensor, v: Tensor, decay: Tensor, grad: Tensor, lr: float):
-    """One step of Adam [Kingma and Ba, algorithm 1]; decay (2,) holds (beta1^t, beta2^t)."""
-    beta1, beta2, eps = 0.9, 0.999, 1e-8
-    m = beta1 * m + (1 - beta1) * grad
-    v = beta2 * v + (1 - beta2) * grad * grad
-    decay = torch.stack([beta1 * decay[0], beta2 * decay[1]])
-    m_hat, v_hat = m / (1 - decay[0]).to(m.dtype), v / (1 - decay[1]).to(v.dtype)
-    return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
-
-
-# --- 7. Update ------------------------------------------------------------------------------------
 METRICS = "losses/loss losses/grad_norm flow/q flow/v_next flow/target flow/shift_gap".split()
 
 
-def split_parameters(network: nn.Module, theta: Tensor) -> dict[str, Tensor]:
-    """Views of the vector theta (P,) with the names and shapes of the network's parameters."""
-    parameters = dict(network.named_parameters())
-    parts = zip(
-        theta.split([p.numel() for p in parameters.values()]), parameters.items(), strict=True
-    )
-    return {name: part.view(p.shape) for part, (name, p) in parts}
-
-
-def flatten_parameters(network: nn.Module) -> Tensor:
-    """Moves a network's parameters into one vector theta (P,): changing it changes the network."""
-    theta = torch.cat([p.detach().flatten() for p in network.parameters()])
-    views = split_parameters(network, theta).values()
-    for p, view in zip(network.parameters(), views, strict=True):
-        p.data = view
-    return theta
-
-
-def call(network: nn.Module, theta: Tensor, method: str, *inputs):
-    """`network.<method>(*inputs)` with the parameters theta (P,), as a pure function of them."""
-    return torch.func.functional_call(network, split_parameters(network, theta), (method, *inputs))
-
-
-def make_update(flow: EnergyFlow, splits: list[int], args: Args):
+def make_update(flow: EnergyFlow, obs_dim: int, act_dim: int, args: Args):
     """The whole update as one function of flat tensors, changed in place; returns METRICS (6,)."""
+    q_values, soft_values = functional(flow, "q_values"), functional(flow, "soft_values")
 
     def loss_and_q(theta, obs, action, target, keep):
-        q = call(flow, theta, "q_values", obs, action, keep)  # Q_k(s,a)  (B, K)
+        q = q_values(theta, obs, action, keep)  # Q_k(s,a)  (B, K)
         return meow_loss(q, target), q
 
-    def update(theta, target_theta, m, v, decay, batch, keep):
-        obs, action, next_obs, reward, terminated = batch.split(splits, dim=-1)
-        v_next = call(flow, target_theta, "soft_values", next_obs)  # V_k(s'), theta'  (B, K)
-        target = soft_target(reward[:, 0], terminated[:, 0], v_next, args.gamma)  # y  (B,)
+    def update(theta, target_theta, m, v, decay, batch, keep=None):
+        obs, action, next_obs, reward, terminated = split_batch(batch, obs_dim, act_dim)
+        v_next = soft_values(target_theta, next_obs)  # V_k(s'), theta'  (B, K)
+        target = soft_target(reward, terminated, v_next, args.gamma)  # y  (B,)
         gradient = torch.func.grad_and_value(loss_and_q, has_aux=True)
         grad, (loss, q) = gradient(theta, obs, action, target, keep)
         grad, grad_norm = clip_gradient(grad, args.max_grad_norm)
-        new_theta, new_m, new_v, new_decay = adam(theta, m, v, decay, grad, args.learning_rate)
+        new_theta, *moments = adam(theta, m, v, decay, grad, args.learning_rate)
         averaged = (1 - args.tau) * target_theta + args.tau * new_theta  # Polyak: new theta'
-        new = (new_theta, averaged, new_m, new_v, new_decay)
+        new = (new_theta, averaged, *moments)
         for tensor, value in zip((theta, target_theta, m, v, decay), new, strict=True):
             tensor.copy_(value)
         shift_gap = (q[:, 0] - q[:, -1]).abs().mean()  # alpha |b_1 - b_2|
@@ -700,443 +345,9 @@ def make_update(flow: EnergyFlow, splits: list[int], args: Args):
     return update
 
 
-class Learner:
-    """theta, theta' and Adam's moments; acting and updating, compiled for the device.
-
-    On CPU the update is one compiled function, on CUDA one graph that is replayed. Acting and
-    reading metrics wait for the device, `update` does not: a GPU works during the env's step.
-    """
-
-    def __init__(self, flow: EnergyFlow, replay: ReplayBuffer, args: Args, compiled: bool):
-        self.flow, self.replay, self.compiled, self.dropout = flow, replay, compiled, args.dropout
-        self.device = replay.rows.device
-        theta = flatten_parameters(flow)
-        decay = torch.ones(2, dtype=torch.float64, device=self.device)  # (beta1^0, beta2^0)
-        self.state = [theta, theta.clone(), torch.zeros_like(theta), torch.zeros_like(theta), decay]
-        cuda, n = self.device.type == "cuda", args.batch_size
-        self.index = torch.zeros(n, dtype=torch.int64, pin_memory=cuda)
-        self.device_index = self.index.to(self.device)
-        self.batch = torch.zeros(n, sum(replay.splits), device=self.device)
-        shape = (flow.couplings, 2, n, flow.hidden)  # two hidden layers in each coupling
-        self.keep = (
-            torch.ones(shape, dtype=torch.bool, device=self.device) if args.dropout else None
-        )
-        self.metrics = torch.zeros(len(METRICS), device=self.device)
-        self._update = self._prepare(make_update(flow, replay.splits, args))
-        self._graph = self._capture(self._update_in_place, self.state) if cuda else None
-
-    def update(self, rng: np.random.Generator):
-        """Draws a batch and a dropout mask and updates; leaves the METRICS on the device."""
-        self.index.numpy()[:] = rng.integers(0, len(self.replay), len(self.index))
-        self.device_index.copy_(self.index, non_blocking=True)
-        if self._graph:
-            self._graph.replay()
-            return
-        if self.keep is not None:  # 16 random bits a unit: many times faster than a float  # D9
-            bits = rng.integers(0, 2**64, self.keep.numel() // 4, dtype=np.uint64).view(np.uint16)
-            threshold = round(self.dropout * 2**16)
-            np.greater_equal(bits.reshape(self.keep.shape), threshold, out=self.keep.numpy())
-        self._update_in_place()
-
-    def _update_in_place(self):
-        torch.index_select(self.replay.rows, 0, self.device_index, out=self.batch)
-        if self.keep is not None and self.keep.is_cuda:
-            self.keep.bernoulli_(1 - self.dropout)
-        self.metrics.copy_(self._update(*self.state, self.batch, self.keep))
-
-    def make_actor(self, n: int):
-        """act(obs (n, S), z (n, A)) -> actions (n, A), in numpy; z = 0 gives `mode_action`."""
-        pinned = dict(pin_memory=self.device.type == "cuda")
-        obs_dim, act_dim = self.replay.splits[:2]
-        inputs = torch.zeros(n, obs_dim + act_dim, **pinned)
-        action = torch.zeros(n, act_dim, **pinned)
-        device_inputs, device_action = inputs.to(self.device), action.to(self.device)
-
-        def to_action(theta, inputs):
-            return call(self.flow, theta, "to_action", *inputs.split([obs_dim, act_dim], dim=-1))[0]
-
-        to_action = self._prepare(to_action)
-
-        def step():
-            device_action.copy_(to_action(self.state[0], device_inputs))
-
-        graph = self._capture(step, []) if self.device.type == "cuda" else None
-
-        @torch.no_grad()
-        def act(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
-            inputs.numpy()[:, :obs_dim], inputs.numpy()[:, obs_dim:] = obs, z
-            device_inputs.copy_(inputs, non_blocking=True)
-            graph.replay() if graph else step()
-            action.copy_(device_action, non_blocking=True)
-            if graph:
-                torch.cuda.synchronize()
-            return action.numpy().copy()
-
-        return act
-
-    def _prepare(self, function):
-        """The function compiled for its one set of shapes, or as it is."""
-        if not self.compiled:
-            return torch.no_grad()(function)
-        one = dict(fullgraph=True, dynamic=False, isolate_recompiles=True)  # hence no guards needed
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        options["cpp_wrapper"] = self.device.type == "cpu"  # less Python between the kernels
-        return torch.no_grad()(torch.compile(function, **one, options=options))
-
-    def _capture(self, function, state: list[Tensor]) -> "torch.cuda.CUDAGraph":
-        """A CUDA graph of function(); the state and the random generator are left as they were."""
-        saved, rng_state = [t.clone() for t in state], torch.cuda.get_rng_state(self.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compile and let the libraries allocate before the capture
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        for tensor, value in zip(state, saved, strict=True):
-            tensor.copy_(value)
-        torch.cuda.set_rng_state(rng_state, self.device)
-        return graph
-
-    def read_metrics(self, step: int) -> dict[str, float]:
-        """The last update's METRICS. Raises: FloatingPointError if one is not finite.  # D5"""
-        values = dict(zip(METRICS, self.metrics.tolist(), strict=True))
-        if not all(map(math.isfinite, values.values())):
-            bad = ", ".join(f"{k} = {x}" for k, x in values.items() if not math.isfinite(x))
-            hint = "try a smaller --learning-rate; the last checkpoint is intact"
-            raise FloatingPointError(f"the update at step {step} is not finite: {bad}; {hint}")
-        return values
-
-    def state_dict(self) -> dict:
-        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {"state": [t.cpu() for t in self.state], "cuda_rng": cuda_rng}
-
-    def load_state_dict(self, state: dict):
-        for tensor, value in zip(self.state, state["state"], strict=True):
-            tensor.copy_(value)
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-
-
-def prepare_hardware(args: Args) -> tuple[torch.device, bool]:
-    """Sets threads and floating-point modes; returns the device and whether to compile."""
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_float32_matmul_precision("highest")
-    torch.set_flush_denormal(True)  # denormals are slow; zero-initialised networks are full of them
-    torch.set_num_threads(args.torch_threads)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # keep freed memory: else each update faults 1,300 pages in again
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**25)
-        libc.mallopt(m_trim_threshold, 2**30)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    compiled = args.compile and (device.type == "cuda" or bool(compiler and headers))
-    if args.compile and not compiled:
-        missing = "Python's headers (python3-dev)" if compiler else "a C++ compiler (g++)"
-        print(f"warning: {missing} not found: running uncompiled, much slower", file=sys.stderr)
-    return device, compiled
-
-
-# --- 8. Evaluation --------------------------------------------------------------------------------
-EVAL_STEP_LIMIT = 100_000  # of an evaluation episode whose environment has no time limit of its own
-
-
-class Evaluator:
-    """Plays n episodes at a time, each in its own environment, batched through the policy."""
-
-    def __init__(self, args: Args, act):
-        self.args, self.act = args, act
-        first = "rgb_array" if args.capture_video else None
-        modes = [first] + [None] * (args.eval_episodes - 1)
-        self.envs = [make_env(args.env_id, mode) for mode in modes]
-
-    def run(self, step: int, video_path: Path) -> tuple[list[float], list[int]]:
-        """Returns and lengths of n episodes; their seeds depend on --seed and `step`.  # D6
-
-        With --capture-video the first episode goes to `video_path`.
-        """
-        args, n = self.args, len(self.envs)
-        rng = np.random.default_rng(derive_seed(args.seed, 2, step))
-        seeds = [derive_seed(args.seed, 1, step, i) for i in range(n)]
-        first = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)]
-        obs = np.stack(first).astype(np.float32)
-        returns, lengths, alive = [0.0] * n, [0] * n, list(range(n))
-        z = np.zeros((n, self.envs[0].action_space.shape[0]), dtype=np.float32)
-        video = self.open_video(video_path) if args.capture_video else None
-        while alive:
-            if not args.deterministic_eval:
-                rng.standard_normal(out=z, dtype=np.float32)
-            actions = check_action(self.act(obs, z), step)
-            for i in alive.copy():
-                next_obs, reward, terminated, truncated, _ = self.envs[i].step(actions[i])
-                obs[i], reward = next_obs, float(reward)
-                check_finite(args.env_id, step, obs[i], reward)
-                returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
-                if video and i == 0:
-                    video.append_data(self.envs[0].render())
-                if lengths[i] == EVAL_STEP_LIMIT:
-                    print(f"warning: evaluation cut after {lengths[i]} steps", file=sys.stderr)
-                if terminated or truncated or lengths[i] == EVAL_STEP_LIMIT:
-                    alive.remove(i)
-        if video:
-            video.close()
-        return returns, lengths
-
-    def open_video(self, path: Path):
-        """An mp4 writer. Raises: RunError if this machine can't render."""
-        env = self.envs[0]
-        try:
-            env.render()
-        except Exception as error:  # whatever the graphics libraries raise
-            hint = "install libegl1 or libosmesa6 and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-            reason = f"{type(error).__name__}: {error}"
-            raise RunError(f"{self.args.env_id} can't be rendered ({reason}); {hint}") from None
-        path.parent.mkdir(exist_ok=True)
-        return imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), macro_block_size=1)
-
-
-def evaluation_metrics(returns: list[float], lengths: list[int]) -> dict[str, float]:
-    """Mean and standard deviation of the returns, mean length, and each return."""
-    mean, std = float(np.mean(returns)), float(np.std(returns))
-    summary = {"eval/return_mean": mean, "eval/return_std": std}
-    summary["eval/length_mean"] = float(np.mean(lengths))
-    return summary | {f"eval/return_{i}": value for i, value in enumerate(returns)}
-
-
-def evaluate_file(args: Args, saved: dict) -> dict:
-    """`--evaluate PATH`: plays a saved policy on the CPU and prints the return of each episode."""
-    prepare_hardware(args)
-    file = find_policy(args.evaluate)
-    video_path = file.parent / "videos" / f"evaluate-{file.stem}-seed{args.seed}.mp4"
-
-    def act(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
-        return flow.to_action(torch.from_numpy(obs), torch.from_numpy(z))[0].numpy()
-
-    evaluator = Evaluator(args, act)
-    spaces = evaluator.envs[0].observation_space, evaluator.envs[0].action_space
-    flow = make_flow(args, *(space.shape[0] for space in spaces))
-    flow.load_state_dict(saved["flow"])
-    returns, lengths = evaluator.run(saved["step"], video_path)
-    for i, (episodic_return, length) in enumerate(zip(returns, lengths, strict=True)):
-        print(f"episode {i}: return {episodic_return:.2f}, length {length}")
-    mode = "deterministic" if args.deterministic_eval else "stochastic"
-    text = f"{len(returns)} {mode} episodes of {file} (step {saved['step']}) on {args.env_id}"
-    print(f"{text}: return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
-    if args.capture_video:
-        print(f"video of episode 0: {video_path}")
-    return {"returns": returns, "lengths": lengths}
-
-
-# --- 9. Files of a run ----------------------------------------------------------------------------
-FORMAT = "meow_continuous_action/1"
-POLICY_FILES = ["policy_final.pt", "checkpoint.pt", "policy_best.pt"]  # the first there is
-
-
-def save_file(path: Path, content: dict):
-    """Writes atomically: `path` holds the old content or the new. Raises: RunError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save({"format": FORMAT, **content}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        kept = "the previous one is intact" if path.exists() else "there is no earlier one"
-        raise RunError(f"can't write {path} ({error}); {kept}") from None
-
-
-def load_file(path: Path) -> dict:
-    """Reads a checkpoint or a policy. Raises: RunError if it is damaged or of another program."""
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise RunError(f"can't read {path}: {error.strerror}") from None
-    try:
-        with file, zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():  # torch.load itself doesn't compare the checksums
-                raise zipfile.BadZipFile(damaged)
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise RunError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RunError(f"{path} was not written by this script ({FORMAT})")
-    return content
-
-
-def saved_args(content: dict, path: Path) -> Args:
-    try:
-        return Args(**content["args"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} holds settings that this version doesn't know: {error}") from None
-
-
-def find_file(path: str, names: list[str], option: str) -> Path:
-    folder = Path(path)
-    candidates = [folder / name for name in names] if folder.is_dir() else [folder]
-    for file in candidates:
-        if file.is_file():
-            return file
-    listed = " or ".join(map(str, candidates))
-    raise UsageError(f"{option} {path}: there is no {listed}")
-
-
-def find_checkpoint(path: str) -> Path:
-    return find_file(path, ["checkpoint.pt"], "--resume")
-
-
-def find_policy(path: str) -> Path:
-    return find_file(path, POLICY_FILES, "--evaluate")
-
-
-def git(*words: str) -> str:
-    """What git says of the script's repository; empty where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def describe_run(args: Args, device: torch.device, compiled: bool) -> dict:
-    """What a reader needs to reproduce the run: settings, commit, versions and hardware."""
-    changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    packages = filter(importlib.util.find_spec, "torch gymnasium mujoco numpy tyro wandb".split())
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "args": dataclasses.asdict(args),
-        "git_commit": git("rev-parse", "HEAD") + changes,
-        "versions": {p: importlib.metadata.version(p) for p in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "compiled": compiled,
-    }
-
-
-class Logger:
-    """metrics.csv (step,seconds,name,value), the progress bar and Weights & Biases (--track)."""
-
-    def __init__(self, args: Args, run_dir: Path, description: dict, resumed: dict | None):
-        self.path, self.total = run_dir / "metrics.csv", args.total_timesteps
-        step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
-        self.start = time.perf_counter() - seconds
-        self.file = open(self.path, "r+b" if resumed else "xb", buffering=0)
-        if resumed:  # rows after the checkpoint are written again, with the same values
-            if self.path.stat().st_size < resumed["csv_bytes"]:
-                raise RunError(f"{self.path} is shorter than when the checkpoint was written")
-            self.file.truncate(resumed["csv_bytes"])
-            self.file.seek(0, os.SEEK_END)
-        else:
-            self.file.write(b"step,seconds,name,value\n")
-        self.progress = {"train": "-", "eval": "-"}
-        self.last_speed, self.last_line = (step, seconds), (step, seconds)
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=self.total, initial=step, unit="step", disable=not terminal)
-        self.wandb = start_wandb(args, run_dir, description) if args.track else None
-
-    def seconds(self) -> float:
-        """Training time so far, over all sessions of a resumed run."""
-        return time.perf_counter() - self.start
-
-    def log(self, step: int, values: dict[str, float]):
-        seconds = self.seconds()
-        rows = "".join(f"{step},{seconds:.3f},{name},{value!r}\n" for name, value in values.items())
-        try:
-            complete = self.file.write(rows.encode()) == len(rows)
-        except OSError as error:
-            raise RunError(f"can't write {self.path}: {error.strerror}") from None
-        if not complete:
-            raise RunError(f"can't write {self.path}: the disk is full")
-        if self.wandb:
-            self.wandb.log({"global_step": step, **values})
-
-    def speed(self, step: int) -> float:
-        """Steps per second since the last call, evaluations included."""
-        (last_step, last_seconds), now = self.last_speed, self.seconds()
-        self.last_speed = (step, now)
-        return (step - last_step) / max(now - last_seconds, 1e-9)
-
-    def show(self, step: int, **fields: float):
-        """Progress: a bar on a terminal, else a line every 30 seconds and at the end."""
-        self.progress |= {name: f"{value:.1f}" for name, value in fields.items()}
-        if not self.bar.disable:
-            self.bar.set_postfix(self.progress, refresh=False)
-            self.bar.update(step - self.bar.n)
-            return
-        (last_step, last_seconds), now = self.last_line, self.seconds()
-        if now - last_seconds > 30 or (step == self.total and step > last_step):
-            rate = (step - last_step) / (now - last_seconds)
-            eta = tqdm.format_interval((self.total - step) / rate)
-            text = ", ".join(f"{name} return {value}" for name, value in self.progress.items())
-            text = f"ETA {eta}, {rate:.0f} steps/s, {text}"
-            print(f"step {step}/{self.total}, {text}", file=sys.stderr)
-            self.last_line = (step, now)
-
-    def state_dict(self) -> dict:
-        os.fsync(self.file.fileno())
-        return {"csv_bytes": self.file.tell(), "seconds": self.seconds()}
-
-    def close(self):
-        self.bar.close()
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def start_wandb(args: Args, run_dir: Path, description: dict):
-    """The Weights & Biases run; a resumed run goes on in the same one. Raises: UsageError."""
-    import wandb  # only here: training needs neither the package nor an account
-
-    try:
-        run = wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run_dir.name,
-            id=re.sub(r"[^\w-]", "-", run_dir.name),
-            resume="allow",
-            config=description | description["args"],
-            dir=str(run_dir),
-        )
-    except wandb.Error as error:
-        hint = "run `wandb login`, set WANDB_MODE=offline or leave out --track"
-        raise UsageError(f"Weights & Biases can't start ({error}): {hint}") from None
-    run.define_metric("*", step_metric="global_step")
-    return run
-
-
-class StopSignals:
-    """Context in which the first SIGINT or SIGTERM sets `received`; a second one stops at once."""
-
-    def __enter__(self):
-        self.received = None
-        self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, signum, _frame):
-        self.received = signum
-        signal.signal(signum, self.previous[signum])
-
-    def __exit__(self, *_):
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-
-# --- 10. Training ---------------------------------------------------------------------------------
 def make_flow(args: Args, obs_dim: int, act_dim: int) -> EnergyFlow:
     """The flow of the run's settings; its parameters need no gradients outside the update."""
+    torch.manual_seed(args.seed)
     flow = EnergyFlow(
         obs_dim,
         act_dim,
@@ -1151,135 +362,47 @@ def make_flow(args: Args, obs_dim: int, act_dim: int) -> EnergyFlow:
     return flow.requires_grad_(False)
 
 
-def open_run(args: Args, description: dict, checkpoint: dict | None) -> Path:
-    """The run folder, new or the checkpoint's; writes args.json."""
-    if checkpoint:
-        file = find_checkpoint(args.resume)
-        run_dir = file.parent
-        if "learner" not in checkpoint:
-            raise UsageError(f"--resume {file}: this file holds a policy alone, not a checkpoint")
-        if checkpoint["step"] >= args.total_timesteps:
-            done = f"{run_dir} is already at step {checkpoint['step']}"
-            raise UsageError(f"{done}: raise --total-timesteps to train it further")
-        before = checkpoint["description"]
-        changed = [k for k in before if k != "args" and before[k] != description.get(k)]
-        if changed:
-            text = f"other {', '.join(changed)} than before: not bit for bit the same run"
-            print(f"warning: {text}", file=sys.stderr)
-    else:
-        name = re.sub(r"[^\w.-]", "_", args.env_id)
-        run_dir = Path(args.runs_dir) / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(checkpoint))
-        (run_dir / "args.json").write_text(json.dumps(description, indent=2) + "\n")
-    except OSError as error:
-        raise RunError(f"can't write to the run folder {run_dir}: {error.strerror}") from None
-    return run_dir
-
-
-def train(args: Args, checkpoint: dict | None = None) -> dict:
-    """Trains, from a checkpoint's content if given (and empties it).
-
-    Returns {"run_dir", "step", "return_mean"}: the last evaluation's mean return.
-    """
-    device, compiled = prepare_hardware(args)
-    torch.manual_seed(args.seed)
+# --- Training -------------------------------------------------------------------------------------
+def train(args: Args, run: Run):
+    """Trains the flow, from the run's checkpoint if it has one."""
+    hardware, device = run.hardware, run.device
     rng = np.random.default_rng(args.seed)  # exploration, replay and dropout
     env = TrainingEnv(args.env_id, args.seed)
+    dims = env.obs_dim, env.act_dim
     capacity = min(args.buffer_size, args.total_timesteps)
-    replay = ReplayBuffer(capacity, env.obs_dim, env.act_dim, device)
-    flow = make_flow(args, env.obs_dim, env.act_dim).to(device)
-    learner = Learner(flow, replay, args, compiled)
-    act = learner.make_actor(1)
-    evaluator = Evaluator(args, learner.make_actor(args.eval_episodes))
-    description = describe_run(args, device, compiled)
-    run_dir = open_run(args, description, checkpoint)
-    step, best, return_mean = 0, -math.inf, math.nan
+    replay = ReplayBuffer(capacity, *dims, args.batch_size, device)
+    flow = make_flow(args, *dims).to(device)
+    theta = flatten_parameters(flow)
+    state = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, (beta1^t, beta2^t)
+    shape = (flow.couplings, 2, args.batch_size, flow.hidden)  # two hidden layers in each coupling
+    keep = [Keep(*shape, dropout=args.dropout, device=device)] if args.dropout else []  # D9
+    update = make_update(flow, *dims, args)
+    learner = Learner(update, state, [replay.batch], keep, METRICS, hardware)
+    act = make_policy(flow, theta, *dims, 1, hardware)
+    play = make_policy(flow, theta, *dims, args.eval_episodes, hardware)
+    evaluator = Evaluator(args, EvaluationEnvs(args), play)
+    run.start(env, evaluator, {"flow": flow}, rng, learner=learner, replay=replay)
 
-    def policy() -> dict:
-        settings = dataclasses.asdict(dataclasses.replace(args, resume=None))
-        return {"args": settings, "step": step, "flow": flow.state_dict()}
-
-    def save_checkpoint():
-        content = policy() | logger.state_dict() | {"best": best, "return_mean": return_mean}
-        content |= {"learner": learner.state_dict(), "replay": replay.state_dict()}
-        content |= {"env": env.state_dict(), "rng": rng.bit_generator.state}
-        save_file(run_dir / "checkpoint.pt", content | {"description": description})
-
-    logger = Logger(args, run_dir, description, checkpoint)
-    if checkpoint:
-        step, best, return_mean = (checkpoint[k] for k in ("step", "best", "return_mean"))
-        learner.load_state_dict(checkpoint["learner"])
-        replay.load_state_dict(checkpoint["replay"])
-        env.load_state_dict(checkpoint["env"], step)
-        rng.bit_generator.state = checkpoint["rng"]
-        checkpoint.clear()  # it holds the replay buffer a second time
-    else:
-        env.reset(step)
-    first = "; compiling takes about a minute the first time" if compiled else ""
-    print(f"{args.env_id} on {description['device']}, files in {run_dir}{first}", file=sys.stderr)
-    if args.learning_starts >= args.total_timesteps:
-        text = f"nothing is learned before --learning-starts {args.learning_starts}"
-        print(f"warning: {text}", file=sys.stderr)
-
-    with contextlib.closing(logger), StopSignals() as stop:
-        while step < args.total_timesteps:
-            if step < args.learning_starts:
-                action = rng.uniform(-1, 1, env.act_dim).astype(np.float32)
-            else:
-                z = rng.standard_normal(env.act_dim, dtype=np.float32)
-                action = check_action(act(env.obs, z), step)[0]  # a = g^-1(z|s), z ~ N(0, I)
-                learner.update(rng)  # D8
-            obs = env.obs
-            next_obs, reward, terminated, truncated = env.step(action, step)
-            replay.add(obs, action, next_obs, reward, terminated)
-            learning = step >= args.learning_starts
-            metrics = learner.read_metrics(step) if learning else {}  # waits for the device
-            step += 1
-            last = step == args.total_timesteps
-
-            if terminated or truncated:
-                logger.log(step, env.episode_metrics())
-                env.reset(step)
-            if step % args.log_frequency == 0 or last:
-                logger.log(step, {"charts/SPS": logger.speed(step), **metrics})
-            if step % args.eval_frequency == 0 or last:
-                returns, lengths = evaluator.run(step, run_dir / "videos" / f"step-{step:09d}.mp4")
-                evaluation = evaluation_metrics(returns, lengths)
-                logger.log(step, evaluation)
-                return_mean = evaluation["eval/return_mean"]
-                if return_mean > best:
-                    best = return_mean
-                    save_file(run_dir / "policy_best.pt", policy())
-            if step % 100 == 0 or last:
-                logger.show(step, train=env.last_return, eval=return_mean)
-            if last:
-                save_file(run_dir / "policy_final.pt", policy())
-            due = args.checkpoint_frequency and step % args.checkpoint_frequency == 0
-            if due or last or stop.received:
-                save_checkpoint()
-            if stop.received and not last:
-                again = f"python {Path(sys.argv[0]).name} --resume {run_dir}"
-                raise Interrupted(stop.received, f"stopped at step {step}; go on with: {again}")
-    return {"run_dir": str(run_dir), "step": step, "return_mean": return_mean}
+    for step in run.steps():
+        learning = step >= args.learning_starts
+        if learning:
+            z = rng.standard_normal((1, env.act_dim), dtype=np.float32)
+            action = act(env.obs[None], z)[0].numpy()  # a = g^-1(z|s), z ~ N(0, I)
+            replay.sample(rng)
+            learner.update(rng)  # D8
+        else:
+            action = rng.uniform(-1, 1, env.act_dim).astype(np.float32)
+        replay.add(*env.step(action))
+        run.log(learner.read_metrics(step) if learning else {})
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 1 (run), 2 (usage) or 128 + signal."""
-    try:
-        args, saved = parse_args(argv)
-        evaluate_file(args, saved) if args.evaluate else train(args, saved)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.signum
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (UsageError, RunError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+def load_evaluator(args: Args, saved: dict) -> Evaluator:
+    """Evaluation of a saved policy."""
+    envs = EvaluationEnvs(args)
+    flow = make_flow(args, envs.obs_dim, envs.act_dim)
+    flow.load_state_dict(saved["flow"])
+    return Evaluator(args, envs, lambda obs, z: flow.sample(obs, z)[0])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Args, train, load_evaluator))

@@ -18,7 +18,7 @@ The sampler a = f(xi; s), xi ~ N(0, I), follows D: its gradient is D times df/dp
 per state half are fixed (i) and half are moved (j).
 
 Symbols   code                  meaning
-f         Sampler.to_action     state and noise to action
+f         Sampler.sample        state and noise to action
 Q         Critic.q_values       soft Q-function, scaled reward units; --compose: the mean of two
 kappa     kernel                Gaussian, its bandwidth from the median distance of each state
 theta     theta                 parameters of the critic in one vector; theta': target_theta
@@ -34,101 +34,53 @@ Q3  The bandwidth's median averages the two middle distances (theirs takes one o
 Q4  The sampler's step uses the critic after its step (theirs runs both at once).
 Q5  An update runs before the environment's step of its iteration, so that a GPU works while the
     simulator does: the newest transition can be drawn one update later.
-Q6  A loss that is not finite stops the run and says where.
+Q6  A loss or action that is not finite stops the run and says where.
 The bandwidth depends on the number of fixed particles, as in the paper, not on the batch size.
 """
 
-# --- 1. Imports -----------------------------------------------------------------------------------
-import argparse
-import contextlib
-import ctypes
-import ctypes.util
-import dataclasses
-import functools
-import importlib.metadata
-import importlib.util
-import json
 import math
-import os
-import platform
-import re
-import shutil
-import signal
-import subprocess
 import sys
-import sysconfig
-import time
-import warnings
-import zipfile
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
-# MuJoCo chooses its renderer when it is imported: without a screen, an off-screen one.
-if sys.platform == "linux" and "DISPLAY" not in os.environ:
-    for renderer, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-        if ctypes.util.find_library(library):
-            os.environ.setdefault("MUJOCO_GL", renderer)
-
-import gymnasium as gym
-import imageio
-import mujoco
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
-# --- 2. Settings ----------------------------------------------------------------------------------
-# Budgets of the MEow paper and reward scales of the SQL paper's code, the defaults for these
-# (MuJoCo: v4 and v5); others get those of `Args`.
-PAPER_SETTINGS = {
-    "Hopper": dict(total_timesteps=1_500_000, reward_scale=30.0),
-    "HalfCheetah": dict(total_timesteps=1_500_000, reward_scale=30.0),
-    "Walker2d": dict(total_timesteps=4_000_000, reward_scale=10.0),
-    "Ant": dict(total_timesteps=4_000_000, reward_scale=300.0),
-    "Humanoid": dict(total_timesteps=5_000_000, reward_scale=100.0),
-    "multi_goal:MultiGoal": dict(  # MEow's temperature (2.5 = 1 / 0.4) and discount there
-        total_timesteps=4_000,
-        learning_starts=1_000,
-        gamma=0.9,
-        reward_scale=0.4,
-        eval_frequency=500,
-    ),
+from harness.args import RunArgs
+from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv
+from harness.files import UsageError, find_policy, load_file
+from harness.functional import (
+    Learner,
+    Normal,
+    Uniform,
+    adam,
+    adam_moments,
+    flatten_parameters,
+    functional,
+    make_policy,
+)
+from harness.replay import ReplayBuffer, split_batch
+from harness.main import main
+from harness.runs import Run
+
+# --- Settings -------------------------------------------------------------------------------------
+MULTI_GOAL = dict(total_timesteps=4_000, learning_starts=1_000, eval_frequency=500)
+PAPER_SETTINGS = {  # budgets of the MEow paper, reward scales of the SQL paper's code; else `Args`
+    "Hopper-v[45]": dict(total_timesteps=1_500_000, reward_scale=30.0),
+    "HalfCheetah-v[45]": dict(total_timesteps=1_500_000, reward_scale=30.0),
+    "Walker2d-v[45]": dict(total_timesteps=4_000_000, reward_scale=10.0),
+    "Ant-v[45]": dict(total_timesteps=4_000_000, reward_scale=300.0),
+    "Humanoid-v[45]": dict(total_timesteps=5_000_000, reward_scale=100.0),
+    # MEow's temperature (2.5 = 1 / 0.4) and discount there
+    "multi_goal:MultiGoal.*": dict(gamma=0.9, reward_scale=0.4, **MULTI_GOAL),
 }
 
 
-class UsageError(Exception):
-    """The command can't be carried out as given (exit code 2)."""
-
-
-class RunError(Exception):
-    """The run can't go on (exit code 1)."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM, after the checkpoint has been written (exit code 128 + signal number)."""
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
-
-
 @dataclass
-class Args:
-    # Experiment
-    env_id: str = "HalfCheetah-v4"
-    """Gymnasium id; flat observation, bounded continuous action; `module:Env-v0` imports module"""
+class Args(RunArgs):
     exp_name: str = "sql_continuous_action"
     """name of the experiment, a part of the run name"""
-    seed: int = 1
-    """seed of networks, exploration, replay, training and evaluation episodes"""
-    total_timesteps: int = 1_000_000
-    """environment steps in all"""
-    resume: str | None = None
-    """run folder or checkpoint to continue exactly; its own settings become the defaults"""
-    evaluate: str | None = None
-    """run folder, checkpoint or policy to play instead of training; prints each return"""
 
     # Algorithm
     policy_lr: float = 3e-4
@@ -156,287 +108,26 @@ class Args:
     compose: tuple[str, str] | None = None
     """two runs of this script: train a sampler for the mean of their Q-functions, which stay"""
 
-    # Evaluation and logging
-    eval_frequency: int = 10_000
-    """environment steps between evaluations (the last step is always evaluated)"""
-    eval_episodes: int = 10
-    """episodes per evaluation, in separate environments, with fresh seeds derived from --seed"""
-    deterministic_eval: bool = True
-    """evaluate the action of latent z = 0; --no-deterministic-eval draws from the policy"""
-    log_frequency: int = 1_000
-    """environment steps between rows of losses and speed in metrics.csv"""
-    checkpoint_frequency: int = 50_000
-    """environment steps between checkpoints (0: only when interrupted and at the end)"""
-    runs_dir: str = "runs"
-    """folder that holds the run folders"""
-    capture_video: bool = False
-    """write an mp4 of the first episode of each evaluation to the run's videos/"""
-    track: bool = False
-    """log to Weights & Biases too (WANDB_MODE=offline needs no network)"""
-    wandb_project_name: str = "meow"
-    """W&B project"""
-    wandb_entity: str | None = None
-    """W&B team or user"""
-
-    # Hardware and speed
-    cuda: bool = True
-    """use the GPU if there is one"""
-    torch_deterministic: bool = True
-    """choose deterministic cuDNN algorithms"""
-    torch_threads: int = 1
-    """CPU threads; networks this small gain little from a second and nothing from more"""
-    compile: bool = True
-    """compile acting and update (a minute, then cached; needs g++ on CPU); equal up to rounding"""
+    settings = PAPER_SETTINGS
 
     def __post_init__(self):
-        counts = "total_timesteps batch_size buffer_size learning_starts target_network_frequency"
-        counts += " value_particles"
-        for name in f"{counts} eval_frequency eval_episodes log_frequency torch_threads".split():
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "checkpoint_frequency"):
-            self._check(name, 0 <= getattr(self, name) < 2**32, "from 0 to 2^32 - 1")
-        for name in ("policy_lr", "q_lr", "reward_scale"):
-            self._check(name, 0 < getattr(self, name) < math.inf, "positive and finite")
-        self._check("kernel_particles", self.kernel_particles >= 4, "at least 4")
-        self._check("gamma", 0 <= self.gamma <= 1, "from 0 to 1")
-        self._check("tau", 0 < self.tau <= 1, "above 0 and at most 1")
-        if self.resume and self.evaluate:
-            raise ValueError("--resume and --evaluate exclude each other")
-
-    def _check(self, name: str, valid: bool, allowed: str):
-        if not valid:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
+        super().__post_init__()
+        counts = "batch_size buffer_size learning_starts target_network_frequency value_particles"
+        self.check(counts, lambda x: x >= 1, "at least 1")
+        self.check("policy_lr q_lr reward_scale", lambda x: x > 0, "positive and finite")
+        self.check("kernel_particles", lambda x: x >= 4, "at least 4")
+        self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
+        self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        self.compose = self.compose and tuple(self.compose)  # args.json holds it as a list
 
 
-# What may differ from the checkpoint when a run goes on, and when a policy is evaluated.
-RESUME_MAY_CHANGE = "resume total_timesteps checkpoint_frequency capture_video track"
-RESUME_MAY_CHANGE += " wandb_project_name wandb_entity cuda torch_threads compile"
-EVALUATE_MAY_CHANGE = "evaluate seed eval_episodes deterministic_eval capture_video torch_threads"
+# --- Networks -------------------------------------------------------------------------------------
+class MLP(nn.Sequential):
+    """in -> hidden ... -> out with ReLU between, PyTorch's default initialisation."""
 
-
-def default_args(env_id: str) -> Args:
-    """The paper's settings for its tasks (MuJoCo: v4 and v5); general ones for any other."""
-    name, _, version = env_id.rpartition("-v")
-    versions = ("4", "5")
-    if name.startswith("multi_goal:"):  # its worlds share their settings
-        name, versions = "multi_goal:MultiGoal", ("0",)
-    return Args(env_id=env_id, **(PAPER_SETTINGS.get(name, {}) if version in versions else {}))
-
-
-def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
-    """Args of the command line, and the content of the file given to --resume or --evaluate.
-
-    `--env-id`, `--resume` and `--evaluate` are read first: they set the other defaults.
-    """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("env-id", "resume", "evaluate"):
-        peek.add_argument(f"--{name}", f"--{name.replace('-', '_')}", dest=name.replace("-", "_"))
-    try:
-        given = peek.parse_known_args(argv)[0]
-    except argparse.ArgumentError:  # an option without its value: tyro explains it below
-        given = argparse.Namespace(env_id=None, resume=None, evaluate=None)
-    saved = content = None
-    if given.resume or given.evaluate:
-        file = find_checkpoint(given.resume) if given.resume else find_policy(given.evaluate)
-        content = load_file(file)
-        saved = saved_args(content, file)
-    default = saved or default_args(given.env_id or Args.env_id)
-    try:
-        args = tyro.cli(Args, default=default, description=__doc__.split("\n\n    ")[0], args=argv)
-    except ValueError as error:
-        raise UsageError(error) from None
-    if saved:
-        may_change = (RESUME_MAY_CHANGE if given.resume else EVALUATE_MAY_CHANGE).split()
-        asked, stored = dataclasses.asdict(args), dataclasses.asdict(saved)
-        conflicts = [k for k in asked if asked[k] != stored[k] and k not in may_change]
-        if conflicts:
-            named = [f"--{k.replace('_', '-')} {asked[k]} (saved: {stored[k]})" for k in conflicts]
-            text = f"{file} was made with other settings: {', '.join(named)}"
-            raise UsageError(f"{text}. Leave these options out.")
-    return args, content
-
-
-# --- 3. Environment -------------------------------------------------------------------------------
-def derive_seed(*key: int) -> int:
-    """One 32-bit seed from several numbers, e.g. the run's seed, the use and the episode."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-@functools.cache
-def show_once(text: str):
-    """Prints a warning of MuJoCo's once; by default each of our environments repeats it."""
-    print(f"MuJoCo: {text}", file=sys.stderr)
-
-
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """The environment with its actions rescaled to [-1, 1].
-
-    Raises: UsageError for an unknown id and where the policy can't act: it needs a flat Box
-    observation and a bounded continuous action.
-    """
-    if ":" in env_id and os.getcwd() not in sys.path:  # `module:Env-v0` may lie in this folder
-        sys.path.append(os.getcwd())
-    mujoco.set_mju_user_warning(show_once)
-    problem = f"--env-id {env_id}:"
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date.*")  # v4 is the paper's
-            env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        reason = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())
-        raise UsageError(f"{problem} can't make this environment: {reason}") from None
-    if render_mode and render_mode not in env.metadata.get("render_modes", []):
-        raise UsageError(f"{problem} it can't render images: leave out --capture-video")
-    obs, act = env.observation_space, env.action_space
-    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1 or obs.shape[0] == 0:
-        hint = "wrap the environment in gymnasium.wrappers.FlattenObservation"
-        raise UsageError(f"{problem} the observation must be one flat vector, not {obs}; {hint}")
-    if not isinstance(act, gym.spaces.Box) or not np.issubdtype(act.dtype, np.floating):
-        raise UsageError(f"{problem} the actions must be continuous (a float Box), not {act}")
-    if len(act.shape) != 1 or act.shape[0] == 0:
-        raise UsageError(f"{problem} the action must be one flat vector, not of shape {act.shape}")
-    if not (np.isfinite([act.low, act.high]).all() and (act.low < act.high).all()):
-        raise UsageError(f"{problem} the action space must be bounded on both sides, not {act}")
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-
-
-def check_finite(env_id: str, step: int, obs: np.ndarray, reward: float = 0.0):
-    """Raises: RunError when the environment returned NaN or infinity."""
-    if not (np.isfinite(obs).all() and math.isfinite(reward)):
-        bad = [f"observation[{i}] = {obs[i]}" for i in np.flatnonzero(~np.isfinite(obs))[:5]]
-        bad += [] if math.isfinite(reward) else [f"reward = {reward}"]
-        raise RunError(f"{env_id} returned {', '.join(bad)} at step {step}; it was not stored")
-
-
-def check_action(action: np.ndarray, step: int) -> np.ndarray:
-    """The action itself. Raises: FloatingPointError when the policy diverged.  # Q6"""
-    if not np.isfinite(action).all():
-        hint = "try a smaller --learning-rate; the last checkpoint is intact"
-        raise FloatingPointError(f"the policy's action at step {step} is not finite; {hint}")
-    return action
-
-
-class TrainingEnv:
-    """The training environment and its episode statistics, restorable exactly.
-
-    Each episode starts from its own seed, so this seed and the actions since the reset determine
-    the state of any deterministic environment: a checkpoint holds both, and loading it plays the
-    actions again.
-    """
-
-    def __init__(self, env_id: str, seed: int):
-        self.env, self.env_id, self.seed = make_env(env_id), env_id, seed
-        self.obs_dim = self.env.observation_space.shape[0]
-        self.act_dim = self.env.action_space.shape[0]
-        self.episode, self.last_return = -1, math.nan
-
-    def reset(self, step: int):
-        """Starts the next episode; its first observation is `self.obs` (S,)."""
-        self.episode += 1
-        self.actions, self.episodic_return = [], 0.0
-        obs, _ = self.env.reset(seed=derive_seed(self.seed, 0, self.episode))
-        self.obs = np.array(obs, dtype=np.float32)
-        check_finite(self.env_id, step, self.obs)
-
-    def step(self, action: np.ndarray, step: int) -> tuple[np.ndarray, float, bool, bool]:
-        """One step, without reset: at the end next_obs (S,) is the true final observation."""
-        next_obs, reward, terminated, truncated, _ = self.env.step(action)
-        next_obs = np.array(next_obs, dtype=np.float32)  # a copy: some environments reuse theirs
-        reward = float(reward)
-        check_finite(self.env_id, step, next_obs, reward)
-        self.actions.append(action)
-        self.episodic_return += reward
-        self.obs = next_obs
-        return next_obs, reward, bool(terminated), bool(truncated)
-
-    def episode_metrics(self) -> dict[str, float]:
-        """Return and length of the episode that has just ended."""
-        self.last_return = self.episodic_return
-        length = len(self.actions)
-        return {"charts/episodic_return": self.last_return, "charts/episodic_length": length}
-
-    def state_dict(self) -> dict:
-        actions = np.array(self.actions, dtype=np.float32).reshape(-1, self.act_dim)
-        return {
-            "episode": self.episode,
-            "actions": torch.from_numpy(actions),
-            "obs": torch.from_numpy(self.obs.copy()),
-            "last_return": self.last_return,
-        }
-
-    def load_state_dict(self, state: dict, step: int):
-        self.episode, self.last_return = state["episode"] - 1, state["last_return"]
-        self.reset(step)
-        for action in state["actions"].numpy():
-            self.step(action.copy(), step)
-        if not np.array_equal(self.obs, state["obs"].numpy()):
-            problem = f"{self.env_id} did not replay its episode exactly"
-            print(f"warning: {problem}; starting a new one", file=sys.stderr)
-            self.reset(step)
-
-
-# --- 4. Replay buffer -----------------------------------------------------------------------------
-class ReplayBuffer:
-    """Ring of rows [obs | action | next_obs | reward | terminated] on the training device.
-
-    Time-outs are stored with terminated = 0: the target bootstraps through them.
-    """
-
-    def __init__(
-        self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu"
-    ):
-        self.splits = [obs_dim, act_dim, obs_dim, 1, 1]
-        self.capacity, self.added = capacity, 0
-        need, free = 4 * capacity * sum(self.splits), available_memory(torch.device(device))
-        if need > free:
-            gb = f"{need / 1e9:.1f} GB, more than the {free / 1e9:.1f} GB free"
-            raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {gb} on {device}")
-        self.rows = torch.empty(capacity, sum(self.splits), device=device)
-        self.row = torch.empty(sum(self.splits), pin_memory=self.rows.is_cuda)
-        self.parts = np.split(self.row.numpy(), np.cumsum(self.splits)[:-1])
-
-    def __len__(self) -> int:
-        return min(self.added, self.capacity)
-
-    def add(self, *transition):
-        """Stores obs (S,), action (A,), next_obs (S,), reward, terminated."""
-        for part, value in zip(self.parts, transition, strict=True):
-            part[:] = value
-        self.rows[self.added % self.capacity].copy_(self.row)
-        self.added += 1
-
-    def state_dict(self) -> dict:
-        filled = self.rows[: len(self)].cpu().numpy()  # by way of NumPy, or torch saves all rows
-        return {"added": self.added, "rows": torch.from_numpy(filled)}
-
-    def load_state_dict(self, state: dict):
-        self.added = state["added"]
-        self.rows[: len(self)].copy_(state["rows"])
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes free on the device; on CPU what the kernel can give without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# --- 5. Networks ----------------------------------------------------------------------------------
-class MLP(nn.Module):
-    """in -> hidden -> hidden -> out with ReLU, PyTorch's default initialisation."""
-
-    def __init__(self, dims: list[int]):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, in) -> (B, out)."""
-        for layer in self.layers[:-1]:
-            x = torch.relu(layer(x))
-        return self.layers[-1](x)
+    def __init__(self, *dims: int):
+        layers = [x for i, o in pairwise(dims) for x in (nn.Linear(i, o), nn.ReLU())]
+        super().__init__(*layers[:-1])
 
 
 class Sampler(nn.Module):
@@ -444,15 +135,11 @@ class Sampler(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int):
         super().__init__()
-        self.net = MLP([obs_dim + act_dim, 128, 128, act_dim])
+        self.net = MLP(obs_dim + act_dim, 128, 128, act_dim)
 
-    def forward(self, method: str, *inputs):
-        """`sampler.<method>(*inputs)`: torch.func.functional_call can only call `forward`."""
-        return getattr(self, method)(*inputs)
-
-    def to_action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """a = f(xi; s). obs (..., S), noise (..., A) -> (..., A) in (-1, 1)."""
-        return torch.tanh(self.net(torch.cat([obs, noise], dim=-1)))
+    def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, None]:
+        """a = f(xi; s), and None for its density. (..., S), (..., A) -> (..., A) in (-1, 1)."""
+        return torch.tanh(self.net(torch.cat([obs, noise], dim=-1))), None
 
 
 class Critic(nn.Module):
@@ -460,11 +147,7 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, members: int = 1):
         super().__init__()
-        self.q = nn.ModuleList(MLP([obs_dim + act_dim, 128, 128, 1]) for _ in range(members))
-
-    def forward(self, method: str, *inputs):
-        """`critic.<method>(*inputs)`: torch.func.functional_call can only call `forward`."""
-        return getattr(self, method)(*inputs)
+        self.q = nn.ModuleList(MLP(obs_dim + act_dim, 128, 128, 1) for _ in range(members))
 
     def q_values(self, obs: Tensor, action: Tensor) -> Tensor:
         """Q(s,a). obs (..., S), action (..., A) in [-1, 1] -> (..., 1), scaled reward units."""
@@ -472,7 +155,7 @@ class Critic(nn.Module):
         return torch.stack([q(x) for q in self.q]).mean(0)
 
 
-# --- 6. Targets, losses and the Stein direction ---------------------------------------------------
+# --- Target, losses, Stein direction and update ---------------------------------------------------
 def soft_value(q: Tensor, act_dim: int) -> Tensor:
     """V(s) = log((1/M) sum_j exp Q(s,a_j)) + A log 2, a_j uniform in [-1, 1]^A. (B, M) -> (B,)."""
     return torch.logsumexp(q, dim=-1) - math.log(q.shape[-1]) + act_dim * math.log(2)
@@ -520,65 +203,34 @@ def stein_direction(score: Tensor, fixed: Tensor, updated: Tensor) -> Tensor:
     return (kappa[..., None] * score[:, :, None] + kappa_gradient).mean(1)
 
 
-def adam(theta: Tensor, m: Tensor, v: Tensor, decay: Tensor, grad: Tensor, lr: float):
-    """One step of Adam [Kingma and Ba, algorithm 1]; decay (2,) holds (beta1^t, beta2^t)."""
-    beta1, beta2, eps = 0.9, 0.999, 1e-8
-    m = beta1 * m + (1 - beta1) * grad
-    v = beta2 * v + (1 - beta2) * grad * grad
-    decay = torch.stack([beta1 * decay[0], beta2 * decay[1]])
-    m_hat, v_hat = m / (1 - decay[0]).to(m.dtype), v / (1 - decay[1]).to(v.dtype)
-    return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
-
-
-# --- 7. Update ------------------------------------------------------------------------------------
 METRICS = "losses/qf_loss losses/qf_values sql/target sql/v_next sql/stein_norm".split()
 
 
-def split_parameters(network: nn.Module, theta: Tensor) -> dict[str, Tensor]:
-    """Views of the vector theta (P,) with the names and shapes of the network's parameters."""
-    parameters = dict(network.named_parameters())
-    parts = zip(
-        theta.split([p.numel() for p in parameters.values()]), parameters.items(), strict=True
-    )
-    return {name: part.view(p.shape) for part, (name, p) in parts}
+def make_update(sampler: Sampler, critic: Critic, obs_dim: int, act_dim: int, args: Args):
+    """The update as one function of flat tensors, changed in place; returns METRICS (5,).
 
-
-def flatten_parameters(network: nn.Module) -> Tensor:
-    """Moves a network's parameters into one vector theta (P,): changing it changes the network."""
-    theta = torch.cat([p.detach().flatten() for p in network.parameters()])
-    views = split_parameters(network, theta).values()
-    for p, view in zip(network.parameters(), views, strict=True):
-        p.data = view
-    return theta
-
-
-def call(network: nn.Module, theta: Tensor, method: str, *inputs):
-    """`network.<method>(*inputs)` with the parameters theta (P,), as a pure function of them."""
-    return torch.func.functional_call(network, split_parameters(network, theta), (method, *inputs))
-
-
-def make_update(sampler: Sampler, critic: Critic, splits: list[int], args: Args):
-    """The whole update as one function of flat tensors, changed in place; returns METRICS (5,)."""
-    act_dim, n_fixed = splits[1], args.kernel_particles - args.kernel_particles // 2
+    theta' is left to `train`, which moves it every --target-network-frequency updates.
+    """
+    sample, q_values = functional(sampler, "sample"), functional(critic, "q_values")
+    n_fixed = args.kernel_particles - args.kernel_particles // 2
 
     def loss_and_q(theta, obs, action, target):
-        q = call(critic, theta, "q_values", obs, action)[:, 0]  # Q(s,a)  (B,)
+        q = q_values(theta, obs, action)[:, 0]  # Q(s,a)  (B,)
         return critic_loss(q, target), q
 
     def summed_log_density(action, theta, obs):
-        return log_density(call(critic, theta, "q_values", obs, action), action).sum()
+        return log_density(q_values(theta, obs, action), action).sum()
 
     def moved_along(phi, direction, obs, noise):
-        action = call(sampler, phi, "to_action", obs, noise)  # a_j = f(xi_j; s)  (B, U, A)
+        action, _ = sample(phi, obs, noise)  # a_j = f(xi_j; s)  (B, U, A)
         return -(direction * action).sum(-1).mean()  # its gradient is -D df/dphi
 
     def update_critic(theta, target_theta, m, v, decay, batch, uniform):
-        obs, action, next_obs, reward, terminated = batch.split(splits, dim=-1)
+        obs, action, next_obs, reward, terminated = split_batch(batch, obs_dim, act_dim)
         repeated = next_obs[:, None].expand(-1, uniform.shape[1], -1)  # (B, M, S)
-        q_next = call(critic, target_theta, "q_values", repeated, uniform)[..., 0]  # (B, M)
+        q_next = q_values(target_theta, repeated, uniform)[..., 0]  # Q'(s',a_j)  (B, M)
         v_next = soft_value(q_next, act_dim)  # V(s'), theta'  (B,)
-        bellman = (reward[:, 0], terminated[:, 0], v_next, args.reward_scale, args.gamma)
-        target = soft_target(*bellman)  # y  (B,)
+        target = soft_target(reward, terminated, v_next, args.reward_scale, args.gamma)  # y  (B,)
         gradient = torch.func.grad_and_value(loss_and_q, has_aux=True)
         grad, (loss, q) = gradient(theta, obs, action, target)
         if not args.compose:
@@ -586,8 +238,9 @@ def make_update(sampler: Sampler, critic: Critic, splits: list[int], args: Args)
         return (theta, m, v, decay), [loss, q.mean(), target.mean(), v_next.mean()]
 
     def update_sampler(phi, m, v, decay, theta, batch, noise):
-        obs = batch.split(splits, dim=-1)[0][:, None].expand(-1, noise.shape[1], -1)  # (B, M, S)
-        action = call(sampler, phi, "to_action", obs, noise)  # (B, M, A)
+        obs = split_batch(batch, obs_dim, act_dim)[0]
+        obs = obs[:, None].expand(-1, noise.shape[1], -1)  # (B, M, S)
+        action, _ = sample(phi, obs, noise)  # (B, M, A)
         fixed, updated = action[:, :n_fixed], action[:, n_fixed:]
         score = torch.func.grad(summed_log_density)(fixed, theta, obs[:, :n_fixed])
         direction = stein_direction(score, fixed, updated)  # D  (B, U, A)
@@ -610,463 +263,17 @@ def make_update(sampler: Sampler, critic: Critic, splits: list[int], args: Args)
     return update
 
 
-class Learner:
-    """theta, theta', phi and Adam's moments; acting and updating, compiled for the device.
-
-    On CPU the update is one compiled function, on CUDA one graph that is replayed. Acting and
-    reading metrics wait for the device, `update` does not.
-    """
-
-    def __init__(
-        self, sampler: Sampler, critic: Critic, replay: ReplayBuffer, args: Args, compiled: bool
-    ):
-        self.sampler, self.replay, self.compiled = sampler, replay, compiled
-        self.tau, self.frequency, self.updates = args.tau, args.target_network_frequency, 0
-        self.device = replay.rows.device
-        cuda, n, act_dim = self.device.type == "cuda", args.batch_size, replay.splits[1]
-        self.theta, self.phi = flatten_parameters(critic), flatten_parameters(sampler)
-        self.target_theta = self.theta.clone()
-        self.state = [self.theta, self.target_theta, *self._moments(self.theta)]
-        self.state += [self.phi, *self._moments(self.phi)]
-        self.index = torch.zeros(n, dtype=torch.int64, pin_memory=cuda)
-        self.device_index = self.index.to(self.device)
-        self.batch = torch.zeros(n, sum(replay.splits), device=self.device)
-        self.uniform = torch.zeros(n, args.value_particles, act_dim, device=self.device)  # Q2
-        self.noise = torch.zeros(n, args.kernel_particles, act_dim, device=self.device)
-        self.metrics = torch.zeros(len(METRICS), device=self.device)
-        self._update = self._prepare(make_update(sampler, critic, replay.splits, args))
-        self._graph = self._capture(self._update_in_place, self.state) if cuda else None
-
-    def _moments(self, theta: Tensor) -> list[Tensor]:
-        """Adam's m, v and (beta1^0, beta2^0)."""
-        decay = torch.ones(2, dtype=torch.float64, device=self.device)
-        return [torch.zeros_like(theta), torch.zeros_like(theta), decay]
-
-    def update(self, rng: np.random.Generator):
-        """Draws a batch and updates; leaves the METRICS on the device."""
-        self.index.numpy()[:] = rng.integers(0, len(self.replay), len(self.index))
-        self.device_index.copy_(self.index, non_blocking=True)
-        if self._graph:
-            self._graph.replay()
-        else:
-            rng.random(out=self.uniform.numpy(), dtype=np.float32)
-            rng.standard_normal(out=self.noise.numpy(), dtype=np.float32)
-            self._update_in_place()
-        self.updates += 1
-        if self.updates % self.frequency == 0:
-            self.target_theta.lerp_(self.theta, self.tau)  # Polyak: theta'
-
-    def _update_in_place(self):
-        torch.index_select(self.replay.rows, 0, self.device_index, out=self.batch)
-        if self.noise.is_cuda:
-            self.uniform.uniform_()
-            self.noise.normal_()
-        uniform = self.uniform.mul(2).sub(1)  # a_j in [-1, 1]
-        self.metrics.copy_(self._update(*self.state, self.batch, uniform, self.noise))
-
-    def make_actor(self, n: int):
-        """act(obs (n, S), noise (n, A)) -> actions (n, A), in numpy; 0 gives f(0; s)."""
-        pinned = dict(pin_memory=self.device.type == "cuda")
-        obs_dim, act_dim = self.replay.splits[:2]
-        inputs = torch.zeros(n, obs_dim + act_dim, **pinned)
-        action = torch.zeros(n, act_dim, **pinned)
-        device_inputs, device_action = inputs.to(self.device), action.to(self.device)
-
-        def to_action(phi, inputs):
-            return call(self.sampler, phi, "to_action", *inputs.split([obs_dim, act_dim], dim=-1))
-
-        to_action = self._prepare(to_action)
-
-        def step():
-            device_action.copy_(to_action(self.phi, device_inputs))
-
-        graph = self._capture(step, []) if self.device.type == "cuda" else None
-
-        @torch.no_grad()
-        def act(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
-            inputs.numpy()[:, :obs_dim], inputs.numpy()[:, obs_dim:] = obs, z
-            device_inputs.copy_(inputs, non_blocking=True)
-            graph.replay() if graph else step()
-            action.copy_(device_action, non_blocking=True)
-            if graph:
-                torch.cuda.synchronize()
-            return action.numpy().copy()
-
-        return act
-
-    def _prepare(self, function):
-        """The function compiled for its one set of shapes, or as it is."""
-        if not self.compiled:
-            return torch.no_grad()(function)
-        one = dict(fullgraph=True, dynamic=False, isolate_recompiles=True)  # hence no guards needed
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        options["cpp_wrapper"] = self.device.type == "cpu"  # less Python between the kernels
-        return torch.no_grad()(torch.compile(function, **one, options=options))
-
-    def _capture(self, function, state: list[Tensor]) -> "torch.cuda.CUDAGraph":
-        """A CUDA graph of function(); the state and the random generator are left as they were."""
-        saved, rng_state = [t.clone() for t in state], torch.cuda.get_rng_state(self.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compile and let the libraries allocate before the capture
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        for tensor, value in zip(state, saved, strict=True):
-            tensor.copy_(value)
-        torch.cuda.set_rng_state(rng_state, self.device)
-        return graph
-
-    def read_metrics(self, step: int) -> dict[str, float]:
-        """The last update's METRICS. Raises: FloatingPointError if one is not finite.  # Q6"""
-        values = dict(zip(METRICS, self.metrics.tolist(), strict=True))
-        if not all(map(math.isfinite, values.values())):
-            bad = ", ".join(f"{k} = {x}" for k, x in values.items() if not math.isfinite(x))
-            hint = "try a smaller --learning-rate; the last checkpoint is intact"
-            raise FloatingPointError(f"the update at step {step} is not finite: {bad}; {hint}")
-        return values
-
-    def state_dict(self) -> dict:
-        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        state = [t.cpu() for t in self.state]
-        return {"state": state, "updates": self.updates, "cuda_rng": cuda_rng}
-
-    def load_state_dict(self, state: dict):
-        for tensor, value in zip(self.state, state["state"], strict=True):
-            tensor.copy_(value)
-        self.updates = state["updates"]
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-
-
-def prepare_hardware(args: Args) -> tuple[torch.device, bool]:
-    """Sets threads and floating-point modes; returns the device and whether to compile."""
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_float32_matmul_precision("highest")
-    torch.set_flush_denormal(True)  # denormals are slow; zero-initialised networks are full of them
-    torch.set_num_threads(args.torch_threads)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # keep freed memory: else each update faults 1,300 pages in again
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**25)
-        libc.mallopt(m_trim_threshold, 2**30)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    compiled = args.compile and (device.type == "cuda" or bool(compiler and headers))
-    if args.compile and not compiled:
-        missing = "Python's headers (python3-dev)" if compiler else "a C++ compiler (g++)"
-        print(f"warning: {missing} not found: running uncompiled, much slower", file=sys.stderr)
-    return device, compiled
-
-
-# --- 8. Evaluation --------------------------------------------------------------------------------
-EVAL_STEP_LIMIT = 100_000  # of an evaluation episode whose environment has no time limit of its own
-
-
-class Evaluator:
-    """Plays n episodes at a time, each in its own environment, batched through the policy."""
-
-    def __init__(self, args: Args, act):
-        self.args, self.act = args, act
-        first = "rgb_array" if args.capture_video else None
-        modes = [first] + [None] * (args.eval_episodes - 1)
-        self.envs = [make_env(args.env_id, mode) for mode in modes]
-
-    def run(self, step: int, video_path: Path) -> tuple[list[float], list[int]]:
-        """Returns and lengths of n episodes; their seeds depend on --seed and `step`.
-
-        With --capture-video the first episode goes to `video_path`.
-        """
-        args, n = self.args, len(self.envs)
-        rng = np.random.default_rng(derive_seed(args.seed, 2, step))
-        seeds = [derive_seed(args.seed, 1, step, i) for i in range(n)]
-        first = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)]
-        obs = np.stack(first).astype(np.float32)
-        returns, lengths, alive = [0.0] * n, [0] * n, list(range(n))
-        z = np.zeros((n, self.envs[0].action_space.shape[0]), dtype=np.float32)
-        video = self.open_video(video_path) if args.capture_video else None
-        while alive:
-            if not args.deterministic_eval:
-                rng.standard_normal(out=z, dtype=np.float32)
-            actions = check_action(self.act(obs, z), step)
-            for i in alive.copy():
-                next_obs, reward, terminated, truncated, _ = self.envs[i].step(actions[i])
-                obs[i], reward = next_obs, float(reward)
-                check_finite(args.env_id, step, obs[i], reward)
-                returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
-                if video and i == 0:
-                    video.append_data(self.envs[0].render())
-                if lengths[i] == EVAL_STEP_LIMIT:
-                    print(f"warning: evaluation cut after {lengths[i]} steps", file=sys.stderr)
-                if terminated or truncated or lengths[i] == EVAL_STEP_LIMIT:
-                    alive.remove(i)
-        if video:
-            video.close()
-        return returns, lengths
-
-    def open_video(self, path: Path):
-        """An mp4 writer. Raises: RunError if this machine can't render."""
-        env = self.envs[0]
-        try:
-            env.render()
-        except Exception as error:  # whatever the graphics libraries raise
-            hint = "install libegl1 or libosmesa6 and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-            reason = f"{type(error).__name__}: {error}"
-            raise RunError(f"{self.args.env_id} can't be rendered ({reason}); {hint}") from None
-        path.parent.mkdir(exist_ok=True)
-        return imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), macro_block_size=1)
-
-
-def evaluation_metrics(returns: list[float], lengths: list[int]) -> dict[str, float]:
-    """Mean and standard deviation of the returns, mean length, and each return."""
-    mean, std = float(np.mean(returns)), float(np.std(returns))
-    summary = {"eval/return_mean": mean, "eval/return_std": std}
-    summary["eval/length_mean"] = float(np.mean(lengths))
-    return summary | {f"eval/return_{i}": value for i, value in enumerate(returns)}
-
-
-def evaluate_file(args: Args, saved: dict) -> dict:
-    """`--evaluate PATH`: plays a saved policy on the CPU and prints the return of each episode."""
-    prepare_hardware(args)
-    file = find_policy(args.evaluate)
-    video_path = file.parent / "videos" / f"evaluate-{file.stem}-seed{args.seed}.mp4"
-
-    def act(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
-        return sampler.to_action(torch.from_numpy(obs), torch.from_numpy(z)).numpy()
-
-    evaluator = Evaluator(args, act)
-    spaces = evaluator.envs[0].observation_space, evaluator.envs[0].action_space
-    sampler, _ = make_networks(args, *(space.shape[0] for space in spaces))
-    sampler.load_state_dict(saved["sampler"])
-    returns, lengths = evaluator.run(saved["step"], video_path)
-    for i, (episodic_return, length) in enumerate(zip(returns, lengths, strict=True)):
-        print(f"episode {i}: return {episodic_return:.2f}, length {length}")
-    mode = "deterministic" if args.deterministic_eval else "stochastic"
-    text = f"{len(returns)} {mode} episodes of {file} (step {saved['step']}) on {args.env_id}"
-    print(f"{text}: return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
-    if args.capture_video:
-        print(f"video of episode 0: {video_path}")
-    return {"returns": returns, "lengths": lengths}
-
-
-# --- 9. Files of a run ----------------------------------------------------------------------------
-FORMAT = "sql_continuous_action/1"
-POLICY_FILES = ["policy_final.pt", "checkpoint.pt", "policy_best.pt"]  # the first there is
-
-
-def save_file(path: Path, content: dict):
-    """Writes atomically: `path` holds the old content or the new. Raises: RunError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save({"format": FORMAT, **content}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        kept = "the previous one is intact" if path.exists() else "there is no earlier one"
-        raise RunError(f"can't write {path} ({error}); {kept}") from None
-
-
-def load_file(path: Path) -> dict:
-    """Reads a checkpoint or a policy. Raises: RunError if it is damaged or of another program."""
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise RunError(f"can't read {path}: {error.strerror}") from None
-    try:
-        with file, zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():  # torch.load itself doesn't compare the checksums
-                raise zipfile.BadZipFile(damaged)
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise RunError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RunError(f"{path} was not written by this script ({FORMAT})")
-    return content
-
-
-def saved_args(content: dict, path: Path) -> Args:
-    try:
-        return Args(**content["args"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} holds settings that this version doesn't know: {error}") from None
-
-
-def find_file(path: str, names: list[str], option: str) -> Path:
-    folder = Path(path)
-    candidates = [folder / name for name in names] if folder.is_dir() else [folder]
-    for file in candidates:
-        if file.is_file():
-            return file
-    listed = " or ".join(map(str, candidates))
-    raise UsageError(f"{option} {path}: there is no {listed}")
-
-
-def find_checkpoint(path: str) -> Path:
-    return find_file(path, ["checkpoint.pt"], "--resume")
-
-
-def find_policy(path: str) -> Path:
-    return find_file(path, POLICY_FILES, "--evaluate")
-
-
-def git(*words: str) -> str:
-    """What git says of the script's repository; empty where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def describe_run(args: Args, device: torch.device, compiled: bool) -> dict:
-    """What a reader needs to reproduce the run: settings, commit, versions and hardware."""
-    changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    packages = filter(importlib.util.find_spec, "torch gymnasium mujoco numpy tyro wandb".split())
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "args": dataclasses.asdict(args),
-        "git_commit": git("rev-parse", "HEAD") + changes,
-        "versions": {p: importlib.metadata.version(p) for p in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "compiled": compiled,
-    }
-
-
-class Logger:
-    """metrics.csv (step,seconds,name,value), the progress bar and Weights & Biases (--track)."""
-
-    def __init__(self, args: Args, run_dir: Path, description: dict, resumed: dict | None):
-        self.path, self.total = run_dir / "metrics.csv", args.total_timesteps
-        step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
-        self.start = time.perf_counter() - seconds
-        self.file = open(self.path, "r+b" if resumed else "xb", buffering=0)
-        if resumed:  # rows after the checkpoint are written again, with the same values
-            if self.path.stat().st_size < resumed["csv_bytes"]:
-                raise RunError(f"{self.path} is shorter than when the checkpoint was written")
-            self.file.truncate(resumed["csv_bytes"])
-            self.file.seek(0, os.SEEK_END)
-        else:
-            self.file.write(b"step,seconds,name,value\n")
-        self.progress = {"train": "-", "eval": "-"}
-        self.last_speed, self.last_line = (step, seconds), (step, seconds)
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=self.total, initial=step, unit="step", disable=not terminal)
-        self.wandb = start_wandb(args, run_dir, description) if args.track else None
-
-    def seconds(self) -> float:
-        """Training time so far, over all sessions of a resumed run."""
-        return time.perf_counter() - self.start
-
-    def log(self, step: int, values: dict[str, float]):
-        seconds = self.seconds()
-        rows = "".join(f"{step},{seconds:.3f},{name},{value!r}\n" for name, value in values.items())
-        try:
-            complete = self.file.write(rows.encode()) == len(rows)
-        except OSError as error:
-            raise RunError(f"can't write {self.path}: {error.strerror}") from None
-        if not complete:
-            raise RunError(f"can't write {self.path}: the disk is full")
-        if self.wandb:
-            self.wandb.log({"global_step": step, **values})
-
-    def speed(self, step: int) -> float:
-        """Steps per second since the last call, evaluations included."""
-        (last_step, last_seconds), now = self.last_speed, self.seconds()
-        self.last_speed = (step, now)
-        return (step - last_step) / max(now - last_seconds, 1e-9)
-
-    def show(self, step: int, **fields: float):
-        """Progress: a bar on a terminal, else a line every 30 seconds and at the end."""
-        self.progress |= {name: f"{value:.1f}" for name, value in fields.items()}
-        if not self.bar.disable:
-            self.bar.set_postfix(self.progress, refresh=False)
-            self.bar.update(step - self.bar.n)
-            return
-        (last_step, last_seconds), now = self.last_line, self.seconds()
-        if now - last_seconds > 30 or (step == self.total and step > last_step):
-            rate = (step - last_step) / (now - last_seconds)
-            eta = tqdm.format_interval((self.total - step) / rate)
-            text = ", ".join(f"{name} return {value}" for name, value in self.progress.items())
-            text = f"ETA {eta}, {rate:.0f} steps/s, {text}"
-            print(f"step {step}/{self.total}, {text}", file=sys.stderr)
-            self.last_line = (step, now)
-
-    def state_dict(self) -> dict:
-        os.fsync(self.file.fileno())
-        return {"csv_bytes": self.file.tell(), "seconds": self.seconds()}
-
-    def close(self):
-        self.bar.close()
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def start_wandb(args: Args, run_dir: Path, description: dict):
-    """The Weights & Biases run; a resumed run goes on in the same one. Raises: UsageError."""
-    import wandb  # only here: training needs neither the package nor an account
-
-    try:
-        run = wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run_dir.name,
-            id=re.sub(r"[^\w-]", "-", run_dir.name),
-            resume="allow",
-            config=description | description["args"],
-            dir=str(run_dir),
-        )
-    except wandb.Error as error:
-        hint = "run `wandb login`, set WANDB_MODE=offline or leave out --track"
-        raise UsageError(f"Weights & Biases can't start ({error}): {hint}") from None
-    run.define_metric("*", step_metric="global_step")
-    return run
-
-
-class StopSignals:
-    """Context in which the first SIGINT or SIGTERM sets `received`; a second one stops at once."""
-
-    def __enter__(self):
-        self.received = None
-        self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, signum, _frame):
-        self.received = signum
-        signal.signal(signum, self.previous[signum])
-
-    def __exit__(self, *_):
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-
-# --- 10. Training ---------------------------------------------------------------------------------
 def make_networks(args: Args, obs_dim: int, act_dim: int) -> tuple[Sampler, Critic]:
     """Sampler and critic of the run's settings; they need no gradients outside the update."""
+    torch.manual_seed(args.seed)
     critic = Critic(obs_dim, act_dim, members=2 if args.compose else 1)
     return Sampler(obs_dim, act_dim).requires_grad_(False), critic.requires_grad_(False)
 
 
-def load_critics(sampler: Sampler, critic: Critic, paths: tuple[str, ...]):
+def load_critics(critic: Critic, sampler: Sampler, paths: tuple[str, str], program: str):
     """`--compose A B`: the Q-functions of two runs become the two members of `critic`."""
-    for path, member in zip(paths, critic.q, strict=False):
-        saved = load_file(find_file(path, POLICY_FILES, "--compose"))
+    for path, member in zip(paths, critic.q, strict=True):
+        saved = load_file(find_policy(path, "--compose"), program)
         own = (*sampler.parameters(), *member.parameters())
         theirs = (*saved["sampler"].values(), *saved["critic"].values())
         if [p.shape for p in own] != [p.shape for p in theirs]:
@@ -1076,137 +283,53 @@ def load_critics(sampler: Sampler, critic: Critic, paths: tuple[str, ...]):
             p.copy_(value)
 
 
-def open_run(args: Args, description: dict, checkpoint: dict | None) -> Path:
-    """The run folder, new or the checkpoint's; writes args.json."""
-    if checkpoint:
-        file = find_checkpoint(args.resume)
-        run_dir = file.parent
-        if "learner" not in checkpoint:
-            raise UsageError(f"--resume {file}: this file holds a policy alone, not a checkpoint")
-        if checkpoint["step"] >= args.total_timesteps:
-            done = f"{run_dir} is already at step {checkpoint['step']}"
-            raise UsageError(f"{done}: raise --total-timesteps to train it further")
-        before = checkpoint["description"]
-        changed = [k for k in before if k != "args" and before[k] != description.get(k)]
-        if changed:
-            text = f"other {', '.join(changed)} than before: not bit for bit the same run"
-            print(f"warning: {text}", file=sys.stderr)
-    else:
-        name = re.sub(r"[^\w.-]", "_", args.env_id)
-        run_dir = Path(args.runs_dir) / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(checkpoint))
-        (run_dir / "args.json").write_text(json.dumps(description, indent=2) + "\n")
-    except OSError as error:
-        raise RunError(f"can't write to the run folder {run_dir}: {error.strerror}") from None
-    return run_dir
-
-
-def train(args: Args, checkpoint: dict | None = None) -> dict:
-    """Trains, from a checkpoint's content if given (and empties it).
-
-    Returns {"run_dir", "step", "return_mean"}: the last evaluation's mean return.
-    """
-    device, compiled = prepare_hardware(args)
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)  # exploration, replay and noise
+# --- Training -------------------------------------------------------------------------------------
+def train(args: Args, run: Run):
+    """Trains sampler and critic, from the run's checkpoint if it has one."""
+    hardware, device = run.hardware, run.device
+    rng = np.random.default_rng(args.seed)  # exploration, replay and particles
     env = TrainingEnv(args.env_id, args.seed)
+    dims = env.obs_dim, env.act_dim
     capacity = min(args.buffer_size, args.total_timesteps)
-    replay = ReplayBuffer(capacity, env.obs_dim, env.act_dim, device)
-    sampler, critic = make_networks(args, env.obs_dim, env.act_dim)
-    load_critics(sampler, critic, () if checkpoint else args.compose or ())
-    learner = Learner(sampler.to(device), critic.to(device), replay, args, compiled)
-    act = learner.make_actor(1)
-    evaluator = Evaluator(args, learner.make_actor(args.eval_episodes))
-    description = describe_run(args, device, compiled)
-    run_dir = open_run(args, description, checkpoint)
-    step, best, return_mean = 0, -math.inf, math.nan
+    replay = ReplayBuffer(capacity, *dims, args.batch_size, device)
+    sampler, critic = (net.to(device) for net in make_networks(args, *dims))
+    if args.compose and not run.checkpoint:
+        load_critics(critic, sampler, args.compose, run.program)
+    theta, phi = flatten_parameters(critic), flatten_parameters(sampler)
+    target_theta = theta.clone()
+    state = [theta, target_theta, *adam_moments(theta), phi, *adam_moments(phi)]
+    uniform = Uniform(args.batch_size, args.value_particles, env.act_dim, device=device)  # Q2
+    noise = Normal(args.batch_size, args.kernel_particles, env.act_dim, device=device)
+    update = make_update(sampler, critic, *dims, args)
+    learner = Learner(update, state, [replay.batch], [uniform, noise], METRICS, hardware)
+    act = make_policy(sampler, phi, *dims, 1, hardware)
+    play = make_policy(sampler, phi, *dims, args.eval_episodes, hardware)
+    evaluator = Evaluator(args, EvaluationEnvs(args), play)
+    policy = {"sampler": sampler, "critic": critic}
+    run.start(env, evaluator, policy, rng, learner=learner, replay=replay)
 
-    def policy() -> dict:
-        settings = dataclasses.asdict(dataclasses.replace(args, resume=None))
-        networks = {"sampler": sampler.state_dict(), "critic": critic.state_dict()}
-        return {"args": settings, "step": step, **networks}
-
-    def save_checkpoint():
-        content = policy() | logger.state_dict() | {"best": best, "return_mean": return_mean}
-        content |= {"learner": learner.state_dict(), "replay": replay.state_dict()}
-        content |= {"env": env.state_dict(), "rng": rng.bit_generator.state}
-        save_file(run_dir / "checkpoint.pt", content | {"description": description})
-
-    logger = Logger(args, run_dir, description, checkpoint)
-    if checkpoint:
-        step, best, return_mean = (checkpoint[k] for k in ("step", "best", "return_mean"))
-        learner.load_state_dict(checkpoint["learner"])
-        replay.load_state_dict(checkpoint["replay"])
-        env.load_state_dict(checkpoint["env"], step)
-        rng.bit_generator.state = checkpoint["rng"]
-        checkpoint.clear()  # it holds the replay buffer a second time
-    else:
-        env.reset(step)
-    first = "; compiling takes about a minute the first time" if compiled else ""
-    print(f"{args.env_id} on {description['device']}, files in {run_dir}{first}", file=sys.stderr)
-    if args.learning_starts >= args.total_timesteps:
-        text = f"nothing is learned before --learning-starts {args.learning_starts}"
-        print(f"warning: {text}", file=sys.stderr)
-
-    with contextlib.closing(logger), StopSignals() as stop:
-        while step < args.total_timesteps:
-            if step < args.learning_starts:
-                action = rng.uniform(-1, 1, env.act_dim).astype(np.float32)
-            else:
-                z = rng.standard_normal(env.act_dim, dtype=np.float32)
-                action = check_action(act(env.obs, z), step)[0]  # a = f(z; s), z ~ N(0, I)
-                learner.update(rng)  # Q5
-            obs = env.obs
-            next_obs, reward, terminated, truncated = env.step(action, step)
-            replay.add(obs, action, next_obs, reward, terminated)
-            learning = step >= args.learning_starts
-            metrics = learner.read_metrics(step) if learning else {}  # waits for the device
-            step += 1
-            last = step == args.total_timesteps
-
-            if terminated or truncated:
-                logger.log(step, env.episode_metrics())
-                env.reset(step)
-            if step % args.log_frequency == 0 or last:
-                logger.log(step, {"charts/SPS": logger.speed(step), **metrics})
-            if step % args.eval_frequency == 0 or last:
-                returns, lengths = evaluator.run(step, run_dir / "videos" / f"step-{step:09d}.mp4")
-                evaluation = evaluation_metrics(returns, lengths)
-                logger.log(step, evaluation)
-                return_mean = evaluation["eval/return_mean"]
-                if return_mean > best:
-                    best = return_mean
-                    save_file(run_dir / "policy_best.pt", policy())
-            if step % 100 == 0 or last:
-                logger.show(step, train=env.last_return, eval=return_mean)
-            if last:
-                save_file(run_dir / "policy_final.pt", policy())
-            due = args.checkpoint_frequency and step % args.checkpoint_frequency == 0
-            if due or last or stop.received:
-                save_checkpoint()
-            if stop.received and not last:
-                again = f"python {Path(sys.argv[0]).name} --resume {run_dir}"
-                raise Interrupted(stop.received, f"stopped at step {step}; go on with: {again}")
-    return {"run_dir": str(run_dir), "step": step, "return_mean": return_mean}
+    for step in run.steps():
+        updates = step - args.learning_starts + 1  # after this step
+        if updates > 0:
+            z = rng.standard_normal((1, env.act_dim), dtype=np.float32)
+            action = act(env.obs[None], z)[0].numpy()  # a = f(z; s), z ~ N(0, I)
+            replay.sample(rng)
+            learner.update(rng)  # Q5
+            if updates % args.target_network_frequency == 0:
+                target_theta.lerp_(theta, args.tau)  # Polyak: theta'
+        else:
+            action = rng.uniform(-1, 1, env.act_dim).astype(np.float32)
+        replay.add(*env.step(action))
+        run.log(learner.read_metrics(step) if updates > 0 else {})  # Q6
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 1 (run), 2 (usage) or 128 + signal."""
-    try:
-        args, saved = parse_args(argv)
-        evaluate_file(args, saved) if args.evaluate else train(args, saved)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.signum
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (UsageError, RunError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+def load_evaluator(args: Args, saved: dict) -> Evaluator:
+    """Evaluation of a saved policy."""
+    envs = EvaluationEnvs(args)
+    sampler, _ = make_networks(args, envs.obs_dim, envs.act_dim)
+    sampler.load_state_dict(saved["sampler"])
+    return Evaluator(args, envs, lambda obs, z: sampler.sample(obs, z)[0])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Args, train, load_evaluator))
