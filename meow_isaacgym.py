@@ -47,11 +47,9 @@ from torch.nn.functional import linear, softplus
 
 from harness.envs import Evaluator
 from harness.functional import (
-    Keep,
     Learner,
     adam,
     adam_moments,
-    clip_gradient,
     flatten_parameters,
     functional,
     make_policy,
@@ -87,32 +85,20 @@ PAPER_SETTINGS = {  # the defaults of these tasks; all others get those of `Args
 
 @dataclass
 class Args(IsaacArgs):
-    exp_name: str = "meow_isaacgym"
-    """name of the experiment, a part of the run name"""
+    exp_name: str = "meow_isaacgym"  # name of the experiment, a part of the run name
 
     # Algorithm
-    learning_rate: float = 1e-3
-    """Adam's step size"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """Polyak averaging: theta' <- (1 - tau) theta' + tau theta after each update"""
-    alpha: float = 0.2
-    """temperature: reward units per nat of entropy"""
-    log_sigma_min: float = -5.0
-    """lower bound of the LOG standard deviation of the linear layer"""
-    log_sigma_max: float = -0.3
-    """upper bound of the LOG standard deviation of the linear layer"""
-    max_grad_norm: float = 30.0
-    """the gradient is scaled down to this norm"""
-    dropout: float = 0.1
-    """dropout probability in the couplings, in the Q pass of the update only"""
-    reward_shifting: Literal["clipped", "single", "none"] = "clipped"
-    """clipped: two learnable shifts, min of V as target (paper); ablations: one shift, none"""
-    coupling: Literal["additive", "affine"] = "additive"
-    """additive: x + t (paper); ablation: affine, x exp(s) + t"""
-    bf16: bool = False
-    """matrix products of the shift networks in bfloat16 (8 bits of precision instead of 24)"""
+    learning_rate: float = 1e-3  # Adam's step size
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta after each update
+    alpha: float = 0.2  # temperature: reward units per nat of entropy
+    log_sigma_min: float = -5.0  # lower bound of the LOG standard deviation of the linear layer
+    log_sigma_max: float = -0.3  # upper bound of the LOG standard deviation of the linear layer
+    max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
+    dropout: float = 0.1  # dropout probability in the couplings, in the Q pass of the update only
+    reward_shifting: Literal["clipped", "single", "none"] = "clipped"  # 2 shifts, 1 or none
+    coupling: Literal["additive", "affine"] = "additive"  # x + t, or the ablation x exp(s) + t
+    bf16: bool = False  # products of the shift networks in bfloat16: 8 bits of precision, not 24
 
     settings = PAPER_SETTINGS
 
@@ -300,6 +286,22 @@ def log_tanh_slope(u: Tensor) -> Tensor:
     return 2 * (math.log(2) - u - softplus(-2 * u))
 
 
+class Keep:
+    """Which units dropout keeps, bool; their number must be a multiple of 4."""
+
+    def __init__(self, *shape: int, dropout: float, device="cpu"):
+        self.tensor, self.dropout = torch.ones(shape, dtype=torch.bool, device=device), dropout
+
+    def fill(self, rng: np.random.Generator):
+        """On CPU 16 random bits a unit: many times faster than a float, exact to 1/65536.  # D9"""
+        if self.tensor.is_cuda:
+            self.tensor.bernoulli_(1 - self.dropout)
+            return
+        bits = rng.integers(0, 2**64, self.tensor.numel() // 4, dtype=np.uint64).view(np.uint16)
+        threshold = round(self.dropout * 2**16)
+        np.greater_equal(bits.reshape(self.tensor.shape), threshold, out=self.tensor.numpy())
+
+
 # --- Target, loss and update ----------------------------------------------------------------------
 def soft_target(reward: Tensor, terminated: Tensor, v_next: Tensor, gamma: float) -> Tensor:
     """y = r + gamma (1 - terminated) min_k V_k(s'). (B,), (B,), (B, K) -> (B,), reward units."""
@@ -309,6 +311,12 @@ def soft_target(reward: Tensor, terminated: Tensor, v_next: Tensor, gamma: float
 def meow_loss(q: Tensor, target: Tensor) -> Tensor:
     """Batch mean of sum_k (Q_k - y)^2 / 2. q (B, K), target (B,) -> ()."""
     return 0.5 * (q - target[:, None]).square().sum(-1).mean()
+
+
+def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Scales grad (P,) to at most max_norm; also returns the norm before, ()."""
+    norm = torch.linalg.vector_norm(grad)
+    return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
 
 METRICS = "losses/loss losses/grad_norm flow/q flow/v_next flow/target flow/shift_gap".split()
@@ -370,7 +378,7 @@ def train(args: Args, run: Run):
     theta = flatten_parameters(flow)
     state = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, (beta1^t, beta2^t)
     shape = (flow.couplings, 2, args.batch_size, flow.hidden)  # two hidden layers in each coupling
-    keep = [Keep(*shape, dropout=args.dropout, device=device)] if args.dropout else []  # D9
+    keep = [Keep(*shape, dropout=args.dropout, device=device)] if args.dropout else []
     update = make_update(flow, *dims, args)
     learner = Learner(update, state, [replay.batch], keep, METRICS, hardware)
     act = make_policy(flow, theta, *dims, args.num_envs, hardware)

@@ -56,8 +56,8 @@ from harness.functional import (
     functional,
     make_policy,
 )
-from harness.replay import ReplayBuffer, split_batch
 from harness.main import main
+from harness.replay import ReplayBuffer, split_batch
 from harness.runs import Run
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -74,32 +74,20 @@ PAPER_SETTINGS = {  # the MEow paper's budgets; all other environments get the d
 
 @dataclass
 class Args(RunArgs):
-    exp_name: str = "sac_continuous_action"
-    """name of the experiment, a part of the run name"""
+    exp_name: str = "sac_continuous_action"  # name of the experiment, a part of the run name
 
     # Algorithm
-    policy_lr: float = 3e-4
-    """Adam's step size for the actor"""
-    q_lr: float = 1e-3
-    """Adam's step size for the critics and the temperature"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """Polyak averaging: theta' <- (1 - tau) theta' + tau theta after each update"""
-    autotune: bool = True
-    """learn the temperature; the target entropy is minus the number of action dimensions"""
-    alpha: float = 0.2
-    """temperature with --no-autotune: reward units per nat of entropy"""
-    batch_size: int = 256
-    """transitions per update"""
-    buffer_size: int = 1_000_000
-    """transitions kept in the replay buffer"""
-    learning_starts: int = 5_000
-    """environment steps with uniform random actions; after them one update per step"""
-    policy_frequency: int = 2
-    """the actor is updated every so many steps, then as many times"""
-    reward_shifting: Literal["clipped", "none"] = "none"
-    """clipped: each critic gets a learnable shift b_k(s) of MEow's form; none: plain SAC"""
+    policy_lr: float = 3e-4  # Adam's step size for the actor
+    q_lr: float = 1e-3  # Adam's step size for the critics and the temperature
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta after each update
+    autotune: bool = True  # learn the temperature, for an entropy of minus the action dimensions
+    alpha: float = 0.2  # temperature with --no-autotune: reward units per nat of entropy
+    batch_size: int = 256  # transitions per update
+    buffer_size: int = 1_000_000  # transitions kept in the replay buffer
+    learning_starts: int = 5_000  # steps with uniform random actions; then one update per step
+    policy_frequency: int = 2  # the actor is updated every so many steps, then as many times
+    reward_shifting: Literal["clipped", "none"] = "none"  # or a shift b_k(s) for each critic
 
     settings = PAPER_SETTINGS
 

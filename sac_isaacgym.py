@@ -77,26 +77,19 @@ PAPER_SETTINGS = {  # the defaults of these tasks; all others get those of `Args
 
 @dataclass
 class Args(IsaacArgs):
-    exp_name: str = "sac_isaacgym"
-    """name of the experiment, a part of the run name"""
+    exp_name: str = "sac_isaacgym"  # name of the experiment, a part of the run name
 
     # Algorithm
-    policy_lr: float = 3e-4
-    """Adam's step size for the actor"""
-    q_lr: float = 3e-4
-    """Adam's step size for the critics and the temperature"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.0025
-    """Polyak averaging: theta' <- (1 - tau) theta' + tau theta after each update"""
-    autotune: bool = False
-    """learn the temperature; the target entropy is minus the number of action dimensions"""
-    alpha: float = 0.2
-    """temperature with --no-autotune: reward units per nat of entropy"""
-    policy_frequency: int = 1
-    """the actor is updated every so many steps, then as many times"""
-    reward_shifting: Literal["clipped", "none"] = "none"
-    """clipped: each critic gets a learnable shift b_k(s) of MEow's form; none: plain SAC"""
+    policy_lr: float = 3e-4  # Adam's step size for the actor
+    q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
+    gamma: float = 0.99  # discount factor
+    tau: float = (
+        0.0025  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta after each update
+    )
+    autotune: bool = False  # learn the temperature, for an entropy of minus the action dimensions
+    alpha: float = 0.2  # temperature with --no-autotune: reward units per nat of entropy
+    policy_frequency: int = 1  # the actor is updated every so many steps, then as many times
+    reward_shifting: Literal["clipped", "none"] = "none"  # or a shift b_k(s) for each critic
 
     settings = PAPER_SETTINGS
 

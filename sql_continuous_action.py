@@ -53,15 +53,14 @@ from harness.files import UsageError, find_policy, load_file
 from harness.functional import (
     Learner,
     Normal,
-    Uniform,
     adam,
     adam_moments,
     flatten_parameters,
     functional,
     make_policy,
 )
-from harness.replay import ReplayBuffer, split_batch
 from harness.main import main
+from harness.replay import ReplayBuffer, split_batch
 from harness.runs import Run
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -79,34 +78,21 @@ PAPER_SETTINGS = {  # budgets of the MEow paper, reward scales of the SQL paper'
 
 @dataclass
 class Args(RunArgs):
-    exp_name: str = "sql_continuous_action"
-    """name of the experiment, a part of the run name"""
+    exp_name: str = "sql_continuous_action"  # name of the experiment, a part of the run name
 
     # Algorithm
-    policy_lr: float = 3e-4
-    """Adam's step size for the sampler"""
-    q_lr: float = 3e-4
-    """Adam's step size for the critic"""
-    gamma: float = 0.99
-    """discount factor"""
-    reward_scale: float = 1.0
-    """rewards are multiplied by this: the inverse of a temperature"""
-    tau: float = 0.005
-    """Polyak averaging: theta' <- (1 - tau) theta' + tau theta"""
-    target_network_frequency: int = 1
-    """updates between two steps of the target network"""
-    batch_size: int = 256
-    """transitions per update"""
-    buffer_size: int = 1_000_000
-    """transitions kept in the replay buffer"""
-    learning_starts: int = 5_000
-    """environment steps with uniform random actions; after them one update per step"""
-    value_particles: int = 16
-    """uniform actions per state that estimate V"""
-    kernel_particles: int = 16
-    """actions per state in the Stein direction; half of them fixed"""
-    compose: tuple[str, str] | None = None
-    """two runs of this script: train a sampler for the mean of their Q-functions, which stay"""
+    policy_lr: float = 3e-4  # Adam's step size for the sampler
+    q_lr: float = 3e-4  # Adam's step size for the critic
+    gamma: float = 0.99  # discount factor
+    reward_scale: float = 1.0  # rewards are multiplied by this: the inverse of a temperature
+    tau: float = 0.005  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
+    target_network_frequency: int = 1  # updates between two steps of the target network
+    batch_size: int = 256  # transitions per update
+    buffer_size: int = 1_000_000  # transitions kept in the replay buffer
+    learning_starts: int = 5_000  # steps with uniform random actions; then one update per step
+    value_particles: int = 16  # uniform actions per state that estimate V
+    kernel_particles: int = 16  # actions per state in the Stein direction; half of them fixed
+    compose: tuple[str, str] | None = None  # two runs: train a sampler for their mean Q-function
 
     settings = PAPER_SETTINGS
 
@@ -153,6 +139,17 @@ class Critic(nn.Module):
         """Q(s,a). obs (..., S), action (..., A) in [-1, 1] -> (..., 1), scaled reward units."""
         x = torch.cat([obs, action], dim=-1)
         return torch.stack([q(x) for q in self.q]).mean(0)
+
+
+class Uniform(Normal):
+    """Uniform actions in [-1, 1]."""
+
+    def fill(self, rng: np.random.Generator):
+        if self.tensor.is_cuda:
+            self.tensor.uniform_()
+        else:
+            rng.random(out=self.tensor.numpy(), dtype=np.float32)
+        self.tensor.mul_(2).sub_(1)
 
 
 # --- Target, losses, Stein direction and update ---------------------------------------------------

@@ -15,23 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-
-# --- Parameters and optimiser ---------------------------------------------------------------------
-def split_parameters(network: nn.Module, theta: Tensor) -> dict[str, Tensor]:
-    """Views of the vector theta (P,) with the names and shapes of the network's parameters."""
-    parameters = dict(network.named_parameters())
-    parts = theta.split([p.numel() for p in parameters.values()])
-    named = zip(parts, parameters.items(), strict=True)
-    return {name: part.view(p.shape) for part, (name, p) in named}
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def flatten_parameters(network: nn.Module) -> Tensor:
     """Moves a network's parameters into one vector theta (P,): changing it changes the network."""
-    theta = torch.cat([p.detach().flatten() for p in network.parameters()])
-    views = split_parameters(network, theta).values()
-    for p, view in zip(network.parameters(), views, strict=True):
-        p.data = view
+    theta = parameters_to_vector(network.parameters()).detach()
+    vector_to_parameters(theta, network.parameters())
     return theta
 
 
@@ -39,17 +29,15 @@ def functional(network: nn.Module, name: str):
     """f(theta (P,), *inputs) = `network.<name>(*inputs)` as a pure function of its parameters."""
     method = nn.Module()  # torch.func.functional_call can only call `forward`
     method.network, method.forward = network, getattr(network, name)
+    names, parameters = zip(*method.named_parameters(), strict=True)
+    shapes = [p.shape for p in parameters]
 
     def function(theta: Tensor, *inputs):
-        return torch.func.functional_call(method, split_parameters(method, theta), inputs)
+        parts = theta.split([shape.numel() for shape in shapes])
+        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return torch.func.functional_call(method, dict(zip(names, views, strict=True)), inputs)
 
     return function
-
-
-def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Scales grad (P,) to at most max_norm; also returns the norm before, ()."""
-    norm = torch.linalg.vector_norm(grad)
-    return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
 
 def adam_moments(theta: Tensor) -> list[Tensor]:
@@ -68,69 +56,37 @@ def adam(theta: Tensor, m: Tensor, v: Tensor, decay: Tensor, grad: Tensor, lr: f
     return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
 
 
-# --- Random inputs of an update -------------------------------------------------------------------
 class Normal:
-    """Standard normal numbers. On CPU NumPy's generator fills the tensor, on CUDA the graph."""
+    """Normal numbers for an update: of NumPy's generator; on CUDA of torch's, within the graph."""
 
     def __init__(self, *shape: int, device="cpu"):
         self.tensor = torch.zeros(shape, device=device)
 
     def fill(self, rng: np.random.Generator):
-        rng.standard_normal(out=self.tensor.numpy(), dtype=np.float32)
-
-    def fill_on_device(self):
-        self.tensor.normal_()
-
-
-class Uniform(Normal):
-    """Uniform numbers in [-1, 1]."""
-
-    def fill(self, rng: np.random.Generator):
-        rng.random(out=self.tensor.numpy(), dtype=np.float32)
-        self.tensor.mul_(2).sub_(1)
-
-    def fill_on_device(self):
-        self.tensor.uniform_(-1, 1)
+        if self.tensor.is_cuda:
+            self.tensor.normal_()
+        else:
+            rng.standard_normal(out=self.tensor.numpy(), dtype=np.float32)
 
 
-class Keep(Normal):
-    """Which units dropout keeps, bool; their number must be a multiple of 4."""
-
-    def __init__(self, *shape: int, dropout: float, device="cpu"):
-        self.tensor, self.dropout = torch.ones(shape, dtype=torch.bool, device=device), dropout
-
-    def fill(self, rng: np.random.Generator):
-        """16 random bits a unit: many times faster than a float, exact to 1/65536."""
-        bits = rng.integers(0, 2**64, self.tensor.numel() // 4, dtype=np.uint64).view(np.uint16)
-        threshold = round(self.dropout * 2**16)
-        np.greater_equal(bits.reshape(self.tensor.shape), threshold, out=self.tensor.numpy())
-
-    def fill_on_device(self):
-        self.tensor.bernoulli_(1 - self.dropout)
-
-
-# --- Hardware -------------------------------------------------------------------------------------
 class Hardware:
-    """The device, and how functions run on it."""
+    """The device, and how functions run on it; sets the threads of the whole process."""
 
     def __init__(self, cuda: bool, torch_threads: int, compile: bool):
-        """Sets threads and floating-point modes of the whole process."""
-        torch.set_float32_matmul_precision("highest")
         torch.set_flush_denormal(True)  # zero-initialised networks are full of slow denormals
         torch.set_num_threads(torch_threads)
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        if hasattr(libc, "mallopt"):  # keep freed memory: else updates fault 1,300 pages in again
+        if sys.platform == "linux":  # keep freed memory: else updates fault 1,300 pages in again
             m_trim_threshold, m_mmap_threshold = -1, -3
-            libc.mallopt(m_mmap_threshold, 2**25)
-            libc.mallopt(m_trim_threshold, 2**30)
+            ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**25)
+            ctypes.CDLL(None).mallopt(m_trim_threshold, 2**30)
         self.cuda = cuda and torch.cuda.is_available()
         self.device = torch.device("cuda" if self.cuda else "cpu")
         compiler = shutil.which(os.environ.get("CXX", "g++"))
         headers = Path(sysconfig.get_path("include"), "Python.h").exists()
         self.compiled = compile and (self.cuda or bool(compiler and headers))
         if compile and not self.compiled:
-            missing = "Python's headers (python3-dev)" if compiler else "a C++ compiler (g++)"
-            print(f"warning: {missing} not found: running uncompiled, much slower", file=sys.stderr)
+            missing = "g++ or Python's headers (python3-dev) not found"
+            print(f"warning: {missing}: running uncompiled, much slower", file=sys.stderr)
 
     def compile(self, function):
         """The function compiled for its one set of shapes, or as it is."""
@@ -142,8 +98,7 @@ class Hardware:
         return torch.no_grad()(torch.compile(function, **one, options=options))
 
     def capture(self, function, state: list[Tensor]):
-        """On CUDA a graph's replay of function(), state and random generator left as they were;
-        elsewhere the function."""
+        """function; on CUDA its graph's replay, captured with state and generator as they were."""
         if not self.cuda:
             return function
         saved, rng_state = [t.clone() for t in state], torch.cuda.get_rng_state(self.device)
@@ -171,40 +126,36 @@ class Learner:
     """
 
     def __init__(self, update, state: list[Tensor], inputs, random, names, hardware: Hardware):
-        self.state, self.inputs, self.random, self.names = state, inputs, random, names
-        self.cuda = hardware.cuda
         self.metrics = torch.zeros(len(names), device=hardware.device)
-        self._update = hardware.compile(update)
-        self._run = hardware.capture(self._update_in_place, state)
+        self.state, self.random, self.names, self.rng = [*state, self.metrics], random, names, None
+        update = hardware.compile(update)
+        tensors = [*state, *inputs, *(numbers.tensor for numbers in random)]
+
+        def run():
+            for numbers in random:
+                numbers.fill(self.rng)
+            self.metrics.copy_(update(*tensors))
+
+        self._run = hardware.capture(run, state)
 
     def update(self, rng: np.random.Generator):
         """One update, with random numbers from `rng` (on CUDA: from torch's generator)."""
-        if not self.cuda:
-            for numbers in self.random:
-                numbers.fill(rng)
+        self.rng = rng
         self._run()
-
-    def _update_in_place(self):
-        if self.cuda:
-            for numbers in self.random:
-                numbers.fill_on_device()
-        random = [numbers.tensor for numbers in self.random]
-        self.metrics.copy_(self._update(*self.state, *self.inputs, *random))
 
     def read_metrics(self, step: int) -> dict[str, float]:
         """The last update's metrics. Raises: FloatingPointError if one is not finite."""
         values = dict(zip(self.names, self.metrics.tolist(), strict=True))
-        if not all(map(math.isfinite, values.values())):
-            bad = ", ".join(f"{k} = {x}" for k, x in values.items() if not math.isfinite(x))
+        if bad := [f"{name} = {x}" for name, x in values.items() if not math.isfinite(x)]:
             hint = "try a smaller learning rate; the last checkpoint is intact"
-            raise FloatingPointError(f"the update at step {step} is not finite: {bad}; {hint}")
+            raise FloatingPointError(f"the update at step {step} gave {', '.join(bad)}; {hint}")
         return values
 
     def state_dict(self) -> dict:
-        return {"state": [t.cpu() for t in (*self.state, self.metrics)]}
+        return {"state": [tensor.cpu() for tensor in self.state]}
 
-    def load_state_dict(self, state: dict):
-        for tensor, value in zip((*self.state, self.metrics), state["state"], strict=True):
+    def load_state_dict(self, saved: dict):
+        for tensor, value in zip(self.state, saved["state"], strict=True):
             tensor.copy_(value)
 
 
@@ -215,7 +166,6 @@ def make_policy(network: nn.Module, theta: Tensor, obs_dim: int, act_dim: int, n
     """
     inputs = torch.zeros(n, obs_dim + act_dim, device=hardware.device)
     action = torch.zeros(n, act_dim, device=hardware.device)
-
     sample = functional(network, "sample")
 
     def draw(theta, inputs):

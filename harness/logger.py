@@ -15,15 +15,14 @@ from harness.files import RunError, UsageError
 class Logger:
     """Writes every number to all of them; knows the training time over all sessions of a run."""
 
-    def __init__(self, args: RunArgs, run_dir: Path, description: dict, resumed: dict | None):
+    def __init__(self, args: RunArgs, folder: Path, description: dict, resumed: dict | None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
-        self.start = time.perf_counter() - seconds
-        self.last = (step, seconds)
-        self.csv = MetricsFile(run_dir / "metrics.csv", resumed and resumed["csv_bytes"])
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1 if resumed else None)
-        self.wandb = start_wandb(args, run_dir, description) if args.track else None
+        self.start, self.last = time.perf_counter() - seconds, (step, seconds)
+        self.csv = open_metrics(folder / "metrics.csv", resumed and resumed["csv_bytes"])
+        self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1 if resumed else None)
+        self.wandb = start_wandb(args, folder, description) if args.track else None
         often = 0.1 if sys.stderr.isatty() else 30  # seconds
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=often)
 
@@ -32,8 +31,8 @@ class Logger:
         return time.perf_counter() - self.start
 
     def log(self, step: int, values: dict[str, float]):
-        self.csv.write(step, self.seconds(), values)
         for name, value in values.items():
+            self.csv.write(f"{step},{self.seconds():.3f},{name},{value!r}\n")
             self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log({"global_step": step, **values})
@@ -46,65 +45,41 @@ class Logger:
 
     def show(self, **returns: float):
         """One step more on the progress bar, with these returns."""
-        if returns != self.__dict__.get("shown"):
-            self.shown = returns
-            self.bar.set_postfix({k: f"{v:.1f}" for k, v in returns.items()}, refresh=False)
+        self.bar.set_postfix({k: f"{v:.1f}" for k, v in returns.items()}, refresh=False)
         self.bar.update()
 
     def state_dict(self) -> dict:
-        return {"csv_bytes": self.csv.position(), "seconds": self.seconds()}
+        os.fsync(self.csv.fileno())
+        return {"csv_bytes": self.csv.tell(), "seconds": self.seconds()}
 
     def close(self):
-        self.bar.close()
-        self.csv.file.close()
-        self.tensorboard.close()
+        for part in (self.bar, self.csv, self.tensorboard):
+            part.close()
         if self.wandb:
             self.wandb.finish()
 
 
-class MetricsFile:
-    """metrics.csv: step,seconds,name,value; a resumed run writes on where its checkpoint was."""
-
-    def __init__(self, path: Path, resumed_bytes: int | None):
-        self.path = path
-        self.file = open(path, "xb" if resumed_bytes is None else "r+b", buffering=0)
-        if resumed_bytes is None:
-            self.file.write(b"step,seconds,name,value\n")
-            return
-        if path.stat().st_size < resumed_bytes:
-            raise RunError(f"{path} is shorter than when the checkpoint was written")
-        self.file.truncate(resumed_bytes)  # later rows are written again, with the same values
-        self.file.seek(0, os.SEEK_END)
-
-    def write(self, step: int, seconds: float, values: dict[str, float]):
-        """Adds a row for each value. Raises: RunError."""
-        rows = "".join(f"{step},{seconds:.3f},{name},{value!r}\n" for name, value in values.items())
-        try:
-            complete = self.file.write(rows.encode()) == len(rows)
-        except OSError as error:
-            raise RunError(f"can't write {self.path}: {error.strerror}") from None
-        if not complete:
-            raise RunError(f"can't write {self.path}: the disk is full")
-
-    def position(self) -> int:
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+def open_metrics(path: Path, resumed_bytes: int | None):
+    """metrics.csv, step,seconds,name,value; a resumed run writes on where its checkpoint was."""
+    if resumed_bytes is None:
+        file = open(path, "x", buffering=1)
+        file.write("step,seconds,name,value\n")
+        return file
+    if path.stat().st_size < resumed_bytes:
+        raise RunError(f"{path} is shorter than when the checkpoint was written")
+    os.truncate(path, resumed_bytes)  # later rows are written again, with the same values
+    return open(path, "a", buffering=1)
 
 
-def start_wandb(args: RunArgs, run_dir: Path, description: dict):
+def start_wandb(args: RunArgs, folder: Path, description: dict):
     """The Weights & Biases run; a resumed run goes on in the same one. Raises: UsageError."""
     import wandb  # only here: training needs neither the package nor an account
 
+    names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=folder.name)
+    names["id"] = re.sub(r"[^\w-]", "-", folder.name)
     try:
-        run = wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run_dir.name,
-            id=re.sub(r"[^\w-]", "-", run_dir.name),
-            resume="allow",
-            config=description | description["args"],
-            dir=str(run_dir),
-        )
+        config = description | description["args"]
+        run = wandb.init(**names, resume="allow", config=config, dir=str(folder))
     except wandb.Error as error:
         hint = "run `wandb login`, set WANDB_MODE=offline or leave out --track"
         raise UsageError(f"Weights & Biases can't start ({error}): {hint}") from None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -12,17 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.args import RunArgs, parse_args, saved_args
+from harness.args import RunArgs, parse_args
 from harness.files import RunError, UsageError, find_policy, load_file
 from harness.functional import Hardware
-from harness.runs import Interrupted, Run, run_prefix
+from harness.runs import Run, run_folder
 
 
-def lock_run(args: RunArgs):
+def lock_run(folder: Path):
     """Waits until no other `--resume auto` trains this run; holds the lock while it is open."""
-    folder = Path(args.runs_dir, ".locks")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / f"{run_prefix(args)}lock", "w")
+    (folder.parent / ".locks").mkdir(parents=True, exist_ok=True)
+    lock = open(folder.parent / ".locks" / folder.name, "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -31,30 +29,21 @@ def lock_run(args: RunArgs):
     return lock
 
 
-def find_run(args: RunArgs, program: str) -> tuple[Path | None, dict | None, bool]:
-    """Folder, checkpoint (None: start anew) and whether the run of these settings is finished.
+def find_run(args: RunArgs, folder: Path, program: str) -> tuple[bool, dict | None]:
+    """Whether the run in this folder is finished, and its checkpoint (None: it starts anew).
 
-    A folder of these settings without a checkpoint moves to `abandoned/`.
+    A folder without a checkpoint moves to `abandoned/`.
     """
-    for folder in sorted(Path(args.runs_dir).glob(f"{run_prefix(args)}*"), reverse=True):
-        try:
-            settings = json.loads((folder / "args.json").read_text())["args"]
-            saved = saved_args(type(args), settings, folder / "args.json")
-        except (OSError, ValueError, KeyError, UsageError):  # half written, or of another version
-            continue
-        if args.conflicts(saved, args.resume_may_change):
-            continue
-        final, checkpoint = folder / "policy_final.pt", folder / "checkpoint.pt"
-        if final.exists() and load_file(final, program)["step"] == args.total_timesteps:
-            return folder, None, True
-        if checkpoint.exists():
-            content = load_file(checkpoint, program)
-            if content["step"] < args.total_timesteps:
-                return folder, content, False
-        else:
-            (folder.parent / "abandoned").mkdir(exist_ok=True)
-            shutil.move(folder, folder.parent / "abandoned" / folder.name)
-    return None, None, False
+    final, checkpoint = folder / "policy_final.pt", folder / "checkpoint.pt"
+    if final.exists() and load_file(final, program)["step"] >= args.total_timesteps:
+        return True, None
+    if checkpoint.exists():
+        return False, load_file(checkpoint, program)
+    if folder.exists():
+        abandoned = folder.parent / "abandoned" / f"{folder.name}-{folder.stat().st_mtime_ns}"
+        abandoned.parent.mkdir(exist_ok=True)
+        shutil.move(folder, abandoned)
+    return False, None
 
 
 def evaluate_file(args: RunArgs, saved: dict, load_evaluator):
@@ -79,15 +68,15 @@ def run_command(Args, train, load_evaluator, program: str, description: str, arg
         evaluate_file(args, saved, load_evaluator)
         return
     if args.resume == "auto":
-        lock = lock_run(args)  # noqa: F841 (held until the process ends)
-        folder, saved, finished = find_run(args, program)
+        folder = run_folder(args)
+        lock = lock_run(folder)  # noqa: F841 (held until the process ends)
+        finished, saved = find_run(args, folder, program)
         if finished:
             print(f"{folder} is finished: {args.total_timesteps} steps")
             return
-        args = dataclasses.replace(args, resume=str(folder) if saved else None)
+        args = dataclasses.replace(args, resume=str(folder)) if saved else args
     words = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", f"{program}.py", *words])
-    with Run(args, program, command, saved) as run:
+    with Run(args, program, shlex.join(["python", f"{program}.py", *words]), saved) as run:
         train(args, run)
 
 
@@ -97,14 +86,10 @@ def main(Args, train, load_evaluator, argv: list[str] | None = None) -> int:
     train(args, run) trains; load_evaluator(args, saved) -> Evaluator of a saved policy.
     """
     module = sys.modules[train.__module__]
-    program = Path(module.__file__).stem
-    description = module.__doc__.split("\n\n    ")[0]
+    program, description = Path(module.__file__).stem, module.__doc__.split("\n\n    ")[0]
     try:
         run_command(Args, train, load_evaluator, program, description, argv)
         sys.stdout.flush()
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.signum
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -1,4 +1,4 @@
-"""Replay buffers: of one environment, and of many that are stepped together."""
+"""The replay buffer of one environment."""
 
 import numpy as np
 import psutil
@@ -21,21 +21,18 @@ class ReplayBuffer:
     """Ring of rows obs | action | next_obs | reward | terminated on the training device.
 
     Time-outs are stored with terminated = 0: the target bootstraps through them. `batch` (B, row)
-    is the tensor that every sample fills; `split` cuts it into the five parts.
+    is the tensor that every sample fills; `split_batch` cuts it into the five parts.
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, batch_size: int, device="cpu"):
         device = torch.device(device)
-        self.widths = [obs_dim, act_dim, obs_dim, 1, 1]
+        widths = [obs_dim, act_dim, obs_dim, 1, 1]
+        check_memory(capacity, 4 * capacity * sum(widths), device)
         self.capacity, self.added = capacity, 0
-        check_memory(capacity, 4 * capacity * sum(self.widths), device)
-        pinned = dict(pin_memory=device.type == "cuda")
-        self.rows = torch.empty(capacity, sum(self.widths), device=device)
-        self.row = torch.empty(sum(self.widths), **pinned)
-        self.parts = np.split(self.row.numpy(), np.cumsum(self.widths)[:-1])
-        self.batch = torch.zeros(batch_size, sum(self.widths), device=device)
-        self.index = torch.zeros(batch_size, dtype=torch.int64, **pinned)
-        self.device_index = self.index.to(device)
+        self.rows = torch.empty(capacity, sum(widths), device=device)
+        self.row = torch.empty(sum(widths), pin_memory=device.type == "cuda")
+        self.parts = np.split(self.row.numpy(), np.cumsum(widths)[:-1])
+        self.batch = torch.zeros(batch_size, sum(widths), device=device)
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -49,9 +46,8 @@ class ReplayBuffer:
 
     def sample(self, rng: np.random.Generator) -> Tensor:
         """`batch` (B, row), filled with transitions drawn uniformly with replacement."""
-        self.index.numpy()[:] = rng.integers(0, len(self), len(self.index))
-        self.device_index.copy_(self.index, non_blocking=True)
-        return torch.index_select(self.rows, 0, self.device_index, out=self.batch)
+        index = torch.from_numpy(rng.integers(0, len(self), len(self.batch)))
+        return torch.index_select(self.rows, 0, index.to(self.rows.device), out=self.batch)
 
     def state_dict(self) -> dict:
         filled = self.rows[: len(self)].cpu().numpy()  # by way of NumPy, or torch saves all rows

@@ -204,7 +204,9 @@ def test_updates_in_training(frequency):
 
     def look(run):
         learners = run.parts["critic_learner"], run.parts["actor_learner"]
-        counts.append(tuple(adam_steps(x.state[4 if i == 0 else 3]) for i, x in enumerate(learners)))
+        counts.append(
+            tuple(adam_steps(x.state[4 if i == 0 else 3]) for i, x in enumerate(learners))
+        )
         states.append([x.state[0].clone() for x in learners])
 
     run = trained(6, after=look, policy_frequency=frequency)
