@@ -99,7 +99,9 @@ class Run(contextlib.ExitStack):
         if episodes := self.env.episode_metrics(due):
             self.logger.log(step, episodes)
         if due:
-            self.logger.log(step, {"charts/SPS": self.logger.speed(step), **metrics})
+            speed = self.logger.speed(step)
+            vector = {"charts/env_SPS": speed * args.num_envs} if hasattr(args, "num_envs") else {}
+            self.logger.log(step, {"charts/SPS": speed, **vector, **metrics})
         if self.evaluator and (step % args.eval_frequency == 0 or last):
             self._evaluate(f"step-{step:09d}")
         self.logger.show(train=self.env.last_return, eval=self.return_mean)

@@ -11,36 +11,29 @@ import torch
 from torch import Tensor
 
 from harness.args import RunArgs
-from harness.envs import Evaluator, check_action, check_finite, derive_seed, no_rendering
+from harness.envs import Evaluator, check_finite, derive_seed
 from harness.files import RunError, UsageError
 from harness.replay import check_memory, split_batch
 from isaac_tasks import Simulator, SimulatorError, make_simulator
+
+Simulators = Literal["auto", "isaacgym", "isaaclab", "mujoco"]
 
 
 @dataclass
 class IsaacArgs(RunArgs):
     """Steps are vector steps, which step every environment once."""
 
-    env_id: str = "Ant"
-    """Ant, Humanoid or Ingenuity (embedded); a task of isaacgymenvs; an Isaac Lab id"""
+    env_id: str = "Ant"  # Ant, Humanoid, Ingenuity; a task of isaacgymenvs; an Isaac Lab id
 
     # Simulator
-    simulator: Literal["auto", "isaacgym", "isaaclab", "mujoco"] = "auto"
-    """auto: mujoco for the embedded tasks, isaaclab for ids Isaac-..., else isaacgym"""
-    num_envs: int = 128
-    """environments stepped together"""
-    variant: Literal["oige", "ige"] = "oige"
-    """embedded tasks: constants of OmniIsaacGymEnvs (the paper's) or of IsaacGymEnvs"""
-    sim_threads: int = 1
-    """embedded tasks on CPU: threads that step the environments; results don't depend on it"""
-    batch_size: int = 1024
-    """transitions per update"""
-    buffer_size: int = 15_000
-    """vector steps kept in the replay buffer"""
-    learning_starts: int = 100
-    """vector steps with uniform random actions; after them updates begin"""
-    updates_per_step: int = 1
-    """updates per vector step"""
+    simulator: Simulators = "auto"  # auto: mujoco where it has the task, else NVIDIA's
+    num_envs: int = 128  # environments stepped together
+    variant: Literal["oige", "ige"] = "oige"  # constants of OmniIsaacGymEnvs or of IsaacGymEnvs
+    sim_threads: int = 1  # CPU threads that step the environments of mujoco; results are the same
+    batch_size: int = 1024  # transitions per update
+    buffer_size: int = 15_000  # vector steps kept in the replay buffer
+    learning_starts: int = 100  # vector steps with uniform random actions; after them updates begin
+    updates_per_step: int = 1  # updates per vector step
 
     resume_may_change = RunArgs.resume_may_change + " sim_threads"
     evaluate_may_change = RunArgs.evaluate_may_change + " simulator sim_threads"
@@ -125,16 +118,17 @@ class TrainingEnvs:
     def reset(self):
         """Starts new episodes everywhere."""
         self.obs = self.simulator.reset()
-        check_finite(self.env_id, self.steps, self.obs, self.obs.new_zeros(len(self.obs)))
+        check_finite(self.env_id, self.steps, observation=self.obs)
         self.norm.update(self.obs)
 
     @simulator_errors()
     def step(self, action: Tensor) -> tuple[Tensor, ...]:
         """One vector step, as `VectorReplayBuffer.add` takes it: action (N, A), reward,
         terminated, truncated (N,), final_obs (N, S), the next obs (N, S), valid (N,) or None."""
-        check_action(action, self.steps)
+        check_finite(self.env_id, self.steps, action=action)
         self.obs, reward, terminated, truncated, final_obs = self.simulator.step(action)
-        check_finite(self.env_id, self.steps, torch.cat([self.obs, final_obs], -1), reward)
+        values = dict(observation=self.obs, final_observation=final_obs, reward=reward)
+        check_finite(self.env_id, self.steps, **values)
         self.steps += 1
         self.norm.update(self.obs)
         valid = self.simulator.valid
@@ -314,11 +308,8 @@ class SimulatorEnvs:
         return obs, reward, terminated | truncated
 
     def render(self) -> np.ndarray:
-        """An image (H, W, 3) of environment 0. Raises: RunError if this machine can't render."""
-        try:
-            return self.simulator.render()
-        except SimulatorError as error:
-            raise RunError(no_rendering(self.env_id, error)) from None
+        """An image (H, W, 3) of environment 0."""
+        return self.simulator.render()
 
 
 def make_evaluator(args: IsaacArgs, env: TrainingEnvs, policy) -> Evaluator | None:

@@ -1,5 +1,6 @@
 """SAC: the policy's density, targets and losses, and whole updates against ordinary PyTorch."""
 
+import itertools
 import math
 
 import numpy as np
@@ -229,7 +230,7 @@ def test_the_target_follows_by_tau_after_every_update():
 
     trained(4, after=look, tau=0.25)
     assert torch.equal(*seen[63])
-    for (_, before), (theta, target) in zip(seen[63:], seen[64:], strict=False):
+    for (_, before), (theta, target) in itertools.pairwise(seen[63:]):
         torch.testing.assert_close(target, 0.75 * before + 0.25 * theta)
         assert (target != theta).float().mean() > 0.5
 
