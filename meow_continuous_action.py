@@ -60,9 +60,8 @@ from harness.functional import (
     functional,
     make_policy,
 )
-from harness.main import main
 from harness.replay import ReplayBuffer, split_batch
-from harness.runs import Run
+from harness.runs import Run, main
 
 
 # --- Settings -------------------------------------------------------------------------------------

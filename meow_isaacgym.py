@@ -54,9 +54,8 @@ from harness.functional import (
     functional,
     make_policy,
 )
-from harness.main import main
 from harness.replay import split_batch
-from harness.runs import Run
+from harness.runs import Run, main
 from isaac_tasks.training import (
     IsaacArgs,
     ObservationNorm,

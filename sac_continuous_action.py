@@ -56,9 +56,8 @@ from harness.functional import (
     functional,
     make_policy,
 )
-from harness.main import main
 from harness.replay import ReplayBuffer, split_batch
-from harness.runs import Run
+from harness.runs import Run, main
 
 # --- Settings -------------------------------------------------------------------------------------
 MULTI_GOAL = dict(total_timesteps=4_000, learning_starts=1_000, eval_frequency=500)

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from harness.args import RunArgs
 from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv
-from harness.files import UsageError, find_policy, load_file
+from harness.files import POLICY_FILES, UsageError, load_file
 from harness.functional import (
     Learner,
     Normal,
@@ -59,9 +59,8 @@ from harness.functional import (
     functional,
     make_policy,
 )
-from harness.main import main
 from harness.replay import ReplayBuffer, split_batch
-from harness.runs import Run
+from harness.runs import Run, main
 
 # --- Settings -------------------------------------------------------------------------------------
 MULTI_GOAL = dict(total_timesteps=4_000, learning_starts=1_000, eval_frequency=500)
@@ -270,7 +269,7 @@ def make_networks(args: Args, obs_dim: int, act_dim: int) -> tuple[Sampler, Crit
 def load_critics(critic: Critic, sampler: Sampler, paths: tuple[str, str], program: str):
     """`--compose A B`: the Q-functions of two runs become the two members of `critic`."""
     for path, member in zip(paths, critic.q, strict=True):
-        saved = load_file(find_policy(path, "--compose"), program)
+        saved = load_file("--compose", path, program, POLICY_FILES)
         own = (*sampler.parameters(), *member.parameters())
         theirs = (*saved["sampler"].values(), *saved["critic"].values())
         if [p.shape for p in own] != [p.shape for p in theirs]:

@@ -1,6 +1,8 @@
 """Options that all scripts have, and reading a command line."""
 
+import contextlib
 import dataclasses
+import io
 import math
 import re
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from typing import ClassVar
 
 import tyro
 
-from harness.files import UsageError, find_file, find_policy, load_file
+from harness.files import POLICY_FILES, UsageError, load_file
 
 
 @dataclass
@@ -39,9 +41,8 @@ class RunArgs:
     torch_threads: int = 1  # CPU threads; networks this small gain little from a second
     compile: bool = True  # compile acting and update (a minute, then cached); equal up to rounding
 
-    # Defaults of environments (pattern of ids: options), and what may differ from a saved run's
-    settings: ClassVar[dict[str, dict]] = {}
-    resume_may_change: ClassVar[str] = (
+    settings: ClassVar[dict[str, dict]] = {}  # defaults of environments, by a pattern of ids
+    resume_may_change: ClassVar[str] = (  # what may differ from a saved run's
         "resume total_timesteps checkpoint_frequency keep_policies capture_video track "
         "wandb_project_name wandb_entity runs_dir cuda torch_threads compile"
     )
@@ -75,41 +76,30 @@ class RunArgs:
         return {name: value for name, value in options if name not in may_change.split()}
 
 
-@dataclass
-class Given:  # the options that set the defaults of all others
-    env_id: str | None = None
-    resume: str | None = None
-    evaluate: str | None = None
-
-
 def parse_args(Args, program: str, description: str, argv=None) -> tuple[RunArgs, dict | None]:
     """The settings, and the content of the file that --resume or --evaluate names.
 
     Raises: UsageError, RunError; SystemExit after --help and where tyro explains a mistake.
     """
+    saved, given = None, RunArgs(env_id=Args.env_id)  # given: what sets the defaults of the others
+    peek = dict(args=argv, return_unknown_args=True, add_help=False, console_outputs=False)
     try:
-        peek = dict(args=argv, return_unknown_args=True, add_help=False, console_outputs=False)
-        given = tyro.cli(Given, **peek)[0]
-    except SystemExit:  # an option without its value: tyro explains it below
-        given = Given()
-    file = content = None
-    if given.evaluate:
-        file = find_policy(given.evaluate)
-    elif given.resume not in (None, "auto"):
-        file = find_file("--resume", given.resume, ["checkpoint.pt"])
-    try:
-        default = Args.for_env(given.env_id or Args.env_id)
-        if file:
-            content = load_file(file, program)
-            default = Args(**content["args"])
+        # a mistake is explained below, by the parser of all options
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            given = tyro.cli(RunArgs, default=given, **peek)[0]
+        if given.evaluate:
+            saved = load_file("--evaluate", given.evaluate, program, POLICY_FILES)
+        elif given.resume not in (None, "auto"):
+            saved = load_file("--resume", given.resume, program)
+        default = Args(**saved["args"]) if saved else Args.for_env(given.env_id)
         args = tyro.cli(Args, default=default, description=description, args=argv)
     except TypeError as error:
-        raise UsageError(f"{file} holds settings of another version: {error}") from None
+        raise UsageError(f"{saved['path']} is of another version: {error}") from None
     except ValueError as error:
         raise UsageError(error) from None
     may_change = Args.evaluate_may_change if given.evaluate else Args.resume_may_change
-    asked, saved = args.fixed(may_change), default.fixed(may_change)
-    if file and asked != saved:
-        other = [f"--{k.replace('_', '-')} {saved[k]}" for k in asked if asked[k] != saved[k]]
-        raise UsageError(f"{file} was made with other settings: {' '.join(other)}")
-    return args, content
+    asked, made = args.fixed(may_change), default.fixed(may_change)
+    if saved and asked != made:
+        other = [f"--{k.replace('_', '-')} {made[k]}" for k in asked if asked[k] != made[k]]
+        raise UsageError(f"{saved['path']} was made with other settings: {' '.join(other)}")
+    return args, saved

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,6 @@ from torch import Tensor
 
 from harness.args import RunArgs
 from harness.files import RunError, UsageError
-
-STEP_LIMIT = 100_000  # of an episode whose environment has no shorter one of its own
-Policy = Callable[[Tensor, Tensor], Tensor]
-"""policy(obs (n, S), noise (n, A)) -> actions (n, A) in [-1, 1]; noise 0: the deterministic one"""
 
 
 def derive_seed(*key: int) -> int:
@@ -70,7 +65,7 @@ def make_env(env_id: str, render_mode: str | None = None):
         problem = f"the action space must be bounded on both sides, not {act}"
     if problem:
         raise UsageError(f"--env-id {env_id}: {problem}")
-    env = gym.wrappers.TimeLimit(env, STEP_LIMIT)
+    env = gym.wrappers.TimeLimit(env, 100_000)  # for those without a limit of their own
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -84,11 +79,10 @@ def check_finite(env_id: str, step: int, **values: Tensor):
 
 
 class TrainingEnv:
-    """The training environment, restorable exactly; starts its next episode by itself.
+    """The training environment; starts its next episode by itself. `obs` (S,): to act on.
 
-    Each episode starts from its own seed, so this seed and the actions since the reset determine
-    the state of any deterministic environment: a checkpoint holds both, and loading it plays the
-    actions again. `obs` (S,): the observation to act on.
+    Each episode has its own seed. It and the actions since the reset determine the state of any
+    deterministic environment: a checkpoint holds both, and loading it plays them again.
     """
 
     def __init__(self, env_id: str, seed: int):
@@ -108,24 +102,23 @@ class TrainingEnv:
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, bool]:
         """The transition obs (S,), action (A,), next_obs (S,), reward, terminated.
 
-        next_obs is the true final observation, also where the episode ends; terminated is False
-        at a time-out, through which a target bootstraps.
+        next_obs is the true final one where an episode ends; a time-out is not a termination.
         """
         check_finite(self.env_id, self.steps, action=torch.from_numpy(action))
         obs, (next_obs, reward, terminated, truncated, _) = self.obs, self.env.step(action)
         next_obs = np.array(next_obs, dtype=np.float32)  # a copy: some environments reuse theirs
-        values = dict(observation=torch.from_numpy(next_obs), reward=torch.tensor(float(reward)))
+        reward = float(reward)
+        values = dict(observation=torch.from_numpy(next_obs), reward=torch.tensor(reward))
         check_finite(self.env_id, self.steps, **values)
         self.steps += 1
         self.actions.append(action)
-        self.episodic_return += float(reward)
+        self.episodic_return += reward
         self.obs = next_obs
         if terminated or truncated:
-            self.last_return, length = self.episodic_return, len(self.actions)
-            names = ("charts/episodic_return", "charts/episodic_length")
-            self.ended = dict(zip(names, (self.last_return, length), strict=True))
+            self.last_return = self.ended["charts/episodic_return"] = self.episodic_return
+            self.ended["charts/episodic_length"] = len(self.actions)
             self.reset()
-        return obs, action, next_obs, float(reward), bool(terminated)
+        return obs, action, next_obs, reward, bool(terminated)
 
     def episode_metrics(self, _due: bool) -> dict[str, float]:
         """Return and length of an episode that has ended since the last call; else empty."""
@@ -134,16 +127,15 @@ class TrainingEnv:
 
     def state_dict(self) -> dict:
         actions = np.array(self.actions, dtype=np.float32).reshape(-1, self.act_dim)
-        numbers = {name: getattr(self, name) for name in ("steps", "episode", "last_return")}
         arrays = {"actions": torch.from_numpy(actions), "obs": torch.from_numpy(self.obs.copy())}
-        return numbers | arrays
+        return {"steps": self.steps, "episode": self.episode} | arrays
 
     def load_state_dict(self, state: dict):
         self.steps, self.episode = state["steps"] - len(state["actions"]), state["episode"] - 1
         self.reset()
         for action in state["actions"].numpy():
             self.step(action.copy())
-        self.last_return, self.ended = state["last_return"], {}
+        self.ended = {}
         if self.episode != state["episode"] or not np.array_equal(self.obs, state["obs"].numpy()):
             problem = f"{self.env_id} did not replay its episode exactly"
             print(f"warning: {problem}; starting a new one", file=sys.stderr)
@@ -176,9 +168,12 @@ class EvaluationEnvs:
 
 
 class Evaluator:
-    """Plays an episode in each of the environments, batched through the policy."""
+    """Plays an episode in each of the environments, batched through the policy.
 
-    def __init__(self, args: RunArgs, envs, policy: Policy):
+    policy(obs (n, S), noise (n, A)) -> actions (n, A) in [-1, 1]; noise 0: the deterministic ones.
+    """
+
+    def __init__(self, args: RunArgs, envs, policy):
         self.args, self.envs, self.policy = args, envs, policy
 
     def run(self, step: int, video_path: Path) -> tuple[list[float], list[int]]:
@@ -186,13 +181,17 @@ class Evaluator:
 
         With --capture-video the first episode goes to `video_path`.
         """
-        args, envs = self.args, self.envs
+        args, envs, video = self.args, self.envs, None
         rng = np.random.default_rng(derive_seed(args.seed, 2, step))
         obs = envs.reset(args.seed, 1, step)
         noise = torch.zeros(len(obs), envs.act_dim)
         returns, lengths = 0.0, 0
         alive = torch.ones(len(obs), dtype=torch.bool, device=obs.device)
-        video = open_video(video_path, envs.fps) if args.capture_video else None
+        if args.capture_video:
+            import imageio
+
+            video_path.parent.mkdir(exist_ok=True)
+            video = imageio.get_writer(video_path, fps=envs.fps, macro_block_size=1)
         while alive.any():
             if video and alive[0]:
                 video.append_data(render(envs, args.env_id))
@@ -207,14 +206,6 @@ class Evaluator:
         if video:
             video.close()
         return returns.tolist(), lengths.tolist()
-
-
-def open_video(path: Path, fps: int):
-    """An mp4 writer with append_data(image (H, W, 3)) and close."""
-    import imageio
-
-    path.parent.mkdir(exist_ok=True)
-    return imageio.get_writer(path, fps=fps, macro_block_size=1)
 
 
 def render(envs, env_id: str) -> np.ndarray:

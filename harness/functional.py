@@ -1,7 +1,6 @@
-"""Updates as functions of flat tensors: parameters in one vector, Adam, torch.compile, CUDA graphs.
+"""Updates as functions of flat tensors, with all parameters of a network in one vector theta (P,).
 
-A network's parameters lie in one vector theta (P,), so that the whole update, optimiser and Polyak
-averaging included, is one compiled function on CPU and one CUDA graph on a GPU.
+So an update, optimiser included, is one compiled function on CPU and one CUDA graph on a GPU.
 """
 
 import ctypes
@@ -29,13 +28,13 @@ def functional(network: nn.Module, name: str):
     """f(theta (P,), *inputs) = `network.<name>(*inputs)` as a pure function of its parameters."""
     method = nn.Module()  # torch.func.functional_call can only call `forward`
     method.network, method.forward = network, getattr(network, name)
-    names, parameters = zip(*method.named_parameters(), strict=True)
-    shapes = [p.shape for p in parameters]
+    shapes = {name: parameter.shape for name, parameter in method.named_parameters()}
 
     def function(theta: Tensor, *inputs):
-        parts = theta.split([shape.numel() for shape in shapes])
-        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return torch.func.functional_call(method, dict(zip(names, views, strict=True)), inputs)
+        parts = theta.split([shape.numel() for shape in shapes.values()])
+        pairs = zip(shapes.items(), parts, strict=True)
+        views = {name: part.view(shape) for (name, shape), part in pairs}
+        return torch.func.functional_call(method, views, inputs)
 
     return function
 
@@ -76,14 +75,13 @@ class Hardware:
         torch.set_flush_denormal(True)  # zero-initialised networks are full of slow denormals
         torch.set_num_threads(torch_threads)
         if sys.platform == "linux":  # keep freed memory: else updates fault 1,300 pages in again
-            m_trim_threshold, m_mmap_threshold = -1, -3
-            ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**25)
-            ctypes.CDLL(None).mallopt(m_trim_threshold, 2**30)
+            for m_threshold, size in ((-3, 2**25), (-1, 2**30)):  # of mmap, of trim
+                ctypes.CDLL(None).mallopt(m_threshold, size)
         self.cuda = cuda and torch.cuda.is_available()
         self.device = torch.device("cuda" if self.cuda else "cpu")
-        compiler = shutil.which(os.environ.get("CXX", "g++"))
         headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-        self.compiled = compile and (self.cuda or bool(compiler and headers))
+        compiler = headers and shutil.which(os.environ.get("CXX", "g++"))
+        self.compiled = compile and (self.cuda or bool(compiler))
         if compile and not self.compiled:
             missing = "g++ or Python's headers (python3-dev) not found"
             print(f"warning: {missing}: running uncompiled, much slower", file=sys.stderr)
@@ -120,9 +118,8 @@ class Hardware:
 class Learner:
     """Runs an update again and again on the same tensors, which a CUDA graph needs.
 
-    update(*state, *inputs, *random) changes `state` in place and returns `metrics`, named `names`.
-    `update` doesn't wait for a GPU, which so works while the environment steps; `read_metrics`
-    does. Its state holds the metrics too: an update may be rarer than checkpoints and log rows.
+    update(*state, *inputs, *random) changes `state` in place and returns the metrics `names`, part
+    of the state too (updates may be rare). It doesn't wait for a GPU; `read_metrics` does.
     """
 
     def __init__(self, update, state: list[Tensor], inputs, random, names, hardware: Hardware):
@@ -167,11 +164,7 @@ def make_policy(network: nn.Module, theta: Tensor, obs_dim: int, act_dim: int, n
     inputs = torch.zeros(n, obs_dim + act_dim, device=hardware.device)
     action = torch.zeros(n, act_dim, device=hardware.device)
     sample = functional(network, "sample")
-
-    def draw(theta, inputs):
-        return sample(theta, *inputs.split([obs_dim, act_dim], dim=-1))[0]
-
-    draw = hardware.compile(draw)
+    draw = hardware.compile(lambda theta, x: sample(theta, *x.split([obs_dim, act_dim], -1))[0])
     run = hardware.capture(lambda: action.copy_(draw(theta, inputs)), [])
 
     @torch.no_grad()

@@ -27,7 +27,6 @@ class Logger:
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=often)
 
     def seconds(self) -> float:
-        """Training time so far, over all sessions of a resumed run."""
         return time.perf_counter() - self.start
 
     def log(self, step: int, values: dict[str, float]):
@@ -61,14 +60,16 @@ class Logger:
 
 def open_metrics(path: Path, resumed_bytes: int | None):
     """metrics.csv, step,seconds,name,value; a resumed run writes on where its checkpoint was."""
+    file = open(path, "a", buffering=1)
     if resumed_bytes is None:
-        file = open(path, "x", buffering=1)
         file.write("step,seconds,name,value\n")
-        return file
-    if path.stat().st_size < resumed_bytes:
+    elif file.tell() < resumed_bytes:
         raise RunError(f"{path} is shorter than when the checkpoint was written")
-    os.truncate(path, resumed_bytes)  # later rows are written again, with the same values
-    return open(path, "a", buffering=1)
+    else:
+        file.truncate(
+            file.seek(resumed_bytes)
+        )  # later rows are written again, with the same values
+    return file
 
 
 def start_wandb(args: RunArgs, folder: Path, description: dict):
@@ -76,10 +77,9 @@ def start_wandb(args: RunArgs, folder: Path, description: dict):
     import wandb  # only here: training needs neither the package nor an account
 
     names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=folder.name)
-    names["id"] = re.sub(r"[^\w-]", "-", folder.name)
+    names |= dict(id=re.sub(r"[^\w-]", "-", folder.name), resume="allow", dir=str(folder))
     try:
-        config = description | description["args"]
-        run = wandb.init(**names, resume="allow", config=config, dir=str(folder))
+        run = wandb.init(**names, config=description | description["args"])
     except wandb.Error as error:
         hint = "run `wandb login`, set WANDB_MODE=offline or leave out --track"
         raise UsageError(f"Weights & Biases can't start ({error}): {hint}") from None

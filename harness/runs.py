@@ -1,11 +1,15 @@
-"""A training run: its folder, log, evaluations and checkpoints."""
+"""A training run: its folder, log, evaluations, checkpoints; and a script's command line."""
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
+import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -14,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.args import RunArgs
+from harness.args import RunArgs, parse_args
 from harness.envs import Evaluator
-from harness.files import RunError, UsageError, describe_machine, save_file
+from harness.files import RunError, UsageError, describe_machine, load_file, save_file
 from harness.functional import Hardware
 from harness.logger import Logger
 
@@ -24,13 +28,17 @@ from harness.logger import Logger
 class Run(contextlib.ExitStack):
     """One training run, which a script drives: `start`, then `log` once for each of `steps`."""
 
-    def __init__(self, args: RunArgs, program: str, command: str, checkpoint: dict | None = None):
+    def __init__(self, args: RunArgs, program: str, command: str, checkpoint: dict | None):
         super().__init__()
-        self.args, self.program, self.command, self.checkpoint = args, program, command, checkpoint
+        self.args, self.program, self.checkpoint = args, program, checkpoint
         if checkpoint and "description" not in checkpoint:
-            raise UsageError(f"--resume {args.resume}: this file holds a policy, not a checkpoint")
+            raise UsageError(f"--resume: {checkpoint['path']} holds a policy, not a checkpoint")
+        self.folder = checkpoint["path"].parent if checkpoint else run_folder(args)
         self.hardware = Hardware(args.cuda, args.torch_threads, args.compile)
         self.device = self.hardware.device
+        run = dict(script=f"{program}.py", command=command, args=dataclasses.asdict(args))
+        run["compiled"] = self.hardware.compiled
+        self.description = run | describe_machine(self.device)
         self.step, self.return_mean, self.received = 0, math.nan, None
 
     def start(self, env, evaluator: Evaluator | None, policy: dict, rng, **parts):
@@ -41,10 +49,10 @@ class Run(contextlib.ExitStack):
         """
         self.env, self.evaluator, self.policy, self.rng = env, evaluator, policy, rng
         self.parts = parts | {"env": env}
-        about = {"script": f"{self.program}.py", "command": self.command}
-        about |= {"args": dataclasses.asdict(self.args), "compiled": self.hardware.compiled}
-        self.description = about | describe_machine(self.device)
-        self.folder = self._open_folder()
+        if self.checkpoint:
+            self._check_resumed(self.checkpoint)
+        self.folder.mkdir(parents=True, exist_ok=bool(self.checkpoint))
+        (self.folder / "args.json").write_text(json.dumps(self.description, indent=2) + "\n")
         logger = Logger(self.args, self.folder, self.description, self.checkpoint)
         self.logger = self.enter_context(contextlib.closing(logger))
         if self.checkpoint:
@@ -56,25 +64,16 @@ class Run(contextlib.ExitStack):
         where = f"{self.description['device']}, files in {self.folder}"
         print(f"{self.args.env_id} on {where}{first}", file=sys.stderr)
 
-    def _open_folder(self) -> Path:
-        """The run's folder, new or the checkpoint's; writes args.json."""
-        args, checkpoint, folder = self.args, self.checkpoint, run_folder(self.args)
-        if checkpoint:
-            folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-            if checkpoint["step"] >= args.total_timesteps:
-                done = f"{folder} is already at step {checkpoint['step']}"
-                raise UsageError(f"{done}: raise --total-timesteps to train it further")
-            before, now = checkpoint["description"], self.description
-            now["command"] = before["command"]
-            if changed := [k for k in before if k != "args" and before[k] != now.get(k)]:
-                text = f"other {', '.join(changed)} than before: not bit for bit the same run"
-                print(f"warning: {text}", file=sys.stderr)
-        try:
-            folder.mkdir(parents=True, exist_ok=bool(checkpoint))
-            (folder / "args.json").write_text(json.dumps(self.description, indent=2) + "\n")
-        except OSError as error:
-            raise RunError(f"can't write to the run folder {folder}: {error.strerror}") from None
-        return folder
+    def _check_resumed(self, checkpoint: dict):
+        """Raises: UsageError if there is nothing to do. Says where results may differ."""
+        if checkpoint["step"] >= self.args.total_timesteps:
+            done = f"{self.folder} is already at step {checkpoint['step']}"
+            raise UsageError(f"{done}: raise --total-timesteps to train it further")
+        before, now = checkpoint["description"], self.description
+        now["command"] = before["command"]
+        if changed := [k for k in before if k != "args" and before[k] != now.get(k)]:
+            text = f"other {', '.join(changed)} than before: not bit for bit the same run"
+            print(f"warning: {text}", file=sys.stderr)
 
     def steps(self):
         """The numbers of the steps to take; `log` ends each. A signal ends the run after a step."""
@@ -106,10 +105,10 @@ class Run(contextlib.ExitStack):
             self._evaluate(f"step-{step:09d}")
         self.logger.show(train=self.env.last_return, eval=self.return_mean)
         if last:
-            self._save("policy_final.pt", self._policy_content())
+            self._save("policy_final.pt")
         often = args.checkpoint_frequency
         if (often and step % often == 0) or last or self.received:
-            self._save("checkpoint.pt", self._policy_content() | self._checkpoint_content())
+            self._save("checkpoint.pt", **self._state())
         if self.received and not last:
             again = f"python {self.program}.py --resume {self.folder}"
             print(f"stopped at step {step}; go on with: {again}", file=sys.stderr)
@@ -118,25 +117,19 @@ class Run(contextlib.ExitStack):
     def _evaluate(self, name: str):
         returns, lengths = self.evaluator.run(self.step, self.folder / "videos" / f"{name}.mp4")
         self.return_mean = float(np.mean(returns))
-        evaluation = {
-            "eval/return_mean": self.return_mean,
-            "eval/return_std": float(np.std(returns)),
-        }
-        evaluation["eval/length_mean"] = float(np.mean(lengths))
-        evaluation |= {f"eval/return_{i}": value for i, value in enumerate(returns)}
-        self.logger.log(self.step, evaluation)
+        means = {"eval/return_mean": self.return_mean, "eval/return_std": float(np.std(returns))}
+        means["eval/length_mean"] = float(np.mean(lengths))
+        self.logger.log(self.step, means | {f"eval/return_{i}": x for i, x in enumerate(returns)})
         if self.args.keep_policies:
-            self._save(f"policies/{name}.pt", self._policy_content())
+            self._save(f"policies/{name}.pt")
 
-    def _save(self, name: str, content: dict):
-        save_file(self.folder / name, content, self.program)
+    def _save(self, name: str, **more):
+        """Saves the policy, and what a checkpoint holds beside it."""
+        content = {"args": dataclasses.asdict(dataclasses.replace(self.args, resume=None))}
+        content |= {name: part.state_dict() for name, part in self.policy.items()}
+        save_file(self.folder / name, {**content, "step": self.step, **more}, self.program)
 
-    def _policy_content(self) -> dict:
-        settings = dataclasses.asdict(dataclasses.replace(self.args, resume=None))
-        states = {name: part.state_dict() for name, part in self.policy.items()}
-        return {"args": settings, "step": self.step, **states}
-
-    def _checkpoint_content(self) -> dict:
+    def _state(self) -> dict:
         content = {name: part.state_dict() for name, part in self.parts.items()}
         content |= {"description": self.description, "return_mean": self.return_mean}
         content |= {"rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state()}
@@ -160,3 +153,82 @@ def run_folder(args: RunArgs) -> Path:
         defining = json.dumps(args.fixed(args.resume_may_change)).encode()
         tag = hashlib.sha256(defining).hexdigest()[:10]
     return Path(args.runs_dir, f"{env_id}__{args.exp_name}__{args.seed}__{tag}")
+
+
+def lock_run(folder: Path):
+    """Waits until no other `--resume auto` trains this run; holds the lock while it is open."""
+    (folder.parent / ".locks").mkdir(parents=True, exist_ok=True)
+    lock = open(folder.parent / ".locks" / folder.name, "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("waiting for another process that trains this run", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def find_run(folder: Path, program: str) -> dict | None:
+    """The checkpoint in this folder; without one, None, and the folder moves to `abandoned/`."""
+    if (folder / "checkpoint.pt").exists():
+        return load_file("--resume", folder, program)
+    if folder.exists():
+        abandoned = folder.parent / "abandoned" / f"{folder.name}-{folder.stat().st_mtime_ns}"
+        abandoned.parent.mkdir(exist_ok=True)
+        shutil.move(folder, abandoned)
+    return None
+
+
+def evaluate_policy(args: RunArgs, saved: dict, load_evaluator):
+    """`--evaluate PATH`: plays a saved policy on the CPU and prints the return of each episode."""
+    file, step = saved["path"], saved["step"]
+    video = file.parent / "videos" / f"evaluate-{file.stem}-seed{args.seed}.mp4"
+    Hardware(cuda=False, torch_threads=args.torch_threads, compile=False)
+    returns, lengths = load_evaluator(args, saved).run(step, video)
+    for i, (episodic_return, length) in enumerate(zip(returns, lengths, strict=True)):
+        print(f"episode {i}: return {episodic_return:.2f}, length {length}")
+    mode = "deterministic" if args.deterministic_eval else "stochastic"
+    text = f"{len(returns)} {mode} episodes of {file} (step {step}) on {args.env_id}"
+    print(f"{text}: return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
+    if args.capture_video:
+        print(f"video of episode 0: {video}")
+
+
+def run_command(Args, train, load_evaluator, program: str, description: str, argv):
+    """Carries out a command line: evaluates a policy, or trains."""
+    args, saved = parse_args(Args, program, description, argv)
+    if args.evaluate:
+        evaluate_policy(args, saved, load_evaluator)
+        return
+    if args.resume == "auto":
+        folder = run_folder(args)
+        lock = lock_run(folder)  # noqa: F841 (held until the process ends)
+        final = folder / "policy_final.pt"
+        if final.exists() and load_file("--resume", final, program)["step"] >= args.total_timesteps:
+            print(f"{folder} is finished: {args.total_timesteps} steps")
+            return
+        saved = find_run(folder, program)
+    words = sys.argv[1:] if argv is None else argv
+    with Run(args, program, shlex.join(["python", f"{program}.py", *words]), saved) as run:
+        train(args, run)
+
+
+def main(Args, train, load_evaluator, argv: list[str] | None = None) -> int:
+    """A script's command line; the exit code: 0, 1 (run), 2 (usage) or 128 + signal.
+
+    train(args, run) trains; load_evaluator(args, saved) -> Evaluator of a saved policy.
+    """
+    module = sys.modules[train.__module__]
+    program, description = Path(module.__file__).stem, module.__doc__.split("\n\n    ")[0]
+    try:
+        run_command(Args, train, load_evaluator, program, description, argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (UsageError, RunError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
