@@ -32,7 +32,7 @@ D2  V is computed without the flow: the same number.
 D3  log_prob is log p_z plus all log-determinants; in their `sample` one has the wrong sign.
 D4  No `autotune`: theirs changed a local variable that nothing read.
 D5  No NaN masking: a loss, gradient or action that is not finite stops the run and says where.
-D6  Fresh evaluation seeds each time; the final policy is kept beside the best one.
+D6  Fresh evaluation seeds each time; the final policy is the result, not the best of many.
 D7  log(1 - a^2) is computed from u = atanh(a), which keeps its digits near |a| = 1.
 D8  An update runs before the environment's step of its iteration.
 D9  On CPU the dropout probability is rounded to 1/65536.

@@ -194,7 +194,7 @@ class Evaluator:
             video = imageio.get_writer(video_path, fps=envs.fps, macro_block_size=1)
         while alive.any():
             if video and alive[0]:
-                video.append_data(render(envs, args.env_id))
+                video.append_data(self._render())
             if not args.deterministic_eval:
                 rng.standard_normal(out=noise.numpy(), dtype=np.float32)
             action = self.policy(obs, noise.to(obs.device))
@@ -207,12 +207,10 @@ class Evaluator:
             video.close()
         return returns.tolist(), lengths.tolist()
 
-
-def render(envs, env_id: str) -> np.ndarray:
-    """An image (H, W, 3) of environment 0. Raises: RunError if this machine can't render."""
-    try:
-        return envs.render()
-    except Exception as error:  # whatever the graphics libraries raise
-        reason = f"{env_id} can't be rendered ({type(error).__name__}: {error})"
-        hint = "install libegl1 or libosmesa6 and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-        raise RunError(f"{reason}; {hint}") from None
+    def _render(self) -> np.ndarray:
+        try:
+            return self.envs.render()
+        except Exception as error:  # whatever the graphics libraries raise
+            reason = f"can't render {self.args.env_id} ({type(error).__name__}: {error})"
+            hint = "install libegl1 or libosmesa6 and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+            raise RunError(f"{reason}; {hint}") from None

@@ -184,8 +184,8 @@ def evaluate_policy(args: RunArgs, saved: dict, load_evaluator):
     video = file.parent / "videos" / f"evaluate-{file.stem}-seed{args.seed}.mp4"
     Hardware(cuda=False, torch_threads=args.torch_threads, compile=False)
     returns, lengths = load_evaluator(args, saved).run(step, video)
-    for i, (episodic_return, length) in enumerate(zip(returns, lengths, strict=True)):
-        print(f"episode {i}: return {episodic_return:.2f}, length {length}")
+    for i, episodic_return in enumerate(returns):
+        print(f"episode {i}: return {episodic_return:.2f}, length {lengths[i]}")
     mode = "deterministic" if args.deterministic_eval else "stochastic"
     text = f"{len(returns)} {mode} episodes of {file} (step {step}) on {args.env_id}"
     print(f"{text}: return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
