@@ -325,7 +325,7 @@ METRICS = "losses/loss losses/grad_norm flow/q flow/v_next flow/target flow/shif
 
 def make_update(flow: EnergyFlow, obs_dim: int, act_dim: int, args: Args):
     """The whole update as one function of flat tensors, changed in place; returns METRICS (6,)."""
-    q_values, soft_values = functional(flow, "q_values"), functional(flow, "soft_values")
+    q_values, soft_values = functional(flow.q_values), functional(flow.soft_values)
 
     def loss_and_q(theta, obs, action, target, keep):
         q = q_values(theta, obs, action, keep)  # Q_k(s,a)  (B, K)

@@ -216,7 +216,7 @@ ACTOR_METRICS = "losses/actor_loss losses/alpha_loss losses/alpha sac/entropy".s
 
 def make_critic_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: int, args: Args):
     """The critics' update of flat tensors, changed in place; returns CRITIC_METRICS (4,)."""
-    sample, q_values = functional(actor, "sample"), functional(critics, "q_values")
+    sample, q_values = functional(actor.sample), functional(critics.q_values)
 
     def loss_and_q(theta, obs, action, target):
         q = q_values(theta, obs, action)  # Q_k(s,a)  (B, 2)
@@ -242,7 +242,7 @@ def make_critic_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: in
 
 def make_actor_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: int, args: Args):
     """The update of actor and temperature, changed in place; returns ACTOR_METRICS (4,)."""
-    sample, q_values = functional(actor, "sample"), functional(critics, "q_values")
+    sample, q_values = functional(actor.sample), functional(critics.q_values)
     target_entropy = -float(act_dim)  # nats, over the environment's own actions
 
     def loss_and_log_prob(phi, log_alpha, theta, obs, noise):

@@ -207,7 +207,7 @@ def make_update(sampler: Sampler, critic: Critic, obs_dim: int, act_dim: int, ar
 
     theta' is left to `train`, which moves it every --target-network-frequency updates.
     """
-    sample, q_values = functional(sampler, "sample"), functional(critic, "q_values")
+    sample, q_values = functional(sampler.sample), functional(critic.q_values)
     n_fixed = args.kernel_particles - args.kernel_particles // 2
 
     def loss_and_q(theta, obs, action, target):

@@ -24,17 +24,17 @@ def flatten_parameters(network: nn.Module) -> Tensor:
     return theta
 
 
-def functional(network: nn.Module, name: str):
-    """f(theta (P,), *inputs) = `network.<name>(*inputs)` as a pure function of its parameters."""
-    method = nn.Module()  # torch.func.functional_call can only call `forward`
-    method.network, method.forward = network, getattr(network, name)
-    shapes = {name: parameter.shape for name, parameter in method.named_parameters()}
+def functional(method):
+    """f(theta (P,), *inputs) = method(*inputs), as a pure function of its network's parameters."""
+    module = nn.Module()  # torch.func.functional_call can only call `forward`
+    module.network, module.forward = method.__self__, method
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
 
     def function(theta: Tensor, *inputs):
         parts = theta.split([shape.numel() for shape in shapes.values()])
         pairs = zip(shapes.items(), parts, strict=True)
         views = {name: part.view(shape) for (name, shape), part in pairs}
-        return torch.func.functional_call(method, views, inputs)
+        return torch.func.functional_call(module, views, inputs)
 
     return function
 
@@ -163,7 +163,7 @@ def make_policy(network: nn.Module, theta: Tensor, obs_dim: int, act_dim: int, n
     """
     inputs = torch.zeros(n, obs_dim + act_dim, device=hardware.device)
     action = torch.zeros(n, act_dim, device=hardware.device)
-    sample = functional(network, "sample")
+    sample = functional(network.sample)
     draw = hardware.compile(lambda theta, x: sample(theta, *x.split([obs_dim, act_dim], -1))[0])
     run = hardware.capture(lambda: action.copy_(draw(theta, inputs)), [])
 
