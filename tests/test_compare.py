@@ -199,10 +199,21 @@ def test_what_differs_is_not_averaged(tmp_path, run_compare):
     ]
 
 
+def test_several_settings_have_no_iqm(tmp_path, run_compare):
+    for name, alpha in ((MEOW, 0.2), (MEOW, 0.5), (SAC, 0.2)):
+        write_run(tmp_path / "runs", name, alpha=alpha, time=alpha)
+    assert "| MEow | 0 | several settings on Hopper-v4 | - |" in run_compare(tmp_path / "runs")[1]
+    write_run(tmp_path / "runs", SAC, alpha=0.5)
+    _, text, _ = run_compare(tmp_path / "runs")
+    assert "None: SAC's mean final return is missing" in text
+    assert [line[7] for line in cells(text)] == ["-"] * 4
+
+
 def test_not_run_and_unfinished(tmp_path, run_compare):
     root = tmp_path / "runs"
     write_run(root)
     write_run(root, seed=2, total_timesteps=50)
+    write_run(root, seed=6, total_timesteps=50)
     write_run(root, seed=3, returns=(1, math.nan, 3))
     empty = write_run(root, seed=4)
     (empty / "metrics.csv").write_text("step,seconds,name,value\n")
@@ -211,12 +222,13 @@ def test_not_run_and_unfinished(tmp_path, run_compare):
     _, text, err = run_compare(root, "--envs", "Ant-v4", "--algos", "sac", "new")
     assert f"{torn}: its last line is incomplete" in err
     table = [line[:5] for line in cells(text)]
-    assert table[:6] == [
+    assert table[:7] == [
         ["Hopper-v4", "MEow", "30", "1 (1)", "3.000"],
         ["Hopper-v4", "MEow", "30", "1 (3)", "return is not finite at step 20"],
         ["Hopper-v4", "MEow", "30", "1 (4)", "unfinished at step 0"],
         ["Hopper-v4", "MEow", "30", "1 (5)", "unfinished at step 20"],
         ["Hopper-v4", "MEow", "50", "1 (2)", "unfinished at step 30"],
+        ["Hopper-v4", "MEow", "50", "1 (6)", "unfinished at step 30"],
         ["Hopper-v4", "SAC", "-", "0", "not run"],
     ]
     assert [line[1] for line in table[-4:]] == ["new", "MEow", "SAC", "new"]
