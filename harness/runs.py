@@ -70,10 +70,12 @@ class Run(contextlib.ExitStack):
             done = f"{self.folder} is already at step {checkpoint['step']}"
             raise UsageError(f"{done}: raise --total-timesteps to train it further")
         before, now = checkpoint["description"], self.description
-        now["command"] = before["command"]
-        if changed := [k for k in before if k != "args" and before[k] != now.get(k)]:
+        if changed := [k for k in before if k not in ("args", "command") and before[k] != now[k]]:
             text = f"other {', '.join(changed)} than before: not bit for bit the same run"
             print(f"warning: {text}", file=sys.stderr)
+        now["command"] = before["command"]
+        if (steps := self.args.total_timesteps) != before["args"]["total_timesteps"]:
+            now["command"] += f" --total-timesteps {steps}"
 
     def steps(self):
         """The numbers of the steps to take; `log` ends each. A signal ends the run after a step."""

@@ -21,6 +21,7 @@ Writes OUT/comparison.md, learning_curves.png and .svg, iqm.png and .svg.
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -305,8 +306,7 @@ def check_versions(runs: pd.DataFrame):
     if runs.mujoco.nunique() > 1:
         examples = runs.drop_duplicates("mujoco").sort_values("mujoco")
         listed = ", ".join(f"{run.mujoco} ({run.folder})" for run in examples.itertuples())
-        hint = "give the runs of one, or --allow-mixed-versions"
-        raise UsageError(f"different MuJoCo versions in one table: {listed}; {hint}")
+        raise UsageError(f"different MuJoCo versions: {listed}; or --allow-mixed-versions")
 
 
 def compare(options: Options):
@@ -337,6 +337,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 after one sentence on what is wrong."""
     try:
         compare(tyro.cli(Options, description=__doc__.split("\n\n")[0], args=argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
