@@ -70,8 +70,8 @@ class Run(contextlib.ExitStack):
             done = f"{self.folder} is already at step {checkpoint['step']}"
             raise UsageError(f"{done}: raise --total-timesteps to train it further")
         before, now = checkpoint["description"], self.description
-        if changed := [k for k in before if k not in ("args", "command") and before[k] != now[k]]:
-            text = f"other {', '.join(changed)} than before: not bit for bit the same run"
+        if changed := {k for k in before if before[k] != now.get(k)} - {"args", "command"}:
+            text = f"other {', '.join(sorted(changed))} than before: not bit for bit the same run"
             print(f"warning: {text}", file=sys.stderr)
         now["command"] = before["command"]
         if (steps := self.args.total_timesteps) != before["args"]["total_timesteps"]:

@@ -340,7 +340,7 @@ def test_mujoco_versions_do_not_mix(tmp_path, run_compare):
     write_run(tmp_path / "runs", seed=2, mujoco="3.1")
     code, text, err = run_compare(tmp_path / "runs")
     assert (code, text) == (2, "")
-    assert "different MuJoCo versions in one table: 3.1 (" in err
+    assert "different MuJoCo versions: 3.1 (" in err
     code, text, _ = run_compare(tmp_path / "runs", "--allow-mixed-versions")
     assert code == 0
     assert "differ in library versions or machine: 1.\n" in text
