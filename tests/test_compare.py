@@ -362,5 +362,5 @@ def test_missing_package(tmp_path):
     shutil.copy(ROOT / "tools" / "compare.py", tmp_path)
     words = [sys.executable, "compare.py", "runs"]
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    expected = "error: scipy is missing: pip install -r requirements-benchmark.txt\n"
+    expected = "error: scipy is missing: pip install '.[bench]'\n"
     assert (result.returncode, result.stderr) == (1, expected)

@@ -1,6 +1,6 @@
 """Compares runs: a table of final returns, learning curves and the interquartile mean.
 
-    pip install -r requirements-benchmark.txt
+    pip install ".[bench]"
     python tools/compare.py runs --out results --copy   # table, figures and thinned runs, to commit
     python tools/compare.py results --out results       # from the thinned runs: the same files
 
@@ -36,7 +36,7 @@ try:
     from matplotlib.ticker import EngFormatter
     from scipy import stats
 except ImportError as missing:
-    sys.exit(f"error: {missing.name} is missing: pip install -r requirements-benchmark.txt")
+    sys.exit(f"error: {missing.name} is missing: pip install '.[bench]'")
 
 from run_table import ALGORITHMS, TASK, UsageError, copy_run, find_runs, label, number_rows
 
