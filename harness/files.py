@@ -35,7 +35,8 @@ def save_file(path: Path, content: dict, program: str):
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         kept = "the previous one is intact" if path.exists() else "there is no earlier one"
-        raise RunError(f"can't write {path} ({error}); {kept}") from None
+        reason = error.__context__ or error  # torch's RuntimeError hides the OSError
+        raise RunError(f"can't write {path} ({reason}); {kept}") from None
 
 
 def load_file(option: str, path: str | Path, program: str, names=("checkpoint.pt",)) -> dict:
