@@ -1,5 +1,7 @@
 """Small environments with known behaviour, used as `scripted_env:NAME-v0`."""
 
+import itertools
+
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -54,23 +56,28 @@ class OneState(gym.Env):
     def step(self, _action):
         self.t += 1
         end = self.t == 5
-        return (
-            np.zeros(1, np.float32),
-            1.0,
-            self.terminates and end,
-            not self.terminates and end,
-            {},
-        )
+        ends = self.terminates and end, not self.terminates and end
+        return np.zeros(1, np.float32), 1.0, *ends, {}
 
 
 class OneStateTerminating(OneState):
     terminates = True
 
 
-class Broken(OneState):
-    """Returns NaN observations, infinite rewards or unusual spaces on request."""
+class Drifting(OneState):
+    """Not deterministic: its observations count all steps that this process ever took in it."""
 
-    def __init__(self, render_mode=None, at=250, obs=0.0, reward=1.0):
+    clock = itertools.count()
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return np.full(1, next(self.clock) / 1e6, np.float32), *rest
+
+
+class Broken(OneState):
+    """At step `at` the observation or the reward is not finite."""
+
+    def __init__(self, render_mode=None, at=25, obs=0.0, reward=1.0):
         super().__init__(render_mode)
         self.at, self.bad_obs, self.bad_reward, self.steps = at, obs, reward, 0
 
@@ -95,6 +102,7 @@ def register(name, entry_point, **kwargs):
 register("Scripted", Scripted)
 register("OneState", OneState)
 register("OneStateTerminating", OneStateTerminating)
+register("Drifting", Drifting)
 register("NanObs", Broken, obs=np.nan)
 register("InfReward", Broken, reward=np.inf)
 register("DictObs", Spaces, obs=spaces.Dict(a=BOX))

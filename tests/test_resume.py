@@ -1,0 +1,271 @@
+"""A run that was stopped, killed or started twice goes on as if nothing had happened."""
+
+import fcntl
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import (
+    SCRIPT,
+    SCRIPTS,
+    each_script,
+    environment,
+    is_one_sentence,
+    launch,
+    metrics,
+    only_run,
+    quick,
+    run,
+)
+
+AUTO = quick(resume="auto")
+KILLED = """
+import sys
+from importlib import import_module
+from conftest import interrupting
+interrupting({57: 9}).start()
+script = import_module(sys.argv[1])
+script.main(script.Args, script.train, script.load_evaluator, sys.argv[2:])
+"""
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """copy(script): a finished run that a test may change."""
+
+    def copy(script=SCRIPT):
+        return shutil.copytree(finished(script)[0], tmp_path / "runs" / "copy")
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a run that SIGTERM ended at step 47; not to be changed."""
+    cwd = tmp_path_factory.mktemp("stopped")
+    assert launch(SCRIPT, quick(), cwd, signals={47: signal.SIGTERM}).returncode == 143
+    return only_run(cwd)
+
+
+# --- Going on -------------------------------------------------------------------------------------
+@each_script
+def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, script):
+    """Stopped by Ctrl-C at an odd number of updates, and then again: the uninterrupted numbers."""
+    words = quick(checkpoint_frequency=0)
+    stopped = launch(script, words, tmp_path, signals={47: signal.SIGINT})
+    assert stopped.returncode == 128 + signal.SIGINT
+    folder = only_run(tmp_path)
+    assert read(folder / "checkpoint.pt")["step"] == 47
+    assert f"go on with: python {script.name} --resume runs/{folder.name}\n" in stopped.stderr
+    words = ["--resume", f"runs/{folder.name}"]
+    again = launch(script, words, tmp_path, signals={53: signal.SIGTERM})
+    assert again.returncode == 128 + signal.SIGTERM
+    assert read(folder / "checkpoint.pt")["step"] == 53
+    resumed = launch(script, words, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(folder) == metrics(finished(script)[0])
+    final, expected = (read(f / "policy_final.pt") for f in (folder, finished(script)[0]))
+    for name in expected.keys() - {"format", "args", "step"}:
+        for key, value in expected[name].items():
+            assert torch.equal(value, final[name][key]), key
+
+
+@pytest.mark.parametrize("script", [SCRIPT, pytest.param(SCRIPTS[1], marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, script):
+    """Power failure: rows written since the checkpoint are not there twice."""
+    words = [sys.executable, "-c", KILLED, script.stem, *AUTO]
+    killed = run(words, tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    folder = only_run(tmp_path)
+    assert read(folder / "checkpoint.pt")["step"] == 40
+    assert int(metrics(folder)[-1][0]) > 40
+    resumed = launch(script, AUTO, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(folder) == metrics(finished(script)[0])
+
+
+def test_more_steps_continue_a_finished_run(finished, tmp_path):
+    """45 steps, then resumed to 60, gives the numbers of 60 at once (besides those of step 45)."""
+    assert launch(SCRIPT, quick(total_timesteps=45), tmp_path).returncode == 0
+    folder, expected = only_run(tmp_path), metrics(finished(SCRIPT)[0])
+    assert launch(SCRIPT, ["--resume", folder, "--total-timesteps", 60], tmp_path).returncode == 0
+    more = [row for row in metrics(folder) if row not in expected]
+    assert {step for step, _, _ in more} == {"45"}
+    assert [row for row in metrics(folder) if row not in more] == expected
+    done = launch(SCRIPT, ["--resume", folder], tmp_path)
+    is_one_sentence(done, 2, "already at step 60: raise --total-timesteps")
+
+
+def test_an_environment_that_does_not_replay_is_announced(tmp_path):
+    """The run goes on with a new episode."""
+    words = quick(env_id="scripted_env:Drifting-v0", total_timesteps=33)
+    assert launch(SCRIPT, words, tmp_path).returncode == 0
+    folder = only_run(tmp_path)
+    resumed = launch(SCRIPT, ["--resume", folder, "--total-timesteps", 40], tmp_path)
+    assert resumed.returncode == 0
+    assert "warning: scripted_env:Drifting-v0 did not replay its episode exactly" in resumed.stderr
+    env = read(folder / "checkpoint.pt")["env"]
+    assert (env["steps"], env["episode"], len(env["actions"])) == (40, 8, 2)
+
+
+def test_a_changed_machine_is_announced(copy, tmp_path):
+    folder = copy()
+    content = read(folder / "checkpoint.pt")
+    content["description"]["cpu"] = "abacus"
+    torch.save(content, folder / "checkpoint.pt")
+    resumed = launch(SCRIPT, ["--resume", folder, "--total-timesteps", 62], tmp_path)
+    assert resumed.returncode == 0
+    assert "warning: other cpu than before: not bit for bit the same run" in resumed.stderr
+
+
+# --- --resume auto --------------------------------------------------------------------------------
+def test_auto_starts_goes_on_and_does_nothing(finished, tmp_path):
+    """One command line, given again and again, makes one complete run."""
+    folder = only_run(finished(SCRIPT)[0].parent.parent)
+    assert launch(SCRIPT, AUTO, tmp_path, signals={47: signal.SIGTERM}).returncode == 143
+    assert launch(SCRIPT, AUTO, tmp_path).returncode == 0
+    assert metrics(only_run(tmp_path)) == metrics(folder)
+    before = {path: path.read_bytes() for path in only_run(tmp_path).iterdir()}
+    again = launch(SCRIPT, AUTO, tmp_path)
+    assert again.returncode == 0
+    assert again.stdout == f"runs/{only_run(tmp_path).name} is finished: 60 steps\n"
+    assert again.stderr == ""
+    assert {path: path.read_bytes() for path in only_run(tmp_path).iterdir()} == before
+
+
+def test_auto_extends_a_run_and_tells_runs_apart(tmp_path):
+    """Only what changes the numbers makes another run; more steps go on with the same one."""
+    assert launch(SCRIPT, quick(resume="auto", total_timesteps=32), tmp_path).returncode == 0
+    folder = only_run(tmp_path)
+    words = quick(resume="auto", total_timesteps=34, keep_policies=True)
+    assert launch(SCRIPT, words, tmp_path).returncode == 0
+    assert read(only_run(tmp_path) / "checkpoint.pt")["step"] == 34
+    for change in ({"seed": 2}, {"tau": 0.5}, {"eval_frequency": 9}, {"exp_name": "other"}):
+        words = quick(resume="auto", **({"total_timesteps": 32} | change))
+        assert launch(SCRIPT, words, tmp_path).returncode == 0
+    runs = [path for path in (tmp_path / "runs").iterdir() if path.name != ".locks"]
+    assert len(runs) == 5
+    assert folder in runs
+
+
+def test_auto_starts_again_without_a_checkpoint(tmp_path):
+    """What a run left that never came to its first checkpoint moves to abandoned/."""
+    assert launch(SCRIPT, AUTO, tmp_path, signals={15: signal.SIGTERM}).returncode == 143
+    folder = only_run(tmp_path)
+    (folder / "checkpoint.pt").unlink()
+    (folder / "notes.txt").write_text("mine")
+    assert launch(SCRIPT, AUTO, tmp_path, signals={15: signal.SIGTERM}).returncode == 143
+    (abandoned,) = (tmp_path / "runs" / "abandoned").iterdir()
+    assert abandoned.name.startswith(folder.name)
+    assert (abandoned / "notes.txt").read_text() == "mine"
+    assert read(folder / "checkpoint.pt")["step"] == 15
+
+
+def test_a_second_process_waits_for_the_first(tmp_path):
+    """While another process holds the run, --resume auto says so and waits."""
+    assert launch(SCRIPT, AUTO, tmp_path).returncode == 0
+    (lock,) = (tmp_path / "runs" / ".locks").iterdir()
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        words = [sys.executable, SCRIPT, *AUTO]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(words, cwd=tmp_path, env=environment(), **pipes)
+        assert process.stderr.readline() == "waiting for another process that trains this run\n"
+        assert process.poll() is None
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, "is finished" in out) == (0, True)
+
+
+# --- Refused --------------------------------------------------------------------------------------
+def test_other_settings_are_refused_and_named(stopped, tmp_path):
+    before = {path: path.read_bytes() for path in stopped.iterdir()}
+    words = ["--resume", stopped, "--tau", 0.5, "--env-id", "Ant-v4", "--total-timesteps", 90]
+    named = ["--env-id InvertedPendulum-v4", "--tau 0.005"]
+    is_one_sentence(launch(SCRIPT, words, tmp_path), 2, "other settings", *named)
+    is_one_sentence(launch(SCRIPT, ["--evaluate", stopped, "--alpha", 3], tmp_path), 2, "--alpha")
+    assert before == {path: path.read_bytes() for path in stopped.iterdir()}
+
+
+def test_a_policy_can_not_be_resumed(finished, tmp_path):
+    words = ["--resume", finished(SCRIPT)[0] / "policy_final.pt", "--total-timesteps", 90]
+    is_one_sentence(launch(SCRIPT, words, tmp_path), 2, "a policy, not a checkpoint")
+
+
+def test_files_of_other_scripts_are_refused(stopped, tmp_path):
+    for option in ("--resume", "--evaluate"):
+        result = launch(SCRIPTS[1], [option, stopped], tmp_path)
+        is_one_sentence(result, 1, "checkpoint.pt was not written by", "sac_continuous_action.py")
+
+
+def damage(content: bytes, how: str) -> bytes:
+    if how == "truncated":
+        return content[: len(content) // 2]
+    if how == "flipped":  # one bit in the middle of the parameters
+        at = len(content) // 3
+        return content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
+    return {"empty": b"", "text": b"hello, not a checkpoint\n" * 99}[how]
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "text", "foreign", "code"])
+def test_damaged_checkpoints(stopped, tmp_path, how):
+    path = tmp_path / "checkpoint.pt"
+    if how == "foreign":
+        torch.save({"model": torch.zeros(3)}, path)
+    elif how == "code":  # unpickling it would run something
+        torch.save({"format": SCRIPT.stem, "args": {}, "run": launch}, path)
+    else:
+        path.write_bytes(damage((stopped / "checkpoint.pt").read_bytes(), how))
+    for option in ("--resume", "--evaluate"):
+        is_one_sentence(launch(SCRIPT, [option, tmp_path], tmp_path), 1, "checkpoint.pt")
+
+
+def test_missing_checkpoints(tmp_path):
+    for option in ("--resume", "--evaluate"):
+        for path in (tmp_path, tmp_path / "nothing"):
+            is_one_sentence(launch(SCRIPT, [option, path], tmp_path), 2, f"{option} {path}")
+
+
+def test_settings_of_another_version_are_refused(copy, tmp_path):
+    folder = copy()
+    content = read(folder / "checkpoint.pt")
+    content["args"]["autotune"] = True
+    torch.save(content, folder / "checkpoint.pt")
+    result = launch(SCRIPT, ["--resume", folder, "--total-timesteps", 90], tmp_path)
+    is_one_sentence(result, 2, "another version", "autotune")
+
+
+def test_a_shortened_log_is_refused(stopped, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    (folder / "metrics.csv").write_text("step,seconds,name,value\n")
+    is_one_sentence(launch(SCRIPT, ["--resume", folder], tmp_path), 1, "metrics.csv is shorter")
+
+
+# --- A full disk ----------------------------------------------------------------------------------
+def test_a_full_disk_keeps_the_previous_checkpoint(finished, stopped, tmp_path):
+    """No file can grow as large as a checkpoint; later there is room and the run goes on."""
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    before = (folder / "checkpoint.pt").read_bytes()
+    full = launch(SCRIPT, ["--resume", folder], tmp_path, largest_file=300_000)
+    is_one_sentence(full, 1, "can't write", "policy_final.pt", "there is no earlier one")
+    full = launch(SCRIPT, ["--resume", folder], tmp_path, largest_file=1_000_000)
+    is_one_sentence(
+        full, 1, "can't write", "checkpoint.pt ([Errno 27]", "the previous one is intact"
+    )
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
+    assert launch(SCRIPT, ["--resume", folder], tmp_path).returncode == 0
+    assert metrics(folder) == metrics(finished(SCRIPT)[0])
+
+
+def test_a_full_disk_stops_the_log_with_one_sentence(tmp_path):
+    """metrics.csv itself can't grow; nothing is printed but the error."""
+    words = quick(log_frequency=1, checkpoint_frequency=0)
+    full = launch(SCRIPT, words, tmp_path, largest_file=3_000)
+    is_one_sentence(full, 1, "File too large")
