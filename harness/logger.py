@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Logger:
         step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
         self.start, self.last = time.perf_counter() - seconds, (step, seconds)
         self.csv = open_metrics(folder / "metrics.csv", resumed and resumed["csv_bytes"])
+        threading.excepthook = silence_full_disk
         self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1 if resumed else None)
         self.wandb = start_wandb(args, folder, description) if args.track else None
         often = 0.1 if sys.stderr.isatty() else 30  # seconds
@@ -58,6 +60,12 @@ class Logger:
             self.wandb.finish()
 
 
+def silence_full_disk(args):
+    """TensorBoard's thread hands its OSError to `add_scalar` or `close`, which report it."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
 def open_metrics(path: Path, resumed_bytes: int | None):
     """metrics.csv, step,seconds,name,value; a resumed run writes on where its checkpoint was."""
     file = open(path, "a", buffering=1)
@@ -66,9 +74,7 @@ def open_metrics(path: Path, resumed_bytes: int | None):
     elif file.tell() < resumed_bytes:
         raise RunError(f"{path} is shorter than when the checkpoint was written")
     else:
-        file.truncate(
-            file.seek(resumed_bytes)
-        )  # later rows are written again, with the same values
+        file.truncate(file.seek(resumed_bytes))  # later rows are written again, the same ones
     return file
 
 

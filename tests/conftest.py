@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -79,6 +80,7 @@ def launch(script, words, cwd, signals=None, largest_file=None):
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         interrupting(signals or {}),
+        mock.patch("threading.excepthook", threading.__excepthook__),  # not pytest's
     ):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file or limit[0], limit[1]))

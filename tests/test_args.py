@@ -1,15 +1,26 @@
-"""Options: defaults per environment, checks, help, and that each one is documented and read."""
+"""Options: defaults per environment, checks, help, and the commands that the pages name."""
 
+import argparse
 import ast
 import dataclasses
 import importlib
+import io
+import itertools
+import math
 import re
-from itertools import pairwise
+import runpy
+import shlex
+import typing
+from contextlib import redirect_stdout
+from unittest import mock
 
 import pytest
-from conftest import ROOT, SCRIPTS
+import tyro
+from conftest import ISAAC_SCRIPTS, ROOT, SCRIPT, SCRIPTS, each_script
 
-from meow_continuous_action import PAPER_SETTINGS, Args, UsageError, main, parse_args
+from harness.args import RunArgs, parse_args
+from harness.files import UsageError
+from meow_continuous_action import Args
 
 PAPER_TABLE = {  # steps, tau, alpha, learning starts, log sigma max, log sigma min
     "Hopper": (1_500_000, 0.005, 0.25, 5_000, -0.3, -5),
@@ -18,169 +29,207 @@ PAPER_TABLE = {  # steps, tau, alpha, learning starts, log sigma max, log sigma 
     "Ant": (4_000_000, 0.0001, 0.05, 5_000, -0.3, -5),
     "Humanoid": (5_000_000, 0.0005, 0.125, 5_000, -0.3, -5),
 }
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+ALL_SCRIPTS = SCRIPTS + ISAAC_SCRIPTS
+each = pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda path: path.stem)
+BELOW_ZERO = {"log_sigma_min", "log_sigma_max"}
+ZERO = {"seed", "checkpoint_frequency", "gamma", "dropout", "log_sigma_min", "log_sigma_max"}
 
 
+def options_of(script):
+    return importlib.import_module(script.stem).Args
+
+
+def parse(*words, script=SCRIPT):
+    return parse_args(options_of(script), script.stem, "", [str(word) for word in words])[0]
+
+
+# --- Defaults -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("version", ["v4", "v5"])
 @pytest.mark.parametrize("name", PAPER_TABLE)
 def test_paper_settings_are_the_defaults(name, version):
-    args, _ = parse_args(["--env-id", f"{name}-{version}"])
+    args = parse("--env-id", f"{name}-{version}")
     columns = "total_timesteps tau alpha learning_starts log_sigma_max log_sigma_min".split()
     assert tuple(getattr(args, c) for c in columns) == PAPER_TABLE[name]
     common = (args.learning_rate, args.max_grad_norm, args.batch_size, args.buffer_size, args.gamma)
     assert common == (1e-3, 30, 256, 1_000_000, 0.99)
+    for script in SCRIPTS[1:]:  # the baselines train as long
+        baseline = parse("--env-id", f"{name}-{version}", script=script)
+        assert baseline.total_timesteps == PAPER_TABLE[name][0]
+
+
+@each_script
+def test_multi_goal_settings_are_the_defaults(script):
+    args = parse("--env-id", "multi_goal:MultiGoal-v0", script=script)
+    assert (args.total_timesteps, args.learning_starts, args.gamma) == (4_000, 1_000, 0.9)
 
 
 @pytest.mark.parametrize(
     "spelling", [["--env-id", "Ant-v4"], ["--env-id=Ant-v4"], ["--env_id", "Ant-v4"]]
 )
-def test_flags_override_the_papers_settings(spelling):
-    args, _ = parse_args([*spelling, "--tau", "0.5", "--seed", "7"])
-    assert (args.env_id, args.tau, args.seed, args.alpha) == ("Ant-v4", 0.5, 7, 0.05)
+def test_options_override_the_papers_settings(spelling):
+    for words in ([*spelling, "--tau", 0.5, "--seed", 7], ["--tau=0.5", "--seed", 7, *spelling]):
+        args = parse(*words)
+        assert (args.env_id, args.tau, args.seed, args.alpha) == ("Ant-v4", 0.5, 7, 0.05)
 
 
-def test_other_environments_get_general_defaults():
-    args, _ = parse_args(["--env-id", "Pendulum-v1"])
-    assert args == Args(env_id="Pendulum-v1")
-    assert parse_args(["--env-id", "my/Ant-v4"])[0].tau == Args().tau
-    assert set(PAPER_SETTINGS) == {*PAPER_TABLE, "multi_goal:MultiGoal"}
-
-
-@each_script
-def test_all_scripts_train_as_long_as_meow(script):
-    """The papers' budgets and the multi-goal world's settings are the baselines' defaults too."""
-    module = importlib.import_module(script.stem)
-    for name, (steps, *_) in PAPER_TABLE.items():
-        for version in ("v4", "v5"):
-            args, _ = module.parse_args(["--env-id", f"{name}-{version}"])
-            assert (args.total_timesteps, args.eval_frequency) == (steps, 10_000)
-    args, _ = module.parse_args(["--env-id", "multi_goal:MultiGoal-v0"])
-    assert (args.total_timesteps, args.learning_starts, args.gamma) == (4_000, 1_000, 0.9)
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "my/Ant-v4", "Ant-v40", "Ant-v3"])
+def test_other_environments_get_general_defaults(env_id):
+    assert parse("--env-id", env_id) == Args(env_id=env_id)
 
 
 def test_cleanrls_settings_are_sacs_defaults():
-    from sac_continuous_action import Args
-
-    args = Args()
+    args = options_of(SCRIPTS[1])()
     assert (args.policy_lr, args.q_lr, args.tau, args.gamma) == (3e-4, 1e-3, 0.005, 0.99)
     assert (args.batch_size, args.buffer_size, args.learning_starts) == (256, 1_000_000, 5_000)
     assert (args.policy_frequency, args.autotune, args.reward_shifting) == (2, True, "none")
 
 
-def test_help_shows_the_environments_values(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse_args(["--env-id", "Ant-v4", "--help"])
-    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+# --- Help -----------------------------------------------------------------------------------------
+def test_help_shows_the_environments_values():
+    with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as stopped:
+        parse("--env-id", "Ant-v4", "--help")
+    text = re.sub(r"[\s│]+", " ", out.getvalue())
     assert stopped.value.code == 0
     assert re.search(r"--tau FLOAT .{0,120}\(default: 0\.0001\)", text)
     assert re.search(r"--total-timesteps INT .{0,120}\(default: 4000000\)", text)
 
 
+@each
+def test_every_option_is_typed_documented_and_read(script):
+    """In --help each has its type and a text; a line of the script or the harness reads it."""
+    with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        parse("--help", script=script)
+    text = re.sub(r"[\s│]+", " ", out.getvalue())
+    files = [script, ROOT / "isaac_tasks.py", *ROOT.glob("harness/*.py"), *ROOT.glob("isaac_*/*")]
+    source = "".join(path.read_text() for path in files if path.suffix == ".py" and path.is_file())
+    types = typing.get_type_hints(options_of(script))
+    for field in dataclasses.fields(options_of(script)):
+        flag = "--" + field.name.replace("_", "-")
+        shown = {int: " INT", float: " FLOAT", str: " STR", bool: f", --no-{flag[2:]}"}
+        shown |= {str | None: r" {None}|STR"}
+        kind = types[field.name]
+        suffix = re.escape(shown[kind]) if kind in shown else r" \{.+?\}"
+        assert re.search(rf"{flag}{suffix} [^(-].{{5,}}\(default: ", text), flag
+        assert re.search(rf"args\.{field.name}\b|given\.{field.name}\b", source), flag
+
+
+# --- Impossible values ----------------------------------------------------------------------------
+def numbers_of(script):
+    types = typing.get_type_hints(options_of(script))
+    return [f.name for f in dataclasses.fields(options_of(script)) if types[f.name] in (int, float)]
+
+
+@each
+def test_numbers_that_make_no_sense_are_refused(script):
+    """NaN, infinite, negative and zero, for every numeric option; the sentence names it."""
+    defaults = options_of(script)()
+    for name, value in itertools.product(numbers_of(script), (math.nan, math.inf, -1, 0)):
+        if (value == -1 and name in BELOW_ZERO) or (value == 0 and name in ZERO):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        with pytest.raises(ValueError, match=rf"^{flag} {value}: must be \w+"):
+            dataclasses.replace(defaults, **{name: value})
+
+
 IMPOSSIBLE = [
-    ("total-timesteps", "0"), ("total-timesteps", "-5"), ("batch-size", "0"), ("buffer-size", "-1"),
-    ("learning-starts", "0"), ("eval-frequency", "0"), ("eval-episodes", "0"),
-    ("log-frequency", "0"),
-    ("checkpoint-frequency", "-1"), ("seed", "-1"), ("torch-threads", "0"), ("learning-rate", "0"),
-    ("learning-rate", "inf"), ("alpha", "0"), ("alpha", "nan"), ("gamma", "1.5"), ("gamma", "nan"),
-    ("tau", "0"), ("tau", "2"), ("dropout", "1"), ("dropout", "-0.1"), ("max-grad-norm", "-30"),
-    ("log-sigma-min", "3"), ("log-sigma-max", "-9"), ("log-sigma-max", "nan"),
-    ("log-sigma-max", "99"),
-    ("total-timesteps", "1e6"), ("seed", "one"), ("coupling", "cubic"),
-    ("reward-shifting", "triple"),
-    ("unknown-option", "1"),
+    ("meow", "gamma", "1.5"), ("meow", "tau", "2"), ("meow", "dropout", "1"),
+    ("meow", "log-sigma-min", "3"), ("meow", "log-sigma-max", "-9"),
+    ("meow", "log-sigma-max", "99"), ("meow", "coupling", "cubic"),
+    ("meow", "reward-shifting", "triple"), ("meow", "seed", "4294967296"),
+    ("meow", "seed", "one"), ("meow", "total-timesteps", "1e6"), ("meow", "unknown-option", "1"),
+    ("sac", "gamma", "2"), ("sac", "reward-shifting", "single"), ("sac", "log-sigma-min", "1"),
+    ("sql", "tau", "1.1"), ("sql", "kernel-particles", "3"),
 ]  # fmt: skip
 
 
-IMPOSSIBLE = [(main, *row) for row in IMPOSSIBLE]
-IMPOSSIBLE += [
-    (importlib.import_module("sac_continuous_action").main, *row)
-    for row in [
-        ("policy-lr", "0"), ("q-lr", "-1"), ("alpha", "-1"), ("tau", "0"), ("gamma", "2"),
-        ("policy-frequency", "0"), ("reward-shifting", "single"), ("log-sigma-min", "1"),
-    ]
-]  # fmt: skip
-IMPOSSIBLE += [
-    (importlib.import_module("sql_continuous_action").main, *row)
-    for row in [
-        ("policy-lr", "nan"), ("q-lr", "0"), ("tau", "1.1"), ("reward-scale", "0"),
-        ("value-particles", "0"), ("kernel-particles", "3"), ("target-network-frequency", "0"),
-        ("compose", "one"),
-    ]
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("main", "option", "value"), IMPOSSIBLE)
-def test_impossible_values_exit_with_2_and_name_the_option(main, option, value, capsys):
-    try:
-        code = main([f"--{option}", value])
-    except SystemExit as stopped:
-        code = stopped.code
+@pytest.mark.parametrize(("name", "option", "value"), IMPOSSIBLE)
+def test_values_out_of_range_are_refused(name, option, value, capsys):
+    script = ROOT / f"{name}_continuous_action.py"
+    with pytest.raises((UsageError, SystemExit)) as refused:
+        parse(f"--{option}", value, script=script)
     text = capsys.readouterr()
-    assert code == 2
-    assert option.removeprefix("log-") in text.err + text.out
-    assert "Traceback" not in text.err
+    assert option in f"{refused.value}{text.err}{text.out}"
+    assert refused.type is UsageError or refused.value.code == 2
 
 
-def test_resume_and_evaluate_exclude_each_other():
-    with pytest.raises((UsageError, SystemExit)):
-        parse_args(["--resume", "a", "--evaluate", "b"])
+def test_resume_and_evaluate_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        parse("--resume", "a", "--evaluate", "b")
+    assert "--resume and --evaluate exclude each other" in capsys.readouterr().err
 
 
-@each_script
-def test_every_option_is_documented_and_read(script):
-    """A docstring below each field, and each field read somewhere in the script."""
-    source, options = script.read_text(), importlib.import_module(script.stem).Args
-    body = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Args").body
-    for field, doc in pairwise(body):
-        if isinstance(field, ast.AnnAssign):
-            assert isinstance(doc, ast.Expr), f"{field.target.id} has no docstring"
-    for field in dataclasses.fields(options):
-        assert re.search(rf"args\.{field.name}\b|given\.{field.name}\b", source), field.name
+# --- Pages and scripts ----------------------------------------------------------------------------
+def commands():
+    """Each `python FILE.py ...` in a bash block of a page: (file name, its words)."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = []
+    for page in filter(lambda page: page.is_file(), pages):
+        for block in re.findall(
+            r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(), re.M | re.S
+        ):
+            lines = re.sub(r"\\\n", " ", re.sub(r"\$\{?algo\}?", "meow", block)).splitlines()
+            for line in lines:
+                for part in re.split(r"&&|\|\||[;|>]", re.sub(r"(^|\s)#.*", "", line)):
+                    if match := re.search(r"\bpython3? (\S+\.py)\b(.*)", part):
+                        words = re.sub(r"\$\{?\w+\}?|\{\d?\}", "1", match[2])
+                        found.append((match[1], shlex.split(words)))
+    return found
 
 
-@each_script
-def test_deviations_are_listed(script):
-    """D1..Dn (SAC: S, SQL: Q): the docstring lists each tag of the code; the README MEow's."""
-    source, readme = script.read_text(), (ROOT / "README.md").read_text()
-    doc = ast.get_docstring(ast.parse(source))
-    listed = re.findall(r"^([DSQ]\d+) ", doc, flags=re.M)
-    letter = {"meow": "D", "sac_": "S", "sql_": "Q"}[script.stem[:4]]
-    assert listed == [f"{letter}{i}" for i in range(1, len(listed) + 1)]
-    assert re.findall(rf"^\| ({letter}\d+) \|", readme, flags=re.M) == (
-        listed if letter == "D" else []
-    )
-    tags = set(re.findall(r"# ([DSQ]\d+)\b", source.replace(doc, "")))
-    assert tags
-    assert tags <= set(listed)
+class Parsed(BaseException):
+    """A command line has been read without a complaint."""
 
 
-@each_script
-def test_readme_commands_parse(script):
-    """Each command of the README that runs the script has valid options."""
-    readme = (ROOT / "README.md").read_text()
-    commands = re.findall(rf"^(?:\w+=\S+ )?python {script.name} (.*)$", readme, re.M)
-    assert commands
-    for command in commands:
-        words = command.split("#")[0].split()
-        if "--resume" in words or "--evaluate" in words:
-            at = next(i for i, w in enumerate(words) if w in ("--resume", "--evaluate"))
-            del words[at : at + 2]  # the run doesn't exist
+def parses(file, words):
+    """Runs a script up to the moment when its options are read."""
+
+    def once(parser, allowed=lambda _: True):
+        def parse_and_stop(*args, **kwargs):
+            value = parser(*args, **kwargs)
+            if allowed(kwargs):
+                raise Parsed
+            return value
+
+        return parse_and_stop
+
+    cli = once(tyro.cli, lambda kwargs: "return_unknown_args" not in kwargs)
+    argument_parser = once(argparse.ArgumentParser.parse_args)
+    with (
+        mock.patch("sys.argv", [file, *words]),
+        mock.patch("tyro.cli", cli),
+        mock.patch("argparse.ArgumentParser.parse_args", argument_parser),
+        pytest.raises(Parsed),
+    ):
+        runpy.run_path(str(ROOT / file), run_name="__main__")
+
+
+def test_commands_of_the_pages_parse():
+    """The options in README, CONTRIBUTING and docs/ exist and their values are allowed."""
+    found = commands()
+    assert {file for file, _ in found} >= {"meow_continuous_action.py", "meow_isaacgym.py"}
+    for file, words in found:
+        for option in {"--resume", "--evaluate"} & set(words):  # that run doesn't exist
+            at = words.index(option)
+            del words[at : at + 2]
         if "--help" not in words:
-            importlib.import_module(script.stem).parse_args(words)
+            parses(file, words)
 
 
-@each_script
+@each
 def test_importing_has_no_side_effect(script):
-    """No module-level code besides definitions and the choice of MuJoCo's renderer."""
-    allowed = (
-        ast.Import,
-        ast.ImportFrom,
-        ast.FunctionDef,
-        ast.ClassDef,
-        ast.Assign,
-        ast.AugAssign,
-        ast.Expr,
-    )
-    rest = [n for n in ast.parse(script.read_text()).body if not isinstance(n, allowed)]
-    assert len(rest) == 2
+    """A script's own statements are definitions; it starts nothing and prints nothing."""
+    nodes = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr)
+    rest = [n for n in ast.parse(script.read_text()).body if not isinstance(n, nodes)]
     assert all(isinstance(n, ast.If) for n in rest)
+    assert ast.unparse(rest[-1]).startswith("if __name__ == '__main__':")
+    assert len(rest) <= 2
+
+
+def test_settings_name_options():
+    """What may change on resuming and evaluating, and every setting, are options."""
+    for script in ALL_SCRIPTS:
+        names = {field.name for field in dataclasses.fields(options_of(script))}
+        may_change = f"{RunArgs.resume_may_change} {RunArgs.evaluate_may_change}"
+        assert set(may_change.split()) <= names
+        for settings in options_of(script).settings.values():
+            assert set(settings) <= names

@@ -265,7 +265,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(finished, stopped, tmp_path):
 
 
 def test_a_full_disk_stops_the_log_with_one_sentence(tmp_path):
-    """metrics.csv itself can't grow; nothing is printed but the error."""
-    words = quick(log_frequency=1, checkpoint_frequency=0)
-    full = launch(SCRIPT, words, tmp_path, largest_file=3_000)
+    """Neither metrics.csv nor the event file can grow; nothing is printed but the error."""
+    words = quick(log_frequency=1, learning_starts=400, total_timesteps=400, eval_frequency=400)
+    full = launch(SCRIPT, words + ["--checkpoint-frequency=0"], tmp_path, largest_file=2_500)
     is_one_sentence(full, 1, "File too large")
