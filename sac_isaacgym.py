@@ -82,9 +82,7 @@ class Args(IsaacArgs):
     policy_lr: float = 3e-4  # Adam's step size for the actor
     q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
     gamma: float = 0.99  # discount factor
-    tau: float = (
-        0.0025  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta after each update
-    )
+    tau: float = 0.0025  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
     autotune: bool = False  # learn the temperature, for an entropy of minus the action dimensions
     alpha: float = 0.2  # temperature with --no-autotune: reward units per nat of entropy
     policy_frequency: int = 1  # the actor is updated every so many steps, then as many times
