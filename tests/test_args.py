@@ -10,6 +10,7 @@ import math
 import re
 import runpy
 import shlex
+import sys
 import typing
 from contextlib import redirect_stdout
 from unittest import mock
@@ -196,6 +197,7 @@ def parses(file, words):
     argument_parser = once(argparse.ArgumentParser.parse_args)
     with (
         mock.patch("sys.argv", [file, *words]),
+        mock.patch("sys.path", [str((ROOT / file).parent), *sys.path]),
         mock.patch("tyro.cli", cli),
         mock.patch("argparse.ArgumentParser.parse_args", argument_parser),
         pytest.raises(Parsed),

@@ -1,16 +1,20 @@
-"""Environment, replay buffer and the transitions that training stores."""
+"""Environments and replay: what is stored, restored and evaluated."""
 
-import csv
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-import meow_continuous_action as meow
-from meow_continuous_action import Args, ReplayBuffer, TrainingEnv, UsageError, make_env
+from harness.args import RunArgs
+from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv, derive_seed, make_env
+from harness.files import RunError, UsageError
+from harness.replay import ReplayBuffer, split_batch
 
+UNUSED = Path("unused")
 BAD_SPACES = {
     "DictObs": "observation must be one flat vector",
     "ImageObs": "observation must be one flat vector",
@@ -24,114 +28,219 @@ BAD_SPACES = {
 }
 
 
+# --- What can be trained in -----------------------------------------------------------------------
 @pytest.mark.parametrize(("name", "message"), BAD_SPACES.items())
 def test_unsuitable_spaces_are_refused(name, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=f"--env-id scripted_env:{name}-v0: .*{message}"):
         make_env(f"scripted_env:{name}-v0")
 
 
 @pytest.mark.parametrize(
-    "env_id", ["Nope-v4", "Hopper-v99", "nomodule:X-v0", "CartPole-v1", "a b", ""]
+    "env_id",
+    ["Nope-v4", "Hopper-v99", "nomodule:X-v0", "scripted_env:X-v0", "CartPole-v1", "a b", ""],
 )
 def test_unusable_ids_are_refused(env_id):
-    with pytest.raises(UsageError, match="--env-id"):
+    with pytest.raises(UsageError, match=f"--env-id {env_id}: ") as refused:
         make_env(env_id)
+    assert "\n" not in str(refused.value)
 
 
-def test_actions_are_rescaled():
-    """-1 and 1 are the environment's own bounds, Humanoid's +-0.4 among them."""
-    env = make_env("scripted_env:Scripted-v0")
-    env.reset(seed=0)
-    for action in ([-1, -1], [0, 0], [1, 1]):
-        env.step(np.float32(action))
-    np.testing.assert_allclose(env.unwrapped.received, [[-0.4, 2], [0, 2.5], [0.4, 3]], rtol=1e-6)
-    humanoid = make_env("Humanoid-v4")
-    humanoid.reset(seed=0)
-    humanoid.step(np.ones(17, np.float32))
-    np.testing.assert_allclose(humanoid.unwrapped.data.ctrl, 0.4, rtol=1e-6)
+def test_an_environment_that_can_not_render_is_refused():
+    with pytest.raises(UsageError, match="leave out --capture-video"):
+        make_env("scripted_env:Scripted-v0", "rgb_array")
 
 
-def recorded_transitions(monkeypatch, tmp_path, env_id, steps, **settings):
-    """Trains and returns the replay rows and metrics.csv."""
-    made = []
-    original = ReplayBuffer.__init__
-    monkeypatch.setattr(
-        ReplayBuffer,
-        "__init__",
-        lambda self, *a, **k: (made.append(self), original(self, *a, **k))[1],
-    )
-    defaults = dict(learning_starts=20, batch_size=8, eval_episodes=1, eval_frequency=10**6)
-    args = Args(
-        env_id=env_id,
-        total_timesteps=steps,
-        compile=False,
-        runs_dir=str(tmp_path),
-        **(defaults | settings),
-    )
-    result = meow.train(args)
-    with open(f"{result['run_dir']}/metrics.csv") as f:
-        return made[0], list(csv.DictReader(f))
-
-
-def test_stored_transitions_and_episode_statistics(monkeypatch, tmp_path):
-    """Every row, bootstrap flag and episodic return of 30 scripted steps."""
-    replay, metrics = recorded_transitions(monkeypatch, tmp_path, "scripted_env:Scripted-v0", 30)
-    obs, action, next_obs, reward, terminated = replay.rows.split(replay.splits, dim=-1)
-    expected, statistics, episode, step = [], [], 1, 0
-    while step < 30:
-        kind = (episode - 1) % 3
-        length = 3 + kind
-        for t in range(1, length + 1):
-            expected.append(
-                [episode, t - 1, episode, t, 10 * episode + t, t == length and kind != 1]
-            )
-        step += length
-        if step <= 30:
-            statistics.append((step, 10 * episode * length + length * (length + 1) / 2, length))
-        episode += 1
-    stored = torch.cat([obs, next_obs, reward, terminated], dim=-1)
-    torch.testing.assert_close(stored, torch.tensor(expected[:30], dtype=torch.float32))
-    assert (action.abs() <= 1).all()
-    returns = [
-        (int(r["step"]), float(r["value"]))
-        for r in metrics
-        if r["name"].endswith("episodic_return")
-    ]
-    lengths = [
-        (int(r["step"]), float(r["value"]))
-        for r in metrics
-        if r["name"].endswith("episodic_length")
-    ]
-    assert returns == [(s, r) for s, r, _ in statistics]
-    assert lengths == [(s, n) for s, _, n in statistics]
+def test_a_module_in_this_folder_is_found(tmp_path, monkeypatch):
+    """`my_env:My-v0` may lie where the user is, which isn't where the script is."""
+    source = "import gymnasium, scripted_env\ngymnasium.register('My-v0', scripted_env.OneState)\n"
+    (tmp_path / "my_env.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    with mock.patch("sys.path", ["", str(Path(__file__).parent)]):
+        assert make_env("my_env:My-v0").action_space.shape == (1,)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("OneState", 10.0), ("OneStateTerminating", 4.0951 / 2)]
+    ("env_id", "bounds"),
+    [
+        ("scripted_env:Scripted-v0", [[-0.4, 2], [0.4, 3]]),
+        ("Humanoid-v4", [[-0.4] * 17, [0.4] * 17]),
+    ],
 )
-def test_time_outs_bootstrap_and_terminations_do_not(monkeypatch, tmp_path, name, value):
-    """gamma = 0.9, reward 1, hardly any entropy: V = 10 through time-outs, far less if they end."""
-    settings = dict(gamma=0.9, alpha=1e-3, tau=0.1, learning_rate=1e-2, reward_shifting="single")
-    _, metrics = recorded_transitions(
-        monkeypatch, tmp_path, f"scripted_env:{name}-v0", 2500, **settings
-    )
-    q = [float(r["value"]) for r in metrics if r["name"] == "flow/q"][-1]
-    assert (q > 0.9 * value) if name == "OneState" else (q < 2 * value)
+def test_actions_are_rescaled(env_id, bounds):
+    """-1 and 1 are the environment's own bounds."""
+    env = make_env(env_id)
+    low, high = np.float32(bounds)
+    with mock.patch.object(env.unwrapped, "step", wraps=env.unwrapped.step) as step:
+        env.reset(seed=0)
+        for action in (-1, 0, 1):
+            env.step(np.full(len(low), action, np.float32))
+    received = [call.args[0] for call in step.call_args_list]
+    np.testing.assert_allclose(received, [low, (low + high) / 2, high], rtol=1e-6)
 
 
+# --- Training -------------------------------------------------------------------------------------
+def test_transitions_and_episode_statistics():
+    """Episodes that terminate, time out or both: rows, final observations, returns and lengths."""
+    env = TrainingEnv("scripted_env:Scripted-v0", 1)
+    env.reset()
+    rows, ended = [], []
+    for step in range(12):
+        obs, action, next_obs, reward, terminated = env.step(np.float32([step / 12, -0.5]))
+        assert action.tolist() == np.float32([step / 12, -0.5]).tolist()
+        rows.append((*obs, *next_obs, reward, terminated))
+        ended.append(env.episode_metrics(False))
+        assert env.steps == step + 1
+    expected, numbers = [], [{}] * 12
+    for episode, length in ((1, 3), (2, 4), (3, 5)):
+        for t in range(1, length + 1):
+            last = t == length and episode != 2  # episode 2 times out
+            expected.append((episode, t - 1, episode, t, 10 * episode + t, last))
+        returned = 10 * episode * length + length * (length + 1) / 2
+        names = ("charts/episodic_return", "charts/episodic_length")
+        numbers[len(expected) - 1] = dict(zip(names, (returned, length), strict=True))
+    assert rows == expected
+    assert ended == numbers
+    assert env.last_return == 165
+    assert env.obs.tolist() == [4, 0]
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1", "HalfCheetah-v5"])
+def test_environment_state_is_restored_exactly(env_id):
+    """In the middle of an episode; it goes on with the same rows and episodes, bit for bit."""
+    env, other = TrainingEnv(env_id, 3), TrainingEnv(env_id, 3)
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (400, env.act_dim)).astype(np.float32)
+    env.reset()
+
+    def play(env, actions):
+        rows = []
+        for action in actions:
+            _, _, next_obs, reward, terminated = env.step(action)
+            end = tuple(env.episode_metrics(False).values())
+            rows.append((*next_obs, *env.obs, reward, terminated, env.episode, env.steps, *end))
+        return rows
+
+    play(env, actions[:137])
+    assert env.actions
+    other.load_state_dict(env.state_dict())
+    assert other.episode_metrics(False) == {}
+    assert play(other, actions[137:]) == play(env, actions[137:])
+
+
+def test_each_episode_and_seed_starts_differently():
+    starts = []
+    for seed in (0, 1, 2**32 - 1):
+        env = TrainingEnv("Pendulum-v1", seed)
+        for _ in range(2):
+            env.reset()
+            starts.append(tuple(env.obs))
+    assert len(set(starts)) == 6
+
+
+def test_numbers_that_are_not_finite_stop_training():
+    """Where and when is said: an action, an observation, a reward."""
+    for name, needle in (("NanObs", r"observation\[0\] = nan"), ("InfReward", "reward = inf")):
+        env = TrainingEnv(f"scripted_env:{name}-v0", 1)
+        env.reset()
+        for _ in range(24):
+            env.step(np.zeros(1, np.float32))
+        with pytest.raises(RunError, match=rf"scripted_env:{name}-v0: {needle} at step 24; "):
+            env.step(np.zeros(1, np.float32))
+        assert env.steps == 24
+    with pytest.raises(RunError, match=r"action\[0\] = nan at step 24"):
+        env.step(np.full(1, np.nan, np.float32))
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+def evaluator(policy, env_id="Pendulum-v1", **settings):
+    args = RunArgs(env_id=env_id, **settings)
+    return Evaluator(args, EvaluationEnvs(args), policy)
+
+
+def test_evaluation_seeds_are_fresh_and_repeatable():
+    """Other steps and seeds give other episodes; the same ones give the same returns."""
+    seen = []
+    for seed, step in ((1, 0), (1, 1), (2, 0), (1, 0)):
+        run = evaluator(lambda _obs, z: z, seed=seed, eval_episodes=3)
+        run.run(9, UNUSED)  # what was played before makes no difference
+        seen.append(tuple(run.run(step, UNUSED)[0]))
+    assert len({x for returns in seen for x in returns}) == 9
+    assert seen[0] == seen[3]
+
+
+def test_stochastic_evaluation_draws_and_deterministic_does_not():
+    for deterministic in (True, False):
+        drawn = []
+
+        def policy(_obs, z, drawn=drawn):
+            drawn.append(z.clone())
+            return z.clamp(-1, 1)
+
+        run = evaluator(policy, eval_episodes=2, deterministic_eval=deterministic)
+        returns = [run.run(0, UNUSED)[0] for _ in range(2)]
+        assert returns[0] == returns[1]
+        std = torch.stack(drawn).std().item()
+        assert std == 0 if deterministic else 0.9 < std < 1.1
+
+
+def test_evaluation_is_gymnasiums_own_loop():
+    """Each episode is that of one environment alone, whatever the other rows do meanwhile."""
+    run = evaluator(lambda obs, _z: torch.tanh(obs[:, :3]), "Hopper-v4", eval_episodes=3)
+    returns, lengths = run.run(7, UNUSED)
+    assert len(set(lengths)) > 1
+    for i in range(3):
+        env = make_env("Hopper-v4")
+        obs, _ = env.reset(seed=derive_seed(run.args.seed, 1, 7, i))
+        total, length, done = 0.0, 0, False
+        while not done:
+            action = torch.tanh(torch.from_numpy(obs[:3].astype(np.float32))).numpy()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, length, done = total + reward, length + 1, terminated or truncated
+        assert (total, length) == (returns[i], lengths[i])
+
+
+def test_numbers_that_are_not_finite_stop_an_evaluation():
+    with pytest.raises(RunError, match=r"Pendulum-v1: action\[1, 0\] = nan at step 5"):
+        evaluator(lambda _o, z: z + torch.tensor([[0], [np.nan]]), eval_episodes=2).run(5, UNUSED)
+    env_id = "scripted_env:EarlyNan-v0"
+    gym.register("EarlyNan-v0", "scripted_env:Broken", kwargs=dict(at=3, reward=np.nan))
+    with pytest.raises(RunError, match=r"reward\[0\] = nan at step 5"):
+        evaluator(lambda _obs, z: z, env_id, eval_episodes=2).run(5, UNUSED)
+
+
+# --- Replay ---------------------------------------------------------------------------------------
 def test_replay_buffer_wraps_and_keeps_rows():
-    replay = ReplayBuffer(5, 2, 1)
+    replay = ReplayBuffer(5, 2, 1, batch_size=64)
     assert len(replay) == 0
     for i in range(7):
         replay.add([i, i + 0.5], [-i], [i + 1, i + 1.5], 10.0 * i, i == 6)
     assert len(replay) == 5
     assert replay.rows.dtype == torch.float32
-    assert sorted(replay.rows[:, 0].tolist()) == [2, 3, 4, 5, 6]
     assert replay.rows[1].tolist() == [6, 6.5, -6, 7, 7.5, 60, 1]
+    batch = replay.sample(np.random.default_rng(0))
+    assert batch is replay.batch
+    obs, action, next_obs, reward, terminated = split_batch(batch, 2, 1)
+    first = obs[:, 0]
+    assert set(first.tolist()) == {2, 3, 4, 5, 6}
+    assert torch.equal(obs[:, 1], first + 0.5)
+    assert torch.equal(action, -first[:, None])
+    assert torch.equal(next_obs, torch.stack([first + 1, first + 1.5], -1))
+    assert torch.equal(reward, 10 * first)
+    assert torch.equal(terminated, (first == 6).float())
+
+
+def test_replay_buffer_samples_stored_rows_only():
+    replay = ReplayBuffer(100, 1, 1, batch_size=256)
+    replay.rows.fill_(torch.nan)
+    for i in range(3):
+        replay.add([i], [i], [i], i, False)
+    counts = torch.bincount(replay.sample(np.random.default_rng(1))[:, 0].long())
+    assert counts.sum() == 256
+    assert (counts > 60).all()
 
 
 def test_replay_buffer_state_is_the_filled_part_and_fits_a_larger_one():
-    replay, larger = ReplayBuffer(10, 2, 1), ReplayBuffer(1000, 2, 1)
+    replay, larger = ReplayBuffer(10, 2, 1, 4), ReplayBuffer(1000, 2, 1, 4)
     for i in range(4):
         replay.add([i, i], [i], [i, i], i, False)
     state = replay.state_dict()
@@ -142,66 +251,10 @@ def test_replay_buffer_state_is_the_filled_part_and_fits_a_larger_one():
     assert larger.rows[4, 0] == 9
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1", "HalfCheetah-v5"])
-def test_environment_state_is_restored_exactly(env_id):
-    """A restored environment goes on with the same observations, rewards and ends, bit for bit."""
-    env, other = TrainingEnv(env_id, 3), TrainingEnv(env_id, 3)
-    rng = np.random.default_rng(0)
-    actions = rng.uniform(-1, 1, (400, env.act_dim)).astype(np.float32)
-    env.reset(0)
-
-    def play(env, actions):
-        rows = []
-        for action in actions:
-            next_obs, reward, terminated, truncated = env.step(action, 0)
-            rows.append(
-                (*next_obs, reward, terminated, truncated, env.episode, env.episodic_return)
-            )
-            if terminated or truncated:
-                env.reset(0)
-        return rows
-
-    play(env, actions[:137])
-    other.load_state_dict(env.state_dict(), 0)
-    assert play(other, actions[137:]) == play(env, actions[137:])
-
-
-def test_evaluation_seeds_are_fresh_and_repeatable():
-    """Other steps and seeds give other episodes; the same ones give the same returns."""
-    seen = []
-    for seed, step in ((1, 0), (1, 1), (2, 0), (1, 0)):
-        args = Args(env_id="Pendulum-v1", seed=seed, eval_episodes=3)
-        evaluator = meow.Evaluator(args, lambda _obs, z: z)
-        seen.append(tuple(evaluator.run(step, Path("unused"))[0]))
-    assert len(set(seen)) == 3
-    assert seen[0] == seen[3]
-    assert len(set(seen[0])) == 3
-
-
-def test_stochastic_evaluation_draws_latents_and_deterministic_does_not():
-    for deterministic in (True, False):
-        latents = []
-        args = Args(env_id="Pendulum-v1", eval_episodes=2, deterministic_eval=deterministic)
-        evaluator = meow.Evaluator(
-            args, lambda _obs, z, latents=latents: latents.append(z.copy()) or z
-        )
-        evaluator.run(0, Path("unused"))
-        std = np.std(latents)
-        assert std == 0 if deterministic else 0.9 < std < 1.1
-
-
-def test_evaluation_is_gymnasiums_own_loop():
-    """Returns equal a plain loop over one environment at a time with the same seeds."""
-    args = Args(env_id="Hopper-v4", eval_episodes=3)
-    returns, lengths = meow.Evaluator(args, lambda obs, _z: np.tanh(obs[:, :3])).run(
-        7, Path("unused")
-    )
-    for i in range(3):
-        env = gym.make("Hopper-v4")
-        obs, _ = env.reset(seed=meow.derive_seed(args.seed, 1, 7, i))
-        total, length, done = 0.0, 0, False
-        while not done:
-            action = np.tanh(np.float32(obs)[:3])
-            obs, reward, terminated, truncated, _ = env.step(action)
-            total, length, done = total + reward, length + 1, terminated or truncated
-        assert (total, length) == (pytest.approx(returns[i]), lengths[i])
+def test_a_replay_buffer_larger_than_the_memory_is_refused():
+    little = SimpleNamespace(available=27_000)
+    with mock.patch("psutil.virtual_memory", return_value=little):
+        ReplayBuffer(900, 2, 1, 4)  # 7 numbers of 4 bytes a row
+        message = r"--buffer-size 1000: .* needs 0\.0 GB, more than the 0\.0 GB free"
+        with pytest.raises(UsageError, match=message):
+            ReplayBuffer(1000, 2, 1, 4)
