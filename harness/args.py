@@ -87,7 +87,7 @@ def parse_args(Args, program: str, description: str, argv=None) -> tuple[RunArgs
         # a mistake is explained below, by the parser of all options
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
             given = tyro.cli(RunArgs, default=given, **peek)[0]
-        if given.evaluate:
+        if given.evaluate is not None:
             saved = load_file("--evaluate", given.evaluate, program, POLICY_FILES)
         elif given.resume not in (None, "auto"):
             saved = load_file("--resume", given.resume, program)

@@ -112,7 +112,7 @@ class Run(contextlib.ExitStack):
         if (often and step % often == 0) or last or self.received:
             self._save("checkpoint.pt", **self._state())
         if self.received and not last:
-            again = f"python {self.program}.py --resume {self.folder}"
+            again = shlex.join(["python", f"{self.program}.py", "--resume", str(self.folder)])
             print(f"stopped at step {step}; go on with: {again}", file=sys.stderr)
             raise SystemExit(128 + self.received)
 
@@ -150,11 +150,12 @@ class Run(contextlib.ExitStack):
 
 def run_folder(args: RunArgs) -> Path:
     """Env__experiment__seed__ and the time; with `--resume auto` a digest of what defines a run."""
-    env_id, tag = re.sub(r"[^\w.-]", "_", args.env_id), int(time.time())
+    tag = int(time.time())
     if args.resume == "auto":
         defining = json.dumps(args.fixed(args.resume_may_change)).encode()
         tag = hashlib.sha256(defining).hexdigest()[:10]
-    return Path(args.runs_dir, f"{env_id}__{args.exp_name}__{args.seed}__{tag}")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{tag}"
+    return Path(args.runs_dir, re.sub(r"[^\w.-]", "_", name))
 
 
 def lock_run(folder: Path):
@@ -198,7 +199,7 @@ def evaluate_policy(args: RunArgs, saved: dict, load_evaluator):
 def run_command(Args, train, load_evaluator, program: str, description: str, argv):
     """Carries out a command line: evaluates a policy, or trains."""
     args, saved = parse_args(Args, program, description, argv)
-    if args.evaluate:
+    if args.evaluate is not None:
         evaluate_policy(args, saved, load_evaluator)
         return
     if args.resume == "auto":
