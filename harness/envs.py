@@ -96,8 +96,15 @@ class TrainingEnv:
         self.episode += 1
         self.actions, self.episodic_return = [], 0.0
         obs, _ = self.env.reset(seed=derive_seed(self.seed, 0, self.episode))
-        self.obs = np.array(obs, dtype=np.float32)
-        check_finite(self.env_id, self.steps, observation=torch.from_numpy(self.obs))
+        self.obs = self._check(obs)
+
+    def _check(self, obs) -> np.ndarray:
+        """A copy of an observation (some environments reuse theirs). Raises: RunError."""
+        obs = np.array(obs, dtype=np.float32)
+        if obs.shape != (self.obs_dim,):
+            raise RunError(f"{self.env_id}: an observation of shape {obs.shape}, unlike its space")
+        check_finite(self.env_id, self.steps, observation=torch.from_numpy(obs))
+        return obs
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, bool]:
         """The transition obs (S,), action (A,), next_obs (S,), reward, terminated.
@@ -106,10 +113,8 @@ class TrainingEnv:
         """
         check_finite(self.env_id, self.steps, action=torch.from_numpy(action))
         obs, (next_obs, reward, terminated, truncated, _) = self.obs, self.env.step(action)
-        next_obs = np.array(next_obs, dtype=np.float32)  # a copy: some environments reuse theirs
-        reward = float(reward)
-        values = dict(observation=torch.from_numpy(next_obs), reward=torch.tensor(reward))
-        check_finite(self.env_id, self.steps, **values)
+        next_obs, reward = self._check(next_obs), float(reward)
+        check_finite(self.env_id, self.steps, reward=torch.tensor(reward))
         self.steps += 1
         self.actions.append(action)
         self.episodic_return += reward

@@ -224,7 +224,7 @@ def main(Args, train, load_evaluator, argv: list[str] | None = None) -> int:
     program, description = Path(module.__file__).stem, module.__doc__.split("\n\n    ")[0]
     try:
         run_command(Args, train, load_evaluator, program, description, argv)
-        sys.stdout.flush()
+        print(end="", flush=True)  # so that a reader that stopped is noticed here
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -234,4 +234,9 @@ def main(Args, train, load_evaluator, argv: list[str] | None = None) -> int:
     except (UsageError, RunError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        print(f"error: not enough memory ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
     return 0
