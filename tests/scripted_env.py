@@ -90,9 +90,12 @@ class Broken(OneState):
 
 
 class Spaces(OneState):
+    """OneState with other spaces than it really has."""
+
     def __init__(self, render_mode=None, obs=None, act=None):
         super().__init__(render_mode)
-        self.observation_space, self.action_space = obs or BOX, act or BOX
+        self.observation_space = obs or OneState.observation_space
+        self.action_space = act or BOX
 
 
 def register(name, entry_point, **kwargs):
@@ -106,6 +109,7 @@ register("Drifting", Drifting)
 register("NanObs", Broken, obs=np.nan)
 register("InfReward", Broken, reward=np.inf)
 register("DictObs", Spaces, obs=spaces.Dict(a=BOX))
+register("WrongShape", Spaces, obs=BOX)
 register("ImageObs", Spaces, obs=spaces.Box(0, 255, (8, 8, 3), np.uint8))
 register("DiscreteObs", Spaces, obs=spaces.Discrete(3))
 register("Unbounded", Spaces, act=spaces.Box(-np.inf, np.inf, (2,), np.float32))

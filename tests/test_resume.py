@@ -1,6 +1,8 @@
 """A run that was stopped, killed or started twice goes on as if nothing had happened."""
 
 import fcntl
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -58,13 +60,14 @@ def stopped(tmp_path_factory):
 @each_script
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, script):
     """Stopped by Ctrl-C at an odd number of updates, and then again: the uninterrupted numbers."""
-    words = quick(checkpoint_frequency=0)
+    words = quick(checkpoint_frequency=0, runs_dir="my runs")
     stopped = launch(script, words, tmp_path, signals={47: signal.SIGINT})
     assert stopped.returncode == 128 + signal.SIGINT
-    folder = only_run(tmp_path)
+    (folder,) = (tmp_path / "my runs").iterdir()
     assert read(folder / "checkpoint.pt")["step"] == 47
-    assert f"go on with: python {script.name} --resume runs/{folder.name}\n" in stopped.stderr
-    words = ["--resume", f"runs/{folder.name}"]
+    hint = re.search(r"stopped at step 47; go on with: (.*)\n", stopped.stderr)[1]
+    program, file, *words = shlex.split(hint)
+    assert (program, file) == ("python", script.name)
     again = launch(script, words, tmp_path, signals={53: signal.SIGTERM})
     assert again.returncode == 128 + signal.SIGTERM
     assert read(folder / "checkpoint.pt")["step"] == 53
@@ -266,6 +269,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(finished, stopped, tmp_path):
 
 def test_a_full_disk_stops_the_log_with_one_sentence(tmp_path):
     """Neither metrics.csv nor the event file can grow; nothing is printed but the error."""
-    words = quick(log_frequency=1, learning_starts=400, total_timesteps=400, eval_frequency=400)
-    full = launch(SCRIPT, words + ["--checkpoint-frequency=0"], tmp_path, largest_file=2_500)
+    steps = dict(total_timesteps=400, learning_starts=400, checkpoint_frequency=0)
+    words = quick(**steps, log_frequency=1, eval_frequency=400)
+    full = launch(SCRIPT, words, tmp_path, largest_file=2_500)
     is_one_sentence(full, 1, "File too large")

@@ -1,357 +1,197 @@
-"""The script as a user runs it: files, identical reruns, kill and resume, bad input, W&B, video."""
+"""A script as a user runs it: files, logs, identical reruns, evaluation, bad input."""
 
-import csv
+import contextlib
 import ctypes.util
 import json
 import os
 import pty
-import random
-import resource
 import signal
 import subprocess
 import sys
 import termios
-import time
+from collections import defaultdict
+from unittest import mock
 
 import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT
+from conftest import (
+    SCRIPT,
+    each_script,
+    environment,
+    is_one_sentence,
+    launch,
+    metrics,
+    only_run,
+    quick,
+    run,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-QUICK = {
-    "--env-id": "Hopper-v4", "--total-timesteps": "700", "--learning-starts": "200",
-    "--batch-size": "32", "--eval-frequency": "300", "--eval-episodes": "2",
-    "--log-frequency": "50", "--checkpoint-frequency": "100",
-}  # fmt: skip
+import meow_continuous_action as meow
+from harness.runs import main
 
-
-def command(*flags, script=SCRIPT, **options):
-    """The command line of a quick run; keyword a_b replaces option --a-b."""
-    merged = QUICK | {f"--{k.replace('_', '-')}": str(v) for k, v in options.items()}
-    words = [word for pair in merged.items() for word in pair]
-    return [sys.executable, str(script), *words, "--no-compile", *flags]
-
-
-def environment(**extra):
-    return {**os.environ, "PYTHONPATH": str(ROOT / "tests"), **extra}
-
-
-def run(words, cwd, env=None, **kwargs):
-    return subprocess.run(
-        words,
-        cwd=cwd,
-        env=env or environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **kwargs,
-    )
+LOSSES = {
+    "meow_continuous_action": {"losses/loss", "losses/grad_norm", "flow/q"},
+    "sac_continuous_action": {"losses/qf_loss", "losses/actor_loss"},
+    "sql_continuous_action": {"losses/qf_loss"},
+}
 
 
-def only_run(cwd):
-    (folder,) = (cwd / "runs").iterdir()
-    return folder
+def by_name(folder):
+    """{name: [(step, value), ...]} of metrics.csv."""
+    found = defaultdict(list)
+    for step, name, value in metrics(folder):
+        found[name].append((int(step), float(value)))
+    return found
 
 
-def metrics(folder):
-    """metrics.csv without times and speeds."""
-    with open(folder / "metrics.csv") as f:
-        return [
-            (r["step"], r["name"], r["value"])
-            for r in csv.DictReader(f)
-            if r["name"] != "charts/SPS"
-        ]
+# --- Files and logs -------------------------------------------------------------------------------
+@each_script
+def test_files_and_numbers_of_a_run(finished, script):
+    folder, result = finished(script)
+    files = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
+    assert files == {"args.json", "metrics.csv", "checkpoint.pt", "policy_final.pt"}
+    assert folder.name.startswith(f"InvertedPendulum-v4__{script.stem}__1__")
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "step,seconds,name,value"
+    seconds = [float(line.split(",")[1]) for line in lines[1:]]
+    assert seconds == sorted(seconds)
+    rows = by_name(folder)
+    assert rows.keys() >= LOSSES[script.stem] | {"charts/episodic_return", "charts/episodic_length"}
+    assert [step for step, _ in rows["eval/return_mean"]] == [25, 50, 60]
+    for name in LOSSES[script.stem]:  # every 10 steps once learning has begun
+        assert [step for step, _ in rows[name]] == [40, 50, 60]
+    for i in range(3):
+        returns = [rows[f"eval/return_{k}"][i][1] for k in range(2)]
+        assert rows["eval/return_mean"][i][1] == pytest.approx(np.mean(returns))
+        assert rows["eval/return_std"][i][1] == pytest.approx(np.std(returns))
+    assert f"files in runs/{folder.name}" in result.stderr
+    assert "60/60" in result.stderr
+    assert result.stdout == ""
 
 
-def wait_for(condition, process):
-    """Polls until the condition holds; fails if the process ends first or a minute passes."""
-    deadline = time.time() + 60
-    while not condition():
-        assert process.poll() is None, "the run ended early"
-        assert time.time() < deadline, "the run is stuck"
-        time.sleep(0.02)
-
-
-def script(*words):
-    return [sys.executable, str(SCRIPT), *map(str, words)]
-
-
-def is_one_sentence(result, code, *needles):
-    """The error is one line on stderr that says what was wrong, not a traceback."""
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
-    assert result.stderr.rstrip().endswith(errors[0])
-    for needle in needles:
-        assert str(needle) in errors[0]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted quick run."""
-    cwd = tmp_path_factory.mktemp("finished")
-    result = run(command(), cwd)
-    assert result.returncode == 0, result.stderr
-    return only_run(cwd), result
-
-
-def test_files_of_a_run(finished):
-    folder, result = finished
-    files = {"args.json", "metrics.csv", "checkpoint.pt", "policy_best.pt", "policy_final.pt"}
-    assert {f.name for f in folder.iterdir()} == files
-    assert folder.name.startswith("Hopper-v4__meow_continuous_action__1__")
+def test_args_json_says_how_to_reproduce_a_run(finished):
+    folder, _ = finished(SCRIPT)
     described = json.loads((folder / "args.json").read_text())
-    assert described["args"]["total_timesteps"] == 700
-    assert described["args"]["tau"] == 0.005
+    settings = described["args"]
+    assert settings.items() >= {"env_id": "InvertedPendulum-v4", "tau": 0.005, "seed": 1}.items()
+    assert described["script"] == SCRIPT.name
+    assert described["command"].startswith(f"python {SCRIPT.name} --env-id InvertedPendulum-v4 ")
     assert described["versions"]["torch"] == torch.__version__
-    assert {"git_commit", "device", "threads", "platform", "cpu"} <= set(described)
-    assert (folder / "metrics.csv").read_text().startswith("step,seconds,name,value\n")
-    names = {name for _, name, _ in metrics(folder)}
-    expected = "charts/episodic_return charts/episodic_length losses/loss losses/grad_norm flow/q"
-    assert names >= {*expected.split(), "eval/return_mean", "eval/return_std", "eval/return_1"}
-    evaluated = [step for step, name, _ in metrics(folder) if name == "eval/return_mean"]
-    assert evaluated == ["300", "600", "700"]
-    each = [
-        float(v)
-        for s, n, v in metrics(folder)
-        if s == "300" and n in ("eval/return_0", "eval/return_1")
-    ]
-    mean = next(float(v) for s, n, v in metrics(folder) if s == "300" and n == "eval/return_mean")
-    assert mean == pytest.approx(np.mean(each))
-    assert "step 700/700, ETA 00:00" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert described["compiled"] is False
+    assert described["threads"] == 1
+    for name in ("git_commit", "device", "platform", "python", "cpu"):
+        assert described[name], name
 
 
-def test_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
+def test_tensorboard_has_the_same_numbers(finished):
+    folder, _ = finished(SCRIPT)
+    events = EventAccumulator(str(folder)).Reload()
+    rows = by_name(folder)
+    assert set(events.Tags()["scalars"]) == {*rows, "charts/SPS"}
+    for name, values in rows.items():
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(value, nan_ok=True)) for step, value in values]
+
+
+def test_speed_is_steps_per_second(tmp_path):
+    """SPS is the number of steps over the time between two rows, evaluations included."""
+    words = quick(total_timesteps=30, checkpoint_frequency=0)
+    with mock.patch("time.perf_counter", side_effect=np.arange(0, 1e6, 0.5).tolist()):
+        assert launch(SCRIPT, words, tmp_path).returncode == 0
+    lines = (only_run(tmp_path) / "metrics.csv").read_text().splitlines()
+    speeds = [float(line.split(",")[3]) for line in lines if "charts/SPS" in line]
+    times = [float(line.split(",")[1]) for line in lines if "charts/SPS" in line]
+    assert len(speeds) == 3
+    for i in (1, 2):  # a row is written half a second after its speed was measured
+        assert speeds[i] == pytest.approx(10 / (times[i] - times[i - 1]))
+
+
+@each_script
+def test_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path, script):
     for seed, equal in ((1, True), (2, False)):
         cwd = tmp_path / str(seed)
         cwd.mkdir()
-        assert run(command(seed=seed), cwd).returncode == 0
-        assert (metrics(only_run(cwd)) == metrics(finished[0])) is equal
+        assert launch(script, quick(seed=seed), cwd).returncode == 0
+        assert (metrics(only_run(cwd)) == metrics(finished(script)[0])) == equal
 
 
-def test_killed_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
-    """SIGKILL at three random moments after the first checkpoint changes nothing."""
-    rng = random.Random()
-    words, killed = command(), 0
-    while killed < 3:
-        process = subprocess.Popen(
-            words, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
-        )
-        wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
-        moment = time.time() + rng.uniform(0, 6)
-        while process.poll() is None and time.time() < moment:
-            time.sleep(0.005)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed += 1
-        words = script("--resume", only_run(tmp_path))
-    assert killed
-    if process.returncode != 0:
-        result = run(words, tmp_path)
-        # A kill can come after the last checkpoint, when only the exit was left to do.
-        done = result.returncode == 2 and "is already at step" in result.stderr
-        assert result.returncode == 0 or done, result.stderr
-    assert metrics(only_run(tmp_path)) == metrics(finished[0])
+def test_evaluations_do_not_disturb_training(finished, tmp_path):
+    """More evaluations, of more episodes, drawn from the policy: the same losses and episodes."""
+    changes = dict(eval_frequency=9, eval_episodes=3, deterministic_eval=False, log_frequency=5)
+    assert launch(SCRIPT, quick(**changes, keep_policies=True), tmp_path).returncode == 0
+    rows = by_name(only_run(tmp_path))
+    for name, values in by_name(finished(SCRIPT)[0]).items():
+        if not name.startswith("eval/"):
+            assert set(values) <= set(rows[name]), name
+    names = [f"step-{step:09d}.pt" for step in (9, 18, 27, 36, 45, 54, 60)]
+    assert sorted(path.name for path in (only_run(tmp_path) / "policies").iterdir()) == names
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stop_signals_write_a_checkpoint(finished, tmp_path, signum):
-    """The run stops with 128 + signal, says how to go on, and goes on to the same metrics."""
-    process = subprocess.Popen(
-        command(checkpoint_frequency=0),
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    files = tmp_path.glob
-    wait_for(lambda: any("losses/" in f.read_text() for f in files("runs/*/metrics.csv")), process)
-    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, err
-    assert "go on with: python meow_continuous_action.py --resume runs/" in err
-    result = run(script("--resume", only_run(tmp_path)), tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert metrics(only_run(tmp_path)) == metrics(finished[0])
+@pytest.mark.slow
+def test_a_terminal_shows_a_bar(tmp_path):
+    """With stderr a terminal there is a progress bar with returns, redrawn in place."""
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 120))
+    words = [sys.executable, SCRIPT, *quick(total_timesteps=30)]
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment(), stderr=child)
+    os.close(child)
+    text = b""
+    with open(parent, "rb", buffering=0) as shown, contextlib.suppress(OSError):  # the end
+        while piece := shown.read(4096):
+            text += piece
+    assert process.wait() == 0
+    for needle in (b"30/30", b"\r", b"train=", b"eval="):
+        assert needle in text
 
 
-def test_a_longer_total_continues_a_finished_run(tmp_path):
-    """500 steps, then resumed to 700, gives the training metrics of 700 at once."""
-    assert run(command(total_timesteps=500), tmp_path).returncode == 0
-    result = run(script("--resume", only_run(tmp_path), "--total-timesteps", 700), tmp_path)
-    assert result.returncode == 0, result.stderr
-    (tmp_path / "whole").mkdir()
-    assert run(command(), tmp_path / "whole").returncode == 0
-    resumed, whole = (
-        dict(((s, n), v) for s, n, v in metrics(only_run(p)))
-        for p in (tmp_path, tmp_path / "whole")
-    )
-    assert {k: resumed[k] for k in whole} == whole
-    is_one_sentence(run(script("--resume", only_run(tmp_path)), tmp_path), 2, "already at step 700")
-
-
-def test_conflicting_options_are_named(finished, tmp_path):
-    folder = finished[0]
-    before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    words = script("--resume", folder, "--tau", 0.5, "--env-id", "Ant-v4", "--total-timesteps", 900)
-    is_one_sentence(
-        run(words, tmp_path), 2, "--tau 0.5 (saved: 0.005)", "--env-id Ant-v4 (saved: Hopper-v4)"
-    )
-    is_one_sentence(
-        run(script("--resume", folder / "policy_final.pt"), tmp_path), 2, "a policy alone"
-    )
-    words = script("--evaluate", folder, "--alpha", 3)
-    is_one_sentence(run(words, tmp_path), 2, "--alpha 3.0 (saved: 0.25)")
-    assert before == {f.name: f.read_bytes() for f in folder.iterdir()}
-
-
-def damage(content: bytes, how: str) -> bytes:
-    if how == "truncated":
-        return content[: len(content) // 2]
-    if how == "flipped":  # one bit in the middle of the parameters
-        at = len(content) // 3
-        return content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
-    return {"empty": b"", "text": b"hello, not a checkpoint\n" * 99}[how]
-
-
-@pytest.mark.parametrize(
-    "how", ["truncated", "flipped", "empty", "text", "foreign", "code", "missing"]
-)
-def test_damaged_checkpoints(finished, tmp_path, how):
-    path = tmp_path / "checkpoint.pt"
-    if how == "foreign":
-        torch.save({"model": torch.zeros(3)}, path)
-    elif how == "code":
-        torch.save({"format": "meow_continuous_action/1", "run": os.system}, path)
-    elif how != "missing":
-        path.write_bytes(damage((finished[0] / "checkpoint.pt").read_bytes(), how))
-    for option in ("--resume", "--evaluate"):
-        result = run(script(option, tmp_path), tmp_path)
-        is_one_sentence(result, 2 if how == "missing" else 1, "checkpoint.pt")
-
-
-BAD_RUNS = [
-    (["--env-id", "Nope-v4"], 2, "Nope"),
-    (["--env-id", "CartPole-v1"], 2, "continuous"),
-    (["--env-id", "scripted_env:Unbounded-v0"], 2, "bounded"),
-    (["--env-id", "scripted_env:DictObs-v0"], 2, "flat vector"),
-    (
-        ["--total-timesteps", "99999999999", "--buffer-size", "99999999999"],
-        2,
-        "replay buffer needs",
-    ),
-    (["--runs-dir", "occupied"], 1, "run folder"),
-    (["--env-id", "scripted_env:Scripted-v0", "--capture-video"], 2, "--capture-video"),
-]
-
-
-@pytest.mark.parametrize(("words", "code", "needle"), BAD_RUNS, ids=lambda x: str(x)[:40])
-def test_bad_input_is_one_sentence(tmp_path, words, code, needle):
-    (tmp_path / "occupied").write_text("a file where the folder should be")
-    is_one_sentence(run(command(*words), tmp_path), code, needle)
-    assert (tmp_path / "occupied").read_text() == "a file where the folder should be"
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "needle"), [("NanObs", "observation[0] = nan"), ("InfReward", "reward = inf")]
-)
-def test_non_finite_environments_stop_the_run(tmp_path, name, needle):
-    result = run(command(env_id=f"scripted_env:{name}-v0"), tmp_path)
-    is_one_sentence(result, 1, needle, "at step 249")
-    saved = torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == 200
-    assert torch.isfinite(saved["replay"]["rows"]).all()
-
-
-def test_a_diverging_update_stops_the_run(tmp_path):
-    result = run(command(learning_rate=1e30), tmp_path)
-    is_one_sentence(result, 1, "at step 201 is not finite")
-
-
-def test_full_disk_keeps_the_previous_checkpoint(finished, tmp_path):
-    """With files limited to 1 MB the run stops with one sentence, and can be resumed later."""
-    process = subprocess.Popen(
-        command(), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
-    )
-    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
-    folder = only_run(tmp_path)
-    before = (folder / "checkpoint.pt").read_bytes()
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
-
-    result = run(script("--resume", folder), tmp_path, preexec_fn=limit)
-    is_one_sentence(result, 1, "can't write", "checkpoint.pt", "the previous one is intact")
-    assert (folder / "checkpoint.pt").read_bytes() == before
-    assert not list(folder.glob("*.tmp"))
-    assert run(script("--resume", folder), tmp_path).returncode == 0
-    assert metrics(folder) == metrics(finished[0])
-
-
+# --- Weights & Biases -----------------------------------------------------------------------------
+@pytest.mark.slow
 def test_wandb_offline_gets_the_same_names(tmp_path):
     env = environment(WANDB_MODE="offline", WANDB_SILENT="true")
-    result = run(command("--track", total_timesteps=400), tmp_path, env=env)
+    result = run([sys.executable, SCRIPT, *quick(track=True)], tmp_path, env)
     assert result.returncode == 0, result.stderr
-    folder = only_run(tmp_path)
-    (offline,) = folder.glob("wandb/offline-run-*/*.wandb")
+    (offline,) = only_run(tmp_path).glob("wandb/offline-run-*/*.wandb")
     content = offline.read_bytes()
-    for name in {name for _, name, _ in metrics(folder)} | {"charts/SPS"}:
+    for name in [*by_name(only_run(tmp_path)), "charts/SPS", "git_commit", "learning_starts"]:
         assert name.encode() in content, name
 
 
+@pytest.mark.slow
 def test_wandb_without_an_account_is_one_sentence(tmp_path):
     env = environment(WANDB_MODE="online", HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
     env.pop("WANDB_API_KEY", None)
-    result = run(command("--track", total_timesteps=400), tmp_path, env=env)
+    result = run([sys.executable, SCRIPT, *quick(track=True)], tmp_path, env)
     is_one_sentence(result, 2, "WANDB_MODE=offline")
 
 
-def test_wandb_is_imported_with_track_only(tmp_path):
-    code = f"import sys; sys.modules['wandb'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
-    code += "import meow_continuous_action as m; sys.exit(m.main(sys.argv[1:]))"
-    words = command(total_timesteps=250)
-    result = run([sys.executable, "-c", code, *words[2:]], tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_wandb_is_needed_with_track_only(tmp_path):
+    with mock.patch.dict(sys.modules, wandb=None):  # as if it weren't installed
+        assert launch(SCRIPT, quick(total_timesteps=5), tmp_path).returncode == 0
 
 
-def test_evaluate_prints_returns(finished, tmp_path):
-    folder = finished[0]
-    results = [
-        run(script("--evaluate", path, "--eval-episodes", 3), tmp_path)
-        for path in (folder, folder / "policy_final.pt", folder / "checkpoint.pt")
-    ]
-    for result in results:
+# --- Evaluation -----------------------------------------------------------------------------------
+@each_script
+def test_evaluate_plays_the_last_evaluation_again(finished, tmp_path, script):
+    """A run, its policy and its checkpoint; other seeds and modes give other episodes."""
+    folder, _ = finished(script)
+    last = [by_name(folder)[f"eval/return_{i}"][-1][1] for i in range(2)]
+    printed = []
+    for path in (folder, folder / "policy_final.pt", folder / "checkpoint.pt"):
+        result = launch(script, ["--evaluate", path], tmp_path)
         assert result.returncode == 0, result.stderr
         lines = result.stdout.splitlines()
-        assert [line.split(":")[0] for line in lines[:3]] == ["episode 0", "episode 1", "episode 2"]
-        assert "3 deterministic episodes" in lines[3]
-    assert results[0].stdout == results[1].stdout
-    assert results[0].stdout.splitlines()[:3] == results[2].stdout.splitlines()[:3]
-    stochastic = run(script("--evaluate", folder, "--no-deterministic-eval"), tmp_path)
-    assert "2 stochastic episodes" in stochastic.stdout
-
-
-def test_evaluation_repeats_the_runs_last_one(finished, tmp_path):
-    """--evaluate with the run's seed plays the episodes of the final evaluation again."""
-    result = run(script("--evaluate", finished[0]), tmp_path)
-    last = [
-        float(v)
-        for s, n, v in metrics(finished[0])
-        if s == "700" and n in ("eval/return_0", "eval/return_1")
-    ]
-    printed = [
-        float(line.split("return ")[1].split(",")[0]) for line in result.stdout.splitlines()[:2]
-    ]
-    assert printed == pytest.approx(last, abs=0.02, rel=1e-3)
+        assert [float(line.split()[3].rstrip(",")) for line in lines[:2]] == last
+        assert "2 deterministic episodes of " in lines[2]
+        assert f" on InvertedPendulum-v4: return {np.mean(last):.2f} +- " in lines[2]
+        printed.append(lines[:2])
+    words = ["--evaluate", folder, "--seed", 8, "--no-deterministic-eval", "--eval-episodes", 5]
+    other = launch(script, words, tmp_path).stdout
+    assert "5 stochastic episodes" in other
+    assert other.splitlines()[:2] != printed[0]
+    assert not list(tmp_path.iterdir())
 
 
 renders = pytest.mark.skipif(
@@ -360,10 +200,18 @@ renders = pytest.mark.skipif(
 )
 
 
-def shows_the_robot(result, folder):
-    """The mp4 of an evaluation has one frame per step, and the robot moves in it."""
+@renders
+@pytest.mark.slow
+def test_videos_are_named_by_step_and_show_the_robot(tmp_path):
+    words = [sys.executable, SCRIPT, *quick(capture_video=True, env_id="Hopper-v4")]
+    result = run(words, tmp_path)
     assert result.returncode == 0, result.stderr
-    (path,) = (folder / "videos").glob("*.mp4")
+    folder = only_run(tmp_path)
+    videos = [f"step-{step:09d}.mp4" for step in (25, 50, 60)]
+    assert sorted(path.name for path in (folder / "videos").iterdir()) == videos
+    words = [sys.executable, SCRIPT, "--evaluate", folder, "--capture-video"]
+    result = run(words, tmp_path)
+    path = folder / "videos" / "evaluate-policy_final-seed1.mp4"
     assert f"video of episode 0: {path}" in result.stdout
     length = int(result.stdout.split("length ")[1].split()[0])
     frames = [frame.astype(float) for frame in imageio.get_reader(path)]
@@ -372,35 +220,94 @@ def shows_the_robot(result, folder):
     assert np.abs(frames[-1] - frames[0]).max() > 50
 
 
-@renders
-def test_video_shows_the_robot(finished, tmp_path):
-    folder = finished[0]
-    shows_the_robot(run(script("--evaluate", folder, "--capture-video"), tmp_path), folder)
+# --- Bad input ------------------------------------------------------------------------------------
+BAD_RUNS = [
+    (dict(env_id="Nope-v4"), 2, "Nope"),
+    (dict(env_id="CartPole-v1"), 2, "continuous"),
+    (dict(env_id="scripted_env:Unbounded-v0"), 2, "bounded"),
+    (dict(env_id="scripted_env:DictObs-v0"), 2, "flat vector"),
+    (dict(env_id="scripted_env:Scripted-v0", capture_video=True), 2, "--capture-video"),
+    (dict(total_timesteps=10**11, buffer_size=10**11), 2, "replay buffer needs"),
+    (dict(runs_dir="occupied"), 1, "occupied"),
+    (dict(runs_dir="/proc/runs"), 1, "/proc/runs"),
+    (dict(exp_name="x" * 300), 1, "File name too long"),
+    (dict(evaluate=""), 2, "--evaluate : there is no"),
+    (dict(batch_size=10**12), 1, "not enough memory"),
+    (dict(env_id="scripted_env:WrongShape-v0"), 1, "an observation of shape (1,)"),
+    (dict(env_id="scripted_env:NanObs-v0"), 1, "observation[0] = nan at step 24"),
+    (dict(env_id="scripted_env:InfReward-v0"), 1, "reward = inf at step 24"),
+]
 
 
-@renders
-def test_videos_of_evaluations(tmp_path):
-    result = run(command("--capture-video", total_timesteps=300), tmp_path)
+@pytest.mark.parametrize(("changes", "code", "needle"), BAD_RUNS, ids=lambda x: str(x)[:40])
+def test_bad_input_is_one_sentence(tmp_path, changes, code, needle):
+    (tmp_path / "occupied").write_text("a file where the folder should be")
+    is_one_sentence(launch(SCRIPT, quick(**changes), tmp_path), code, needle)
+    assert (tmp_path / "occupied").read_text() == "a file where the folder should be"
+    if code == 2:  # nothing has begun
+        assert [path.name for path in tmp_path.iterdir()] == ["occupied"]
+
+
+ODD = [
+    dict(seed=0), dict(seed=2**32 - 1), dict(eval_episodes=1), dict(total_timesteps=1),
+    dict(learning_starts=99), dict(batch_size=64, buffer_size=5), dict(log_frequency=10**9),
+    dict(runs_dir="my runs/of mine"), dict(exp_name="../../a b"), dict(gamma=0.0, tau=1.0),
+    dict(env_id="scripted_env:Float64-v0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", ODD, ids=str)
+def test_odd_settings_are_fine(tmp_path, changes):
+    """The run ends with its evaluation, and in one folder within --runs-dir."""
+    settings = dict(total_timesteps=14, learning_starts=10, checkpoint_frequency=0) | changes
+    result = launch(SCRIPT, quick(**settings), tmp_path)
     assert result.returncode == 0, result.stderr
-    assert [f.name for f in (only_run(tmp_path) / "videos").iterdir()] == ["step-000000300.mp4"]
+    (top,) = tmp_path.iterdir()
+    (folder,) = (tmp_path / settings.get("runs_dir", "runs")).iterdir()
+    assert top in folder.parents
+    assert by_name(folder)["eval/return_mean"][-1][0] == settings["total_timesteps"]
 
 
-def test_a_terminal_shows_a_bar(tmp_path):
-    """With stderr a terminal there is a progress bar with returns, redrawn in place."""
-    parent, child = pty.openpty()
-    termios.tcsetwinsize(child, (24, 120))
-    process = subprocess.Popen(
-        command(), cwd=tmp_path, env=environment(), stderr=child, stdout=child
-    )
-    os.close(child)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(parent, 4096)
-        except OSError:  # the other end is closed
-            break
-    assert process.wait() == 0
-    assert b"700/700" in shown
-    assert b"\r" in shown
-    assert b"train=" in shown
-    assert b"eval=" in shown
+@each_script
+def test_bad_environments_and_divergence_stop_every_script(tmp_path, script):
+    words = quick(env_id="CartPole-v1")
+    is_one_sentence(launch(script, words, tmp_path), 2, "--env-id CartPole-v1", "continuous")
+    words = quick(env_id="scripted_env:NanObs-v0")
+    is_one_sentence(launch(script, words, tmp_path), 1, "= nan at step 24", "checkpoint is intact")
+    saved = torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 20
+    assert torch.isfinite(saved["replay"]["rows"]).all()
+    rate = dict(learning_rate=1e30) if script == SCRIPT else dict(q_lr=1e30, policy_lr=1e30)
+    diverged = launch(script, quick(**rate, runs_dir="diverged"), tmp_path)
+    is_one_sentence(diverged, 1, "nan", "at step ", "checkpoint is intact")
+
+
+@pytest.mark.parametrize("words", [["--resume"], ["--evaluate"], ["--tau"], ["--tau", "--seed"]])
+def test_an_option_without_its_value_is_explained(tmp_path, words):
+    result = launch(SCRIPT, words, tmp_path)
+    assert result.returncode == 2
+    assert words[0] in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_reader_that_stops_is_no_error(tmp_path):
+    """`--help | head` ends quietly; `true` reads nothing at all."""
+    words = f"set -o pipefail; {sys.executable} {SCRIPT} --help | true"
+    result = run(["bash", "-c", words], tmp_path)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_closed_standard_output_is_no_error(finished):
+    """As after `>&-`: Python then has no sys.stdout."""
+    words = ["--evaluate", str(finished(SCRIPT)[0])]
+    with mock.patch("sys.stdout", None):
+        assert main(meow.Args, meow.train, meow.load_evaluator, words) == 0
+
+
+def test_without_git_and_cpuinfo_a_run_is_described(tmp_path):
+    """No git, no /proc (macOS): empty entries instead of an error."""
+    with mock.patch("subprocess.run", side_effect=FileNotFoundError("git")):
+        assert launch(SCRIPT, quick(total_timesteps=10), tmp_path).returncode == 0
+    described = json.loads((only_run(tmp_path) / "args.json").read_text())
+    assert described["git_commit"] == ""
+    assert described["cpu"]
