@@ -23,16 +23,9 @@ SCRIPTS = [ROOT / f"{name}_continuous_action.py" for name in ("meow", "sac", "sq
 SCRIPT = SCRIPTS[0]
 ISAAC_SCRIPTS = [ROOT / f"{name}_isaacgym.py" for name in ("meow", "sac")]
 QUICK = dict(
-    env_id="InvertedPendulum-v4",
-    total_timesteps=60,
-    learning_starts=30,
-    batch_size=8,
-    eval_frequency=25,
-    eval_episodes=2,
-    log_frequency=10,
-    checkpoint_frequency=20,
-    compile=False,
-)
+    env_id="InvertedPendulum-v4", total_timesteps=60, learning_starts=30, batch_size=8,
+    eval_frequency=25, eval_episodes=2, log_frequency=10, checkpoint_frequency=20, compile=False,
+)  # fmt: skip
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 torch.set_num_threads(1)
 
@@ -106,17 +99,18 @@ def finished(tmp_path_factory):
     return finished
 
 
-def environment(**extra):
-    """Environment variables for a script in a process of its own."""
-    return {**os.environ, "PYTHONPATH": str(ROOT / "tests"), **extra}
+def start(words, cwd, **env):
+    """Starts a command in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), **env}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(list(map(str, words)), cwd=cwd, env=env, **pipes)
 
 
-def run(words, cwd, env=None, **kwargs):
+def run(words, cwd, **env):
     """Runs a command in a process of its own."""
-    env = env or environment()
-    return subprocess.run(
-        words, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs
-    )
+    process = start(words, cwd, **env)
+    out, err = process.communicate(timeout=300)
+    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
 def only_run(cwd):

@@ -39,11 +39,10 @@ class Scripted(gym.Env):
 
 
 class OneState(gym.Env):
-    """One state, reward 1, cut every 5 steps by a time-out: V = 1 / (1 - gamma) without entropy."""
+    """One state, reward 1, a time-out every 5 steps."""
 
     observation_space = spaces.Box(-1, 1, (1,), np.float32)
     action_space = spaces.Box(-1, 1, (1,), np.float32)
-    terminates = False
 
     def __init__(self, render_mode=None):
         self.render_mode, self.t = render_mode, 0
@@ -55,13 +54,7 @@ class OneState(gym.Env):
 
     def step(self, _action):
         self.t += 1
-        end = self.t == 5
-        ends = self.terminates and end, not self.terminates and end
-        return np.zeros(1, np.float32), 1.0, *ends, {}
-
-
-class OneStateTerminating(OneState):
-    terminates = True
+        return np.zeros(1, np.float32), 1.0, False, self.t == 5, {}
 
 
 class Drifting(OneState):
@@ -104,7 +97,6 @@ def register(name, entry_point, **kwargs):
 
 register("Scripted", Scripted)
 register("OneState", OneState)
-register("OneStateTerminating", OneStateTerminating)
 register("Drifting", Drifting)
 register("NanObs", Broken, obs=np.nan)
 register("InfReward", Broken, reward=np.inf)

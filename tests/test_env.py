@@ -1,10 +1,8 @@
-"""Environments and replay: what is stored, restored and evaluated."""
+"""Environments: which ones can be used, training in them, restoring and evaluating."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ import torch
 from harness.args import RunArgs
 from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv, derive_seed, make_env
 from harness.files import RunError, UsageError
-from harness.replay import ReplayBuffer, split_batch
 
 UNUSED = Path("unused")
 BAD_SPACES = {
@@ -79,31 +76,6 @@ def test_actions_are_rescaled(env_id, bounds):
 
 
 # --- Training -------------------------------------------------------------------------------------
-def test_transitions_and_episode_statistics():
-    """Episodes that terminate, time out or both: rows, final observations, returns and lengths."""
-    env = TrainingEnv("scripted_env:Scripted-v0", 1)
-    env.reset()
-    rows, ended = [], []
-    for step in range(12):
-        obs, action, next_obs, reward, terminated = env.step(np.float32([step / 12, -0.5]))
-        assert action.tolist() == np.float32([step / 12, -0.5]).tolist()
-        rows.append((*obs, *next_obs, reward, terminated))
-        ended.append(env.episode_metrics(False))
-        assert env.steps == step + 1
-    expected, numbers = [], [{}] * 12
-    for episode, length in ((1, 3), (2, 4), (3, 5)):
-        for t in range(1, length + 1):
-            last = t == length and episode != 2  # episode 2 times out
-            expected.append((episode, t - 1, episode, t, 10 * episode + t, last))
-        returned = 10 * episode * length + length * (length + 1) / 2
-        names = ("charts/episodic_return", "charts/episodic_length")
-        numbers[len(expected) - 1] = dict(zip(names, (returned, length), strict=True))
-    assert rows == expected
-    assert ended == numbers
-    assert env.last_return == 165
-    assert env.obs.tolist() == [4, 0]
-
-
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1", "HalfCheetah-v5"])
 def test_environment_state_is_restored_exactly(env_id):
     """In the middle of an episode; it goes on with the same rows and episodes, bit for bit."""
@@ -202,59 +174,7 @@ def test_evaluation_is_gymnasiums_own_loop():
 def test_numbers_that_are_not_finite_stop_an_evaluation():
     with pytest.raises(RunError, match=r"Pendulum-v1: action\[1, 0\] = nan at step 5"):
         evaluator(lambda _o, z: z + torch.tensor([[0], [np.nan]]), eval_episodes=2).run(5, UNUSED)
-    env_id = "scripted_env:EarlyNan-v0"
-    gym.register("EarlyNan-v0", "scripted_env:Broken", kwargs=dict(at=3, reward=np.nan))
-    with pytest.raises(RunError, match=r"reward\[0\] = nan at step 5"):
-        evaluator(lambda _obs, z: z, env_id, eval_episodes=2).run(5, UNUSED)
-
-
-# --- Replay ---------------------------------------------------------------------------------------
-def test_replay_buffer_wraps_and_keeps_rows():
-    replay = ReplayBuffer(5, 2, 1, batch_size=64)
-    assert len(replay) == 0
-    for i in range(7):
-        replay.add([i, i + 0.5], [-i], [i + 1, i + 1.5], 10.0 * i, i == 6)
-    assert len(replay) == 5
-    assert replay.rows.dtype == torch.float32
-    assert replay.rows[1].tolist() == [6, 6.5, -6, 7, 7.5, 60, 1]
-    batch = replay.sample(np.random.default_rng(0))
-    assert batch is replay.batch
-    obs, action, next_obs, reward, terminated = split_batch(batch, 2, 1)
-    first = obs[:, 0]
-    assert set(first.tolist()) == {2, 3, 4, 5, 6}
-    assert torch.equal(obs[:, 1], first + 0.5)
-    assert torch.equal(action, -first[:, None])
-    assert torch.equal(next_obs, torch.stack([first + 1, first + 1.5], -1))
-    assert torch.equal(reward, 10 * first)
-    assert torch.equal(terminated, (first == 6).float())
-
-
-def test_replay_buffer_samples_stored_rows_only():
-    replay = ReplayBuffer(100, 1, 1, batch_size=256)
-    replay.rows.fill_(torch.nan)
-    for i in range(3):
-        replay.add([i], [i], [i], i, False)
-    counts = torch.bincount(replay.sample(np.random.default_rng(1))[:, 0].long())
-    assert counts.sum() == 256
-    assert (counts > 60).all()
-
-
-def test_replay_buffer_state_is_the_filled_part_and_fits_a_larger_one():
-    replay, larger = ReplayBuffer(10, 2, 1, 4), ReplayBuffer(1000, 2, 1, 4)
-    for i in range(4):
-        replay.add([i, i], [i], [i, i], i, False)
-    state = replay.state_dict()
-    assert state["rows"].untyped_storage().nbytes() == 4 * 7 * 4
-    larger.load_state_dict(state)
-    assert torch.equal(larger.rows[:4], replay.rows[:4])
-    larger.add([9, 9], [9], [9, 9], 9, True)
-    assert larger.rows[4, 0] == 9
-
-
-def test_a_replay_buffer_larger_than_the_memory_is_refused():
-    little = SimpleNamespace(available=27_000)
-    with mock.patch("psutil.virtual_memory", return_value=little):
-        ReplayBuffer(900, 2, 1, 4)  # 7 numbers of 4 bytes a row
-        message = r"--buffer-size 1000: .* needs 0\.0 GB, more than the 0\.0 GB free"
-        with pytest.raises(UsageError, match=message):
-            ReplayBuffer(1000, 2, 1, 4)
+    run = evaluator(lambda _obs, z: z, "scripted_env:InfReward-v0", eval_episodes=2)
+    run.envs.envs.envs[1].unwrapped.at = 3
+    with pytest.raises(RunError, match=r"reward\[1\] = inf at step 5"):
+        run.run(5, UNUSED)

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -14,13 +13,13 @@ from conftest import (
     SCRIPT,
     SCRIPTS,
     each_script,
-    environment,
     is_one_sentence,
     launch,
     metrics,
     only_run,
     quick,
     run,
+    start,
 )
 
 AUTO = quick(resume="auto")
@@ -38,22 +37,17 @@ def read(path):
     return torch.load(path, weights_only=True)
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    """copy(script): a finished run that a test may change."""
-
-    def copy(script=SCRIPT):
-        return shutil.copytree(finished(script)[0], tmp_path / "runs" / "copy")
-
-    return copy
-
-
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """The folder of a run that SIGTERM ended at step 47; not to be changed."""
+def original(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("stopped")
     assert launch(SCRIPT, quick(), cwd, signals={47: signal.SIGTERM}).returncode == 143
     return only_run(cwd)
+
+
+@pytest.fixture
+def stopped(original, tmp_path):
+    """The folder of a run that SIGTERM ended at step 47."""
+    return shutil.copytree(original, tmp_path / "stopped")
 
 
 # --- Going on -------------------------------------------------------------------------------------
@@ -118,12 +112,11 @@ def test_an_environment_that_does_not_replay_is_announced(tmp_path):
     assert (env["steps"], env["episode"], len(env["actions"])) == (40, 8, 2)
 
 
-def test_a_changed_machine_is_announced(copy, tmp_path):
-    folder = copy()
-    content = read(folder / "checkpoint.pt")
+def test_a_changed_machine_is_announced(stopped, tmp_path):
+    content = read(stopped / "checkpoint.pt")
     content["description"]["cpu"] = "abacus"
-    torch.save(content, folder / "checkpoint.pt")
-    resumed = launch(SCRIPT, ["--resume", folder, "--total-timesteps", 62], tmp_path)
+    torch.save(content, stopped / "checkpoint.pt")
+    resumed = launch(SCRIPT, ["--resume", stopped], tmp_path)
     assert resumed.returncode == 0
     assert "warning: other cpu than before: not bit for bit the same run" in resumed.stderr
 
@@ -177,9 +170,7 @@ def test_a_second_process_waits_for_the_first(tmp_path):
     (lock,) = (tmp_path / "runs" / ".locks").iterdir()
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        words = [sys.executable, SCRIPT, *AUTO]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process = subprocess.Popen(words, cwd=tmp_path, env=environment(), **pipes)
+        process = start([sys.executable, SCRIPT, *AUTO], tmp_path)
         assert process.stderr.readline() == "waiting for another process that trains this run\n"
         assert process.poll() is None
     out, _ = process.communicate(timeout=60)
@@ -201,70 +192,64 @@ def test_a_policy_can_not_be_resumed(finished, tmp_path):
     is_one_sentence(launch(SCRIPT, words, tmp_path), 2, "a policy, not a checkpoint")
 
 
-def test_files_of_other_scripts_are_refused(stopped, tmp_path):
-    for option in ("--resume", "--evaluate"):
-        result = launch(SCRIPTS[1], [option, stopped], tmp_path)
-        is_one_sentence(result, 1, "checkpoint.pt was not written by", "sac_continuous_action.py")
+DAMAGED = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "flipped": lambda c: c[:900_000] + bytes([c[900_000] ^ 64]) + c[900_001:],  # one bit of theta
+    "empty": lambda _: b"",
+    "text": lambda _: b"hello, not a checkpoint\n" * 99,
+}
 
 
-def damage(content: bytes, how: str) -> bytes:
-    if how == "truncated":
-        return content[: len(content) // 2]
-    if how == "flipped":  # one bit in the middle of the parameters
-        at = len(content) // 3
-        return content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
-    return {"empty": b"", "text": b"hello, not a checkpoint\n" * 99}[how]
-
-
-@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "text", "foreign", "code"])
+@pytest.mark.parametrize("how", [*DAMAGED, "foreign", "code"])
 def test_damaged_checkpoints(stopped, tmp_path, how):
-    path = tmp_path / "checkpoint.pt"
+    path, message = tmp_path / "checkpoint.pt", "is damaged or not a checkpoint"
     if how == "foreign":
         torch.save({"model": torch.zeros(3)}, path)
+        message = "was not written by this version of meow_continuous_action.py"
     elif how == "code":  # unpickling it would run something
         torch.save({"format": SCRIPT.stem, "args": {}, "run": launch}, path)
     else:
-        path.write_bytes(damage((stopped / "checkpoint.pt").read_bytes(), how))
+        path.write_bytes(DAMAGED[how]((stopped / "checkpoint.pt").read_bytes()))
     for option in ("--resume", "--evaluate"):
-        is_one_sentence(launch(SCRIPT, [option, tmp_path], tmp_path), 1, "checkpoint.pt")
+        result = launch(SCRIPT, [option, tmp_path], tmp_path)
+        is_one_sentence(result, 1, f"checkpoint.pt {message}")
 
 
-def test_missing_checkpoints(tmp_path):
+def test_missing_checkpoints_and_other_scripts(stopped, tmp_path):
     for option in ("--resume", "--evaluate"):
         for path in (tmp_path, tmp_path / "nothing"):
             is_one_sentence(launch(SCRIPT, [option, path], tmp_path), 2, f"{option} {path}")
+        other = launch(SCRIPTS[1], [option, stopped], tmp_path)
+        is_one_sentence(other, 1, "was not written by", "sac_continuous_action.py")
 
 
-def test_settings_of_another_version_are_refused(copy, tmp_path):
-    folder = copy()
-    content = read(folder / "checkpoint.pt")
+def test_settings_of_another_version_are_refused(stopped, tmp_path):
+    content = read(stopped / "checkpoint.pt")
     content["args"]["autotune"] = True
-    torch.save(content, folder / "checkpoint.pt")
-    result = launch(SCRIPT, ["--resume", folder, "--total-timesteps", 90], tmp_path)
+    torch.save(content, stopped / "checkpoint.pt")
+    result = launch(SCRIPT, ["--resume", stopped], tmp_path)
     is_one_sentence(result, 2, "another version", "autotune")
 
 
 def test_a_shortened_log_is_refused(stopped, tmp_path):
-    folder = shutil.copytree(stopped, tmp_path / "copy")
-    (folder / "metrics.csv").write_text("step,seconds,name,value\n")
-    is_one_sentence(launch(SCRIPT, ["--resume", folder], tmp_path), 1, "metrics.csv is shorter")
+    (stopped / "metrics.csv").write_text("step,seconds,name,value\n")
+    is_one_sentence(launch(SCRIPT, ["--resume", stopped], tmp_path), 1, "metrics.csv is shorter")
 
 
 # --- A full disk ----------------------------------------------------------------------------------
 def test_a_full_disk_keeps_the_previous_checkpoint(finished, stopped, tmp_path):
     """No file can grow as large as a checkpoint; later there is room and the run goes on."""
-    folder = shutil.copytree(stopped, tmp_path / "copy")
-    before = (folder / "checkpoint.pt").read_bytes()
-    full = launch(SCRIPT, ["--resume", folder], tmp_path, largest_file=300_000)
+    before = (stopped / "checkpoint.pt").read_bytes()
+    full = launch(SCRIPT, ["--resume", stopped], tmp_path, largest_file=300_000)
     is_one_sentence(full, 1, "can't write", "policy_final.pt", "there is no earlier one")
-    full = launch(SCRIPT, ["--resume", folder], tmp_path, largest_file=1_000_000)
+    full = launch(SCRIPT, ["--resume", stopped], tmp_path, largest_file=1_000_000)
     is_one_sentence(
         full, 1, "can't write", "checkpoint.pt ([Errno 27]", "the previous one is intact"
     )
-    assert (folder / "checkpoint.pt").read_bytes() == before
-    assert not list(folder.glob("*.tmp"))
-    assert launch(SCRIPT, ["--resume", folder], tmp_path).returncode == 0
-    assert metrics(folder) == metrics(finished(SCRIPT)[0])
+    assert (stopped / "checkpoint.pt").read_bytes() == before
+    assert not list(stopped.glob("*.tmp"))
+    assert launch(SCRIPT, ["--resume", stopped], tmp_path).returncode == 0
+    assert metrics(stopped) == metrics(finished(SCRIPT)[0])
 
 
 def test_a_full_disk_stops_the_log_with_one_sentence(tmp_path):
