@@ -215,7 +215,7 @@ def test_damaged_checkpoints(stopped, tmp_path, how):
         is_one_sentence(result, 1, f"checkpoint.pt {message}")
 
 
-def test_missing_checkpoints_and_other_scripts(stopped, tmp_path):
+def test_missing_checkpoints_and_those_of_other_scripts(stopped, tmp_path):
     for option in ("--resume", "--evaluate"):
         for path in (tmp_path, tmp_path / "nothing"):
             is_one_sentence(launch(SCRIPT, [option, path], tmp_path), 2, f"{option} {path}")
