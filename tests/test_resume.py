@@ -124,10 +124,9 @@ def test_a_changed_machine_is_announced(stopped, tmp_path):
 # --- --resume auto --------------------------------------------------------------------------------
 def test_auto_starts_goes_on_and_does_nothing(finished, tmp_path):
     """One command line, given again and again, makes one complete run."""
-    folder = only_run(finished(SCRIPT)[0].parent.parent)
     assert launch(SCRIPT, AUTO, tmp_path, signals={47: signal.SIGTERM}).returncode == 143
     assert launch(SCRIPT, AUTO, tmp_path).returncode == 0
-    assert metrics(only_run(tmp_path)) == metrics(folder)
+    assert metrics(only_run(tmp_path)) == metrics(finished(SCRIPT)[0])
     before = {path: path.read_bytes() for path in only_run(tmp_path).iterdir()}
     again = launch(SCRIPT, AUTO, tmp_path)
     assert again.returncode == 0
@@ -143,11 +142,11 @@ def test_auto_extends_a_run_and_tells_runs_apart(tmp_path):
     words = quick(resume="auto", total_timesteps=34, keep_policies=True)
     assert launch(SCRIPT, words, tmp_path).returncode == 0
     assert read(only_run(tmp_path) / "checkpoint.pt")["step"] == 34
-    for change in ({"seed": 2}, {"tau": 0.5}, {"eval_frequency": 9}, {"exp_name": "other"}):
-        words = quick(resume="auto", **({"total_timesteps": 32} | change))
+    for change in (dict(seed=2), dict(tau=0.5), dict(exp_name="other")):
+        words = quick(resume="auto", total_timesteps=12, **change)
         assert launch(SCRIPT, words, tmp_path).returncode == 0
     runs = [path for path in (tmp_path / "runs").iterdir() if path.name != ".locks"]
-    assert len(runs) == 5
+    assert len(runs) == 4
     assert folder in runs
 
 
@@ -243,9 +242,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(finished, stopped, tmp_path):
     full = launch(SCRIPT, ["--resume", stopped], tmp_path, largest_file=300_000)
     is_one_sentence(full, 1, "can't write", "policy_final.pt", "there is no earlier one")
     full = launch(SCRIPT, ["--resume", stopped], tmp_path, largest_file=1_000_000)
-    is_one_sentence(
-        full, 1, "can't write", "checkpoint.pt ([Errno 27]", "the previous one is intact"
-    )
+    is_one_sentence(full, 1, "can't write", "checkpoint.pt ([Errno 27]", "previous one is intact")
     assert (stopped / "checkpoint.pt").read_bytes() == before
     assert not list(stopped.glob("*.tmp"))
     assert launch(SCRIPT, ["--resume", stopped], tmp_path).returncode == 0

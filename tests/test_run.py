@@ -110,12 +110,12 @@ def test_speed_is_steps_per_second(tmp_path):
 
 
 @each_script
-def test_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path, script):
-    for seed, equal in ((1, True), (2, False)):
-        cwd = tmp_path / str(seed)
-        cwd.mkdir()
-        assert launch(script, quick(seed=seed), cwd).returncode == 0
-        assert (metrics(only_run(cwd)) == metrics(finished(script)[0])) == equal
+def test_another_seed_gives_another_run(finished, tmp_path, script):
+    """Runs of one seed are equal: see test_resume.py."""
+    assert launch(script, quick(seed=2), tmp_path).returncode == 0
+    other, rows = by_name(only_run(tmp_path)), by_name(finished(script)[0])
+    for name in LOSSES[script.stem] | {"charts/episodic_return", "eval/return_0"}:
+        assert other[name] != rows[name], name
 
 
 def test_evaluations_do_not_disturb_training(finished, tmp_path):
@@ -223,9 +223,6 @@ def test_videos_are_named_by_step_and_show_the_robot(tmp_path):
 # --- Bad input ------------------------------------------------------------------------------------
 BAD_RUNS = [
     (dict(env_id="Nope-v4"), 2, "Nope"),
-    (dict(env_id="CartPole-v1"), 2, "continuous"),
-    (dict(env_id="scripted_env:Unbounded-v0"), 2, "bounded"),
-    (dict(env_id="scripted_env:DictObs-v0"), 2, "flat vector"),
     (dict(env_id="scripted_env:Scripted-v0", capture_video=True), 2, "--capture-video"),
     (dict(total_timesteps=10**11, buffer_size=10**11), 2, "replay buffer needs"),
     (dict(runs_dir="occupied"), 1, "occupied"),
@@ -234,7 +231,6 @@ BAD_RUNS = [
     (dict(evaluate=""), 2, "--evaluate : there is no"),
     (dict(batch_size=10**12), 1, "not enough memory"),
     (dict(env_id="scripted_env:WrongShape-v0"), 1, "an observation of shape (1,)"),
-    (dict(env_id="scripted_env:NanObs-v0"), 1, "observation[0] = nan at step 24"),
     (dict(env_id="scripted_env:InfReward-v0"), 1, "reward = inf at step 24"),
 ]
 
