@@ -17,7 +17,6 @@ from torch.distributions import (
 )
 
 import sac_continuous_action as sac
-from harness.files import load_file
 from harness.functional import adam_moments, flatten_parameters
 from harness.replay import split_batch
 from sac_continuous_action import Actor, Args, Critics
@@ -228,6 +227,6 @@ def test_the_environments_own_action_range_enters_the_density(tmp_path):
     words += f" --batch-size 8 --eval-episodes 1 --no-compile --runs-dir {tmp_path}"
     assert sac.main(Args, sac.train, sac.load_evaluator, words.split()) == 0
     (folder,) = tmp_path.iterdir()
-    saved = load_file(folder / "policy_final.pt", "sac_continuous_action")
+    saved = torch.load(folder / "policy_final.pt", weights_only=True)
     torch.testing.assert_close(saved["actor"]["action_scale"], torch.tensor([0.4, 0.5]))
     assert sac.main(Args, sac.train, sac.load_evaluator, ["--evaluate", str(folder)]) == 0

@@ -10,7 +10,6 @@ import torch
 from stepped_run import RANDOM_STEPS, random_batch, trained
 
 import sql_continuous_action as sql
-from harness.files import find_policy, load_file
 from harness.functional import adam_moments, flatten_parameters
 from harness.replay import split_batch
 from sql_continuous_action import Args
@@ -237,13 +236,10 @@ def quick_run(tmp_path, env_id="Pendulum-v1", *words):
 
 def test_composition_keeps_both_q_functions_and_acts_on_their_mean(tmp_path):
     """The composed run holds the two critics unchanged, and trains its sampler."""
-
-    def load(run):
-        return load_file(find_policy(run), "sql_continuous_action")
-
     runs = [quick_run(tmp_path / str(seed), "Pendulum-v1", "--seed", seed) for seed in (1, 2)]
     together = quick_run(tmp_path / "both", "Pendulum-v1", "--seed", 3, "--compose", *runs)
-    composed, singles = load(together), [load(run) for run in runs]
+    files = [run / "policy_final.pt" for run in (together, *runs)]
+    composed, *singles = [torch.load(file, weights_only=True) for file in files]
     for i, single in enumerate(singles):
         for name, value in single["critic"].items():
             assert torch.equal(composed["critic"][name.replace("q.0", f"q.{i}")], value)
