@@ -116,7 +116,9 @@ def test_nothing_of_the_harness_is_repeated(path):
         assert [(n, own_texts[t]) for t, n in texts.items() if t in own_texts] == [], module
 
 
-@pytest.mark.parametrize("pair", combinations([*SCRIPTS, "sb3_baselines.py"], 2), ids=" ".join)
+@pytest.mark.parametrize(
+    "pair", list(combinations([*SCRIPTS, "sb3_baselines.py"], 2)), ids=" ".join
+)
 def test_two_scripts_share_nothing_but_the_algorithm(pair):
     names = [{n for n in definitions(path) if "." not in n} for path in pair]
     assert names[0] & names[1] <= {*TWINS.get(pair, ALIKE), *OWN}
