@@ -1,8 +1,10 @@
 """Drives a script's `train` without files or evaluations, and looks at its state in between.
 
-`noise_env:Noise-v0`-like worlds are registered here: five observations, three actions whose own
-ranges are SCALE, normal rewards, a termination every fourth step.
+The world, Noise-v0, has five observations, three actions whose own ranges are SCALE, normal
+rewards and a termination every fourth step.
 """
+
+import copy
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +14,8 @@ from gymnasium import spaces
 from harness.functional import Hardware
 
 SCALE = torch.tensor([0.4, 1.0, 3.0], dtype=torch.float64)
-ENV_ID = "Noise-v0"
+RANDOM_STEPS = 64
+DEFAULTS = dict(env_id="Noise-v0", learning_starts=RANDOM_STEPS, batch_size=32, tau=0.1)
 
 
 class Noise(gym.Env):
@@ -37,37 +40,71 @@ class Noise(gym.Env):
         return self.observe(), self.np_random.normal(), self.t == 4, False, {}
 
 
-gym.register(ENV_ID, entry_point=Noise)
+gym.register("Noise-v0", entry_point=Noise)
 
 
 class SteppedRun:
-    """Stands in for harness.runs.Run: `total` steps, and `after(self)` at the end of each."""
+    """Stands in for harness.runs.Run; calls after(self) at the end of each step."""
 
-    program = "stepped"
-    checkpoint = None
+    program, checkpoint = "stepped", None
 
-    def __init__(self, total, compiled=False, cuda=False, after=None):
-        self.total, self.after, self.metrics = total, after, []
+    def __init__(self, args, compiled=False, cuda=False, after=None, restored=None):
+        self.args, self.after, self.restored = args, after, restored
+        self.metrics = []  # of each step
         self.hardware = Hardware(cuda=cuda, torch_threads=1, compile=compiled)
         self.device = self.hardware.device
 
     def start(self, env, evaluator, policy, rng, **parts):
-        self.env, self.evaluator, self.policy, self.rng, self.parts = (
-            env,
-            evaluator,
-            policy,
-            rng,
-            parts,
-        )
+        self.env, self.evaluator, self.policy, self.rng = env, evaluator, policy, rng
+        self.parts, self.replay = parts | {"env": env}, parts["replay"]
+        self.learners = [part for name, part in parts.items() if "learner" in name]
+        self.step = 0
         env.reset()
+        if self.restored:
+            self.step, rng.bit_generator.state = self.restored["step"], self.restored["rng"]
+            for name, part in self.parts.items():
+                part.load_state_dict(self.restored[name])
 
     def steps(self):
-        yield from range(self.total)
+        while self.step < self.args.total_timesteps:
+            yield self.step
 
     def log(self, metrics):
+        self.step += 1
         self.metrics.append(metrics)
         if self.after:
             self.after(self)
+
+    def checkpointed(self):
+        """What a checkpoint of this moment holds."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        rng = self.rng.bit_generator.state
+        return copy.deepcopy(states | {"step": self.step, "rng": rng})
+
+    def update(self, rng):
+        """One batch, and an update of each learner."""
+        self.replay.sample(rng)
+        for learner in self.learners:
+            learner.update(rng)
+
+
+def trained(script, updates=0, compiled=False, cuda=False, after=None, restored=None, **settings):
+    """A run of `train` after 64 random transitions and, by default, as many updates as given."""
+    rates = {name: 1e-2 for name in ("learning_rate", "q_lr", "policy_lr")}
+    defaults = DEFAULTS | {k: v for k, v in rates.items() if hasattr(script.Args, k)}
+    total = RANDOM_STEPS + updates
+    args = script.Args(**defaults | dict(total_timesteps=total, eval_episodes=2) | settings)
+    run = SteppedRun(args, compiled, cuda, after, restored)
+    script.train(args, run)
+    return run
+
+
+def random_batch(n=32, dtype=torch.float64):
+    """Rows obs | action | next_obs | reward | terminated; a quarter is terminated."""
+    action = 2 * torch.rand(n, 3, dtype=dtype) - 1
+    obs, next_obs, reward = (torch.randn(n, d, dtype=dtype) for d in (5, 5, 1))
+    terminated = (torch.arange(n)[:, None] % 4 == 0).to(dtype)
+    return torch.cat([obs, action, next_obs, reward, terminated], -1)
 
 
 def adam_steps(decay):

@@ -1,25 +1,33 @@
 """Soft Q-learning: value estimate, kernel, Stein direction, and the whole update."""
 
+import copy
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from stepped_run import RANDOM_STEPS, random_batch, trained
 
 import sql_continuous_action as sql
-from sql_continuous_action import PAPER_SETTINGS, Args, Learner, ReplayBuffer, UsageError
+from harness.functional import adam_moments, flatten_parameters
+from harness.replay import split_batch
+from sql_continuous_action import Args
 
 
-def make_learner(compiled=False, dtype=torch.float32, **settings):
-    """A learner with 64 random transitions, S = 5 and A = 3."""
-    args = Args(**(dict(batch_size=32, q_lr=1e-2, policy_lr=1e-2, tau=0.1) | settings))
+@pytest.fixture(autouse=True)
+def seed():
     torch.manual_seed(0)
-    replay, rng = ReplayBuffer(64, 5, 3), np.random.default_rng(0)
-    for i in range(64):
-        obs, next_obs = rng.normal(size=5), rng.normal(size=5)
-        replay.add(obs, rng.uniform(-1, 1, 3), next_obs, rng.normal(), i % 4 == 0)
-    sampler, critic = sql.make_networks(args, 5, 3)
-    return Learner(sampler.to(dtype), critic.to(dtype), replay, args, compiled)
+
+
+def make_update(dtype=torch.float64, critic=None, **settings):
+    """Networks, S = 5 and A = 3, the update's state, and the update itself, eager."""
+    args = Args(**dict(q_lr=1e-2, policy_lr=1e-2) | settings)
+    sampler, own_critic = (net.to(dtype) for net in sql.make_networks(args, 5, 3))
+    phi, theta = flatten_parameters(sampler), flatten_parameters(own_critic)
+    state = [theta, theta.clone(), *adam_moments(theta), phi, *adam_moments(phi)]
+    update = torch.no_grad()(sql.make_update(sampler, critic or own_critic, 5, 3, args))
+    return sampler, own_critic, state, update
 
 
 def mixture_log_density(x):
@@ -30,9 +38,9 @@ def mixture_log_density(x):
 
 
 def test_reward_scales_are_the_papers():
-    scales = {name: s["reward_scale"] for name, s in PAPER_SETTINGS.items() if ":" not in name}
     expected = {"Hopper": 30, "HalfCheetah": 30, "Walker2d": 10, "Ant": 300, "Humanoid": 100}
-    assert scales == expected
+    for name, scale in expected.items():
+        assert Args.for_env(f"{name}-v4").reward_scale == scale
 
 
 def test_soft_value_of_a_constant_is_exact():
@@ -65,7 +73,6 @@ def test_target_and_loss_by_hand():
 
 def test_kernel_and_its_gradient():
     """Each value by hand; the gradient by the fixed actions is autograd's at constant h."""
-    torch.manual_seed(0)
     fixed, updated = torch.randn(4, 8, 3).double(), torch.randn(4, 5, 3).double()
     kappa, gradient = sql.kernel(fixed, updated)
     for b in range(4):
@@ -79,7 +86,6 @@ def test_kernel_and_its_gradient():
 
 
 def test_bandwidth_depends_on_the_particles_and_not_on_the_batch():
-    torch.manual_seed(0)
     fixed, updated = torch.randn(6, 8, 2), torch.randn(6, 8, 2)
     alone = torch.cat([sql.kernel(f[None], u[None])[0] for f, u in zip(fixed, updated)])  # noqa: B905
     torch.testing.assert_close(sql.kernel(fixed, updated)[0], alone)
@@ -96,7 +102,6 @@ def test_bandwidth_has_a_floor():
 
 def test_stein_direction_against_autograd():
     """Against loops over particles, with the score of a known density from autograd."""
-    torch.manual_seed(0)
     fixed, updated = torch.randn(3, 6, 2), torch.randn(3, 4, 2)
     score = torch.func.grad(lambda x: mixture_log_density(x).sum())(fixed)
     direction = sql.stein_direction(score, fixed, updated)
@@ -131,23 +136,24 @@ def test_particles_find_a_mixture():
         assert 0.12 < mode[:, 1].std() < 0.4
 
 
-def test_sampler_learns_a_two_sided_q():
-    """Trained on a fixed Q with modes at a_1 = -0.6 and 0.6, its actions come from both."""
-    learner, rng = make_learner(policy_lr=1e-3), np.random.default_rng(0)
-    modes = torch.tensor([[-0.6, 0.0, 0.0], [0.6, 0.0, 0.0]])
+class TwoSided(sql.Critic):
+    """A fixed Q with modes at a_1 = -0.6 and 0.6."""
 
-    def q_values(_obs, action):
+    def q_values(self, _obs, action):
+        modes = torch.tensor([[-0.6, 0.0, 0.0], [0.6, 0.0, 0.0]])
         squared = (action[..., None, :] - modes).square().sum(-1)
         return torch.logsumexp(-squared / (2 * 0.3**2), dim=-1, keepdim=True)
 
-    args, critic = Args(policy_lr=1e-3), sql.make_networks(Args(), 5, 3)[1]
-    critic.q_values = q_values
-    update = sql.make_update(learner.sampler, critic, learner.replay.splits, args)
-    learner._update = torch.no_grad()(update)
+
+@pytest.mark.slow
+def test_sampler_learns_a_two_sided_q():
+    """Its actions come from both modes."""
+    critic = TwoSided(5, 3)
+    sampler, _, state, update = make_update(torch.float32, critic, policy_lr=1e-3)
     for _ in range(500):
-        learner.update(rng)
-    torch.manual_seed(0)
-    action = learner.sampler.to_action(torch.randn(2000, 5), torch.randn(2000, 3))
+        uniform, noise = 2 * torch.rand(32, 16, 3) - 1, torch.randn(32, 16, 3)
+        update(*state, random_batch(dtype=torch.float32), uniform, noise)
+    action, _ = sampler.sample(torch.randn(2000, 5), torch.randn(2000, 3))
     assert (action[:, 0] > 0.3).float().mean() > 0.25
     assert (action[:, 0] < -0.3).float().mean() > 0.25
     assert action[:, 1:].abs().mean() < 0.3
@@ -155,30 +161,27 @@ def test_sampler_learns_a_two_sided_q():
 
 def test_update_against_autograd_and_torch_optim():
     """Three updates equal ordinary PyTorch: backward, two torch Adams, particles in loops."""
-    learner = make_learner(dtype=torch.float64, reward_scale=3.0)
-    splits = learner.replay.splits
-    sampler, critic = (m.double() for m in sql.make_networks(Args(), 5, 3))
-    for module, theta in ((sampler, learner.phi), (critic, learner.theta)):
-        torch.nn.utils.vector_to_parameters(theta.clone(), module.parameters())
-        module.requires_grad_(True)
-    targets = sql.make_networks(Args(), 5, 3)[1].double()
-    targets.load_state_dict(critic.state_dict())
+    sampler, critic, state, update = make_update(reward_scale=3.0)
+    theta, phi = state[0], state[5]
+    sampler, critic, targets = map(copy.deepcopy, (sampler, critic, critic))
+    sampler.requires_grad_(True), critic.requires_grad_(True)
     q_adam = torch.optim.Adam(critic.parameters(), lr=1e-2)
     f_adam = torch.optim.Adam(sampler.parameters(), lr=1e-2)
     for _ in range(3):
-        batch = learner.replay.rows[torch.randint(64, (32,))].double()
+        batch = random_batch()
         uniform, noise = 2 * torch.rand(32, 16, 3).double() - 1, torch.randn(32, 16, 3).double()
-        metrics = learner._update(*learner.state, batch, uniform, noise)
-        obs, action, next_obs, reward, terminated = batch.split(splits, dim=-1)
+        metrics = update(*state, batch, uniform, noise)
+
+        obs, action, next_obs, reward, terminated = split_batch(batch, 5, 3)
         with torch.no_grad():
             q = [targets.q_values(next_obs, uniform[:, j])[:, 0].exp() for j in range(16)]
             v = (sum(q) / 16).log() + 3 * math.log(2)
-            y = 3.0 * reward[:, 0] + 0.99 * (1 - terminated[:, 0]) * v
+            y = 3.0 * reward + 0.99 * (1 - terminated) * v
         loss = (0.5 * (critic.q_values(obs, action)[:, 0] - y) ** 2).mean()
         q_adam.zero_grad()
         loss.backward()
         q_adam.step()
-        drawn = [sampler.to_action(obs, noise[:, j]) for j in range(16)]
+        drawn = [sampler.sample(obs, noise[:, j])[0] for j in range(16)]
         fixed = torch.stack(drawn[:8], 1).detach().requires_grad_(True)
         q = torch.stack([critic.q_values(obs, fixed[:, i])[:, 0] for i in range(8)], 1)
         log_p = q + torch.log(1 - fixed**2 + 1e-6).sum(-1)
@@ -188,88 +191,60 @@ def test_update_against_autograd_and_torch_optim():
         f_adam.zero_grad()
         updated.backward(-direction / (32 * 8))
         f_adam.step()
+
         assert metrics[0].item() == pytest.approx(loss.item(), rel=1e-9)
-        for vector, module in ((learner.theta, critic), (learner.phi, sampler)):
-            expected = torch.cat([p.detach().flatten() for p in module.parameters()])
+        assert metrics[2].item() == pytest.approx(y.mean().item(), rel=1e-9)
+        for vector, module in ((theta, critic), (phi, sampler)):
+            expected = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
             torch.testing.assert_close(vector, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_target_network_frequency():
     """tau 1 and frequency 3: theta' is a copy of theta after each third update, else it stays."""
-    learner, rng = make_learner(tau=1.0, target_network_frequency=3), np.random.default_rng(0)
-    assert torch.equal(learner.theta, learner.target_theta)
-    for i in range(1, 7):
-        before = learner.target_theta.clone()
-        learner.update(rng)
-        expected = learner.theta if i % 3 == 0 else before
-        torch.testing.assert_close(learner.target_theta, expected, rtol=0, atol=0)
-    learner = make_learner(tau=0.25)
-    before = learner.theta.clone()
-    learner.update(rng)
-    torch.testing.assert_close(learner.target_theta, 0.75 * before + 0.25 * learner.theta)
+    seen = []
+
+    def look(run):
+        seen.append([t.clone() for t in run.learners[0].state[:2]])
+
+    trained(sql, 6, after=look, tau=1.0, target_network_frequency=3)
+    for i, ((_, before), (theta, target)) in enumerate(
+        itertools.pairwise(seen[RANDOM_STEPS - 1 :]), start=1
+    ):
+        assert torch.equal(target, theta if i % 3 == 0 else before)
 
 
 def test_uniform_actions_cover_the_box():
-    learner, rng, seen = make_learner(), np.random.default_rng(0), []
-    inner = learner._update
-    learner._update = lambda *inputs: (seen.append(inputs[-2]), inner(*inputs))[1]
+    numbers, rng, seen = sql.Uniform(32, 16, 3), np.random.default_rng(0), []
     for _ in range(5):
-        learner.update(rng)
+        numbers.fill(rng)
+        seen.append(numbers.tensor.clone())
     seen = torch.stack(seen)
     assert -1 <= seen.min() < -0.99
     assert 0.99 < seen.max() <= 1
     assert abs(seen.mean().item()) < 0.02
     assert (seen[0, 0] != seen[0, 1]).any()  # other actions for each state
+    assert (seen[0] != seen[1]).any()
 
 
-def test_compiled_equals_eager():
-    eager, compiled = make_learner(), make_learner(compiled=True)
-    rngs = [np.random.default_rng(3) for _ in "12"]
-    for _ in range(5):
-        for learner, rng in zip((eager, compiled), rngs, strict=True):
-            learner.update(rng)
-        torch.testing.assert_close(compiled.metrics, eager.metrics, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(compiled.theta, eager.theta, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(compiled.phi, eager.phi, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("what", ["theta", "phi", "batch"])
-def test_a_non_finite_update_raises_and_says_what(what):
-    learner, rng = make_learner(), np.random.default_rng(0)
-    if what == "batch":
-        learner.replay.rows[:, -2] = float("inf")
-    else:
-        getattr(learner, what)[0] = float("nan")
-    learner.update(rng)
-    with pytest.raises(FloatingPointError, match=r"step 17 is not finite: \w+/\w+ = (nan|inf)"):
-        learner.read_metrics(17)
-
-
-def quick_run(tmp_path, env_id="Pendulum-v1", **settings):
-    args = Args(
-        env_id=env_id,
-        total_timesteps=60,
-        learning_starts=20,
-        batch_size=8,
-        eval_episodes=1,
-        compile=False,
-        runs_dir=str(tmp_path),
-        **settings,
-    )
-    return sql.train(args)["run_dir"]
+def quick_run(tmp_path, env_id="Pendulum-v1", *words):
+    """A run of 60 steps; returns its folder."""
+    command = f"--env-id {env_id} --total-timesteps 60 --learning-starts 20 --batch-size 8"
+    command += f" --eval-episodes 1 --no-compile --runs-dir {tmp_path}"
+    code = sql.main(Args, sql.train, sql.load_evaluator, [*command.split(), *map(str, words)])
+    return next(tmp_path.iterdir(), None) if code == 0 else code
 
 
 def test_composition_keeps_both_q_functions_and_acts_on_their_mean(tmp_path):
     """The composed run holds the two critics unchanged, and trains its sampler."""
-    runs = tuple(quick_run(tmp_path / str(seed), seed=seed) for seed in (1, 2))
-    composed = sql.load_file(
-        sql.find_policy(quick_run(tmp_path / "composed", seed=3, compose=runs))
-    )
-    singles = [sql.load_file(sql.find_policy(run)) for run in runs]
+    runs = [quick_run(tmp_path / str(seed), "Pendulum-v1", "--seed", seed) for seed in (1, 2)]
+    together = quick_run(tmp_path / "both", "Pendulum-v1", "--seed", 3, "--compose", *runs)
+    files = [run / "policy_final.pt" for run in (together, *runs)]
+    composed, *singles = [torch.load(file, weights_only=True) for file in files]
     for i, single in enumerate(singles):
         for name, value in single["critic"].items():
             assert torch.equal(composed["critic"][name.replace("q.0", f"q.{i}")], value)
-    critic = sql.make_networks(Args(compose=runs), 3, 1)[1]
+    args = Args(seed=3, compose=("one", "two"))
+    start, critic = sql.make_networks(args, 3, 1)  # as the run began
     critic.load_state_dict(composed["critic"])
     obs, action, parts = torch.randn(4, 3), torch.rand(4, 1), []
     for single in singles:
@@ -277,35 +252,13 @@ def test_composition_keeps_both_q_functions_and_acts_on_their_mean(tmp_path):
         part.load_state_dict(single["critic"])
         parts.append(part.q_values(obs, action))
     torch.testing.assert_close(critic.q_values(obs, action), (parts[0] + parts[1]) / 2)
-    torch.manual_seed(3)  # the networks as the run began
-    start = sql.make_networks(Args(compose=runs), 3, 1)[0].state_dict()
-    assert all((composed["sampler"][name] != value).any() for name, value in start.items())
+    for name, value in start.state_dict().items():
+        assert (composed["sampler"][name] != value).any()
 
 
-def test_composition_of_unfit_runs_is_refused(tmp_path):
-    pendulum = quick_run(tmp_path / "a")
-    with pytest.raises(UsageError, match="other dimensions"):
-        quick_run(tmp_path / "b", env_id="scripted_env:Scripted-v0", compose=(pendulum, pendulum))
-    with pytest.raises(UsageError, match="--compose nowhere"):
-        quick_run(tmp_path / "c", compose=("nowhere", pendulum))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_cuda_graph(compiled):
-    """Capture leaves the state alone; replays draw new particles."""
-    cpu = make_learner()
-    replay = ReplayBuffer(64, 5, 3, "cuda")
-    replay.load_state_dict(cpu.replay.state_dict())
-    torch.manual_seed(0)
-    args = Args(batch_size=32, q_lr=1e-2, policy_lr=1e-2, tau=0.1)
-    sampler, critic = sql.make_networks(args, 5, 3)
-    gpu = Learner(sampler.cuda(), critic.cuda(), replay, args, compiled)
-    for a, b in zip(cpu.state, gpu.state, strict=True):
-        torch.testing.assert_close(b.cpu(), a, rtol=0, atol=0)
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(3):
-        gpu.update(rng)
-        drawn.append((gpu.noise.clone(), gpu.uniform.clone()))
-    assert all((a != b).any() for a, b in zip(drawn[0], drawn[1], strict=True))
-    assert all(map(math.isfinite, gpu.read_metrics(3).values()))
+def test_composition_of_unfit_runs_is_refused(tmp_path, capsys):
+    pendulum, scripted = quick_run(tmp_path / "a"), "scripted_env:Scripted-v0"
+    assert quick_run(tmp_path / "b", scripted, "--compose", pendulum, pendulum) == 2
+    assert "other dimensions" in capsys.readouterr().err
+    assert quick_run(tmp_path / "c", "Pendulum-v1", "--compose", "nowhere", pendulum) == 2
+    assert "--compose nowhere" in capsys.readouterr().err
