@@ -48,7 +48,7 @@ class Run(contextlib.ExitStack):
         state_dict and load_state_dict. rng: NumPy's generator, of everything random on the host.
         """
         self.env, self.evaluator, self.policy, self.rng = env, evaluator, policy, rng
-        self.parts = parts | {"env": env}
+        self.parts = {"env": env} | parts
         if self.checkpoint:
             self._check_resumed(self.checkpoint)
         self.folder.mkdir(parents=True, exist_ok=bool(self.checkpoint))
@@ -140,12 +140,12 @@ class Run(contextlib.ExitStack):
 
     def _restore(self, content: dict):
         self.step, self.return_mean = content["step"], content["return_mean"]
-        for name, part in self.parts.items():
-            part.load_state_dict(content[name])
         self.rng.bit_generator.state = content["rng"]
         torch.set_rng_state(content["torch_rng"])
         if len(content["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(content["cuda_rng"])
+        for name, part in self.parts.items():  # last: a part may go back to an earlier moment
+            part.load_state_dict(content[name])
 
 
 def run_folder(args: RunArgs) -> Path:
