@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
 
 # --- Settings -------------------------------------------------------------------------------------
 # From hyperparams/*.yml of RL Baselines3 Zoo 2.9.2, these tasks' v4; what SB3 defaults to is left
-# out. (The package rl_zoo3 has the files, but needs 33 packages that nothing else here does.)
+# out. (The package rl_zoo3 has the files, but needs 30 more packages that nothing else here does.)
 PPO_COLUMNS = "n_steps batch_size gamma learning_rate ent_coef clip_range n_epochs gae_lambda"
 PPO_COLUMNS += " max_grad_norm vf_coef policy_kwargs"
 LARGE = dict(log_std_init=-2, ortho_init=False, activation_fn=torch.nn.ReLU, net_arch=[256, 256])
