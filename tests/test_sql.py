@@ -120,6 +120,7 @@ def test_stein_direction_against_autograd():
             torch.testing.assert_close(direction[b, j], total / 6, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_particles_find_a_mixture():
     """Particles that follow the direction end around both modes with the mixture's spread."""
     torch.manual_seed(0)

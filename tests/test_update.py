@@ -116,10 +116,10 @@ def test_parameters_are_views_of_theta():
 def test_loss_falls_on_a_fixed_batch(settings):
     run, rng, losses = trained(meow, **settings), np.random.default_rng(0), []
     run.replay.sample(rng)
-    for step in range(60):
+    for step in range(25):
         run.learners[0].update(rng)
         losses.append(run.learners[0].read_metrics(step)["losses/loss"])
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_dropout_masks_have_the_right_rate_and_differ():
