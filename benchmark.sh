@@ -84,15 +84,15 @@ last_line() { tr '\r' '\n' <"$1" | awk '/^# /{e=""} /^error: /{e=$0} NF{l=$0} EN
     fi
   done
   if [[ $signal ]]; then
+    stopped=$signal signal='' next=$n status=$((128 + $(kill -l "$stopped")))
     echo "stopping: the runs write their checkpoints (a second signal stops them at once)"
-    [[ $slurm$signal == yesTERM ]] || kill -TERM "${pids[@]}" 2>/dev/null || true # Slurm's: to all
-    status=$((128 + $(kill -l "$signal"))) stopped=$signal signal='' next=$n
+    [[ $slurm$stopped == yesTERM ]] || kill -TERM "${pids[@]}" 2>/dev/null || true # Slurm's: to all
   fi
   if ((SECONDS >= 30)); then
     SECONDS=0 && echo "$finished finished, ${#failed[@]} failed, $((n - next)) waiting; running:"
     for log in "${running[@]}"; do echo "  $log: $(last_line "$log")"; done
   fi
-  sleep 0.2 || true # a signal may end it
+  sleep 0.1 || true # a signal may end it
 done
 printf '%s\n' "$finished runs are finished, ${#failed[@]} failed" "${failed[@]}"
 if [[ $slurm$stopped == yesUSR1 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
