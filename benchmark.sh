@@ -41,9 +41,9 @@ for algo in ${algos//,/ }; do for env in ${envs//,/ }; do for seed in "${numbers
   [[ -e ${program[0]} ]] || fail "--algos $algo: known are meow,sac,sql,td3,ddpg,ppo,sb3-sac"
   words=("${PYTHON:-python}" "${program[@]}" --env-id "$env" --seed "$seed" --runs-dir "$out")
   words+=(--resume auto ${total_timesteps:+--total-timesteps $total_timesteps} "${extra[@]}")
-  name="${env}__${algo}__$seed${extra[*]:+__${extra[*]}}"
+  name="${env}__${algo}__$seed${extra[*]:+__${extra[*]}}" && name=${name//[^[:alnum:]_.=-]/_}
   printf -v "commands[${#logs[@]}]" '%q ' "${words[@]}"
-  logs+=("$out/logs/${name//[^[:alnum:]_.=-]/_}.log")
+  logs+=("$out/logs/${name:0:150}.log")
 done; done; done
 ((n = ${#commands[@]})) || fail "--algos, --envs or --seeds names nothing"
 [[ $dry_run ]] || mkdir -p -- "$out/logs" 2>/dev/null || fail "--out $out: can't make folders there"

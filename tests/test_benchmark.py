@@ -1,9 +1,8 @@
-"""benchmark.sh: what it runs, repeats, stops and reports; with a stand-in for Python, and for real."""
+"""benchmark.sh: what it runs, repeats and stops, with a stand-in for Python and for real."""
 
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -123,10 +122,6 @@ def after(words, option):
     return words[words.index(option) + 1]
 
 
-def planned(text):
-    return [shlex.split(line) for line in text.splitlines()]
-
-
 @pytest.fixture
 def bench(tmp_path):
     return Bench(tmp_path)
@@ -134,7 +129,7 @@ def bench(tmp_path):
 
 def test_default_matrix(bench):
     """Two algorithms, five tasks, five seeds, each task with the script's own number of steps."""
-    runs = planned(bench.run("--dry-run"))
+    runs = [shlex.split(line) for line in bench.run("--dry-run").splitlines()]
     envs = [f"{name}-v4" for name in ("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid")]
     scripts = [str(ROOT / f"{name}_continuous_action.py") for name in ("meow", "sac")]
     found = [(words[1], after(words, "--env-id"), after(words, "--seed")) for words in runs]
@@ -149,7 +144,8 @@ def test_dry_run_prints_what_is_run(bench):
     """The commands of a dry run are those that run, options after -- included."""
     words = ["--algos", "sql,sb3-sac ppo", "--envs", "Hopper-v4 a:B*", "--seeds", "08,1-2"]
     words += ["--total-timesteps", "100", "--out", "a b", "--workers", "6"]
-    runs = planned(bench.run(*words, "--dry-run", "--", "--tau", "0.1 2"))
+    text = bench.run(*words, "--dry-run", "--", "--tau", "0.1 2")
+    runs = [shlex.split(line) for line in text.splitlines()]
     bench.run(*words, "--", "--tau", "0.1 2")
     assert sorted(command for _, _, command in bench.events()) == sorted(runs)
     scripts = [Path(words[1]).name for words in runs[::6]]
@@ -263,20 +259,18 @@ def test_edited_while_it_runs(bench):
     assert "3 runs are finished" in output(process)
 
 
-@pytest.mark.parametrize(
-    ("given", "workers", "devices"),
-    [(None, "3", "0 1 2"), (None, "2", "0 1"), (None, "4", "0 0 1 2"), (None, "", "0 1 2")]
-    + [("2,GPU-1b", "", "2 GPU-1b"), ("", "2", " "), ("-1", "2", "-1 -1")],
-)
+CORES = min(9, len(os.sched_getaffinity(0)))
+GPUS = [(None, "3", "0 1 2"), (None, "2", "0 1"), (None, "4", "0 0 1 2"), (None, "", "0 1 2")]
+GPUS += [("2,GPU-1b", "", "2 GPU-1b"), ("", "2", " "), ("-1", "", " ".join(["-1"] * CORES))]
+
+
+@pytest.mark.parametrize(("given", "workers", "devices"), GPUS)
 def test_each_run_has_its_gpu(bench, given, workers, devices):
     """At no time are there more runs than workers, nor two on a GPU while there are enough."""
     bench.program("nvidia-smi", "#!/bin/sh\nprintf 'GPU %s: A\\n  MIG 1g Device 0:\\n' 0 1 2\n")
     bench.env.pop("CUDA_VISIBLE_DEVICES")
-    env, devices, running = (
-        {} if given is None else {"CUDA_VISIBLE_DEVICES": given},
-        devices.split(" "),
-        [],
-    )
+    env = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
+    devices, running = devices.split(" "), []
     words = (*ONE, "--seeds", "1-9", *(["--workers", workers] if workers else []))
     process = bench.gated(*words, runs=len(devices), **env)
     assert sorted(device for _, device, _ in bench.events()) == devices
@@ -288,20 +282,15 @@ def test_each_run_has_its_gpu(bench, given, workers, devices):
         assert all(running.count(d) <= devices.count(d) for d in running)
 
 
-def submitted(bench, *words):
-    """The array script that --slurm gives to sbatch."""
-    bench.program("sbatch", f"#!/bin/sh\ncat >{bench.folder}/array\n")
-    bench.run(*words)
-    return (bench.folder / "array").read_text()
-
-
 def test_slurm_script(bench):
     """One array; each element trains the run of its index."""
     words = ("--algos", "meow", "--envs", "Hopper-v4 Ant-v4", "--seeds", "1-2", "--workers", "3")
     words += ("--slurm", "--slurm-options", "--partition=gpu --time=24:00:00")
     text = bench.run(*words, "--dry-run", "--", "--tau", "0.1")
     assert not bench.out.exists()
-    assert submitted(bench, *words, "--", "--tau", "0.1") == text
+    bench.program("sbatch", "#!/bin/sh\ncat >submitted\n")
+    bench.run(*words, "--", "--tau", "0.1")
+    assert (bench.folder / "submitted").read_text() == text
     given = set(" ".join(re.findall("^#SBATCH (.*)", text, re.M)).split())
     assert given >= {"--array=0-3%3", "--requeue", "--partition=gpu", "--time=24:00:00"}
     script = bench.program("array", text)
@@ -315,8 +304,8 @@ def test_slurm_script(bench):
 @pytest.mark.parametrize(("number", "steps"), [(signal.SIGUSR1, "100"), (signal.SIGTERM, WHOLE)])
 def test_slurm_signals(bench, number, steps):
     """The warning stops and requeues the run; SIGTERM isn't forwarded: Slurm sends it to all."""
-    bench.program("scontrol", f"#!/bin/sh\necho $* >{bench.folder}/requeued\n")
-    script = bench.program("array", submitted(bench, *ONE, "--slurm"))
+    bench.program("scontrol", "#!/bin/sh\necho $* >requeued\n")
+    script = bench.program("array", bench.run(*ONE, "--slurm", "--dry-run"))
     process = bench.gated(script=script, runs=1, SLURM_ARRAY_TASK_ID="2", SLURM_JOB_ID="77")
     process.send_signal(number)
     assert "stopping" in process.stdout.readline()
@@ -357,27 +346,22 @@ def test_real_slurm_array_with_requeue(bench):
 
 
 @pytest.mark.slow
-def test_real_run_killed_out_of_space_and_started_again(tmp_path):
+def test_real_run_killed_out_of_space_and_started_again(bench):
     """SIGKILL, then a checkpoint that doesn't fit: in the end the numbers of a whole run."""
     words = "--algos meow --envs InvertedPendulum-v4 --seeds 2 --workers 1 --total-timesteps 200"
     words += " -- --learning-starts 80 --batch-size 16 --eval-frequency 100 --eval-episodes 1"
     words += " --log-frequency 20 --checkpoint-frequency 50 --no-compile"
-    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-
-    def start(folder, **options):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        options |= {"cwd": tmp_path / folder, "env": env, "stdout": subprocess.PIPE, "text": True}
-        return subprocess.Popen([str(BENCHMARK), *words.split()], **options)
 
     def rows(folder):
-        files = tmp_path.glob(f"{folder}/runs/Inverted*/metrics.csv")
+        files = bench.folder.glob(f"{folder}/Inverted*/metrics.csv")
         return [line.split(",") for f in files for line in f.read_text().splitlines()]
 
     def numbers(folder):
         return [(row[0], *row[2:]) for row in rows(folder) if row[2] != "charts/SPS"]
 
-    def limit():  # as if the disk were full for larger files
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    def start(folder, *before):
+        script, *given = [*before, BENCHMARK, "--out", folder, *words.split()]
+        return bench.start(*map(str, given), script=script, PYTHON=sys.executable)
 
     output(start("whole"))
     process = start("killed")
@@ -387,7 +371,7 @@ def test_real_run_killed_out_of_space_and_started_again(tmp_path):
         os.kill(int(pid), signal.SIGKILL)
     process.communicate()
     assert int(rows("killed")[-1][0]) < 200
-    text = output(start("killed", preexec_fn=limit), 1)
+    text = output(start("killed", "prlimit", "--fsize=100000"), 1)  # as if the disk were full
     assert re.search("failed: .*: exit code 1: error: can't write .*previous one is intact", text)
     assert int(rows("killed")[-1][0]) < 200
     assert "1 runs are finished" in output(start("killed"))
