@@ -78,7 +78,7 @@ last_line() { tr '\r' '\n' <"$1" | awk '/^# /{e=""} /^error: /{e=$0} NF{l=$0} EN
       fi
     elif [[ ! ${pids[slot]-} && $next -lt $n ]]; then
       if ((${#gpus[@]})); then export CUDA_VISIBLE_DEVICES=${gpus[slot % ${#gpus[@]}]}; fi
-      echo "# $(date +%FT%T) ${commands[next]}" >>"${logs[next]}" || true # a full disk
+      printf '\n# %s\n' "$(date +%FT%T) ${commands[next]}" >>"${logs[next]}" || true # a full disk
       eval "exec setsid ${commands[next]}" </dev/null >>"${logs[next]}" 2>&1 & # no Ctrl-C for it
       pids[slot]=$! running[slot]=${logs[next]} next=$((next + 1))
     fi
