@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A Slurm cluster of this one machine, to try `benchmark.sh --slurm` (Debian or Ubuntu, as root).
 #
-#     benchmarks/single_node_slurm.sh         # install if needed, start; harmless if it runs
-#     benchmarks/single_node_slurm.sh stop
+#     tools/single_node_slurm.sh         # install if needed, start; harmless if it runs
+#     tools/single_node_slurm.sh stop
 #
 # Controller, node daemon and munge listen on loopback; no systemd, cgroups or database are needed.
 set -euo pipefail
