@@ -25,8 +25,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from harness.args import parse_args
-from harness.files import RunError, UsageError, find_policy
+from harness.files import POLICY_FILES, RunError, UsageError, load_file
 from multi_goal import GOALS, RADIUS, TIME_LIMIT, WALL, distances, move
 
 N_TRAJECTORIES = 200  # counted, of each policy; the first N_DRAWN of them are drawn
@@ -117,23 +116,22 @@ SCRIPTS = {
 
 def load_policy(run: str) -> Policy:
     """The policy of one run; its args.json names its script. Raises: UsageError, RunError."""
-    file = find_policy(run, "--run")
-    about = file.with_name("args.json")
+    about = (Path(run) if Path(run).is_dir() else Path(run).parent) / "args.json"
     try:
         name = Path(json.loads(about.read_text())["script"]).stem
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{about} doesn't name the run's script ({error!r})") from None
+        raise UsageError(f"--run {run}: {about} doesn't name a run's script ({error!r})") from None
     if name not in SCRIPTS:
         raise UsageError(f"--run {run}: a run of {name}.py, not of one of {', '.join(SCRIPTS)}")
-    script = importlib.import_module(name)
-    args, saved = parse_args(script.Args, name, "", ["--evaluate", str(file)])
-    if not args.env_id.startswith("multi_goal:MultiGoal"):
-        raise UsageError(f"--run {run}: a run of {args.env_id}, not of multi_goal:MultiGoal-v0")
+    saved, script = load_file("--run", run, name, POLICY_FILES), importlib.import_module(name)
     try:
+        args = script.Args(**saved["args"])
+        if not args.env_id.startswith("multi_goal:MultiGoal"):
+            raise UsageError(f"--run {run}: a run of {args.env_id}, not of multi_goal:MultiGoal-v0")
         policy = SCRIPTS[name](script, args, saved)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RunError(f"{file} holds networks that this version doesn't know ({reason})") from None
+        raise RunError(f"{saved['path']} is of another version ({reason})") from None
     policy.seed, policy.step = args.seed, saved["step"]
     if world := args.env_id.removeprefix("multi_goal:MultiGoal").removesuffix("-v0"):
         policy.name += f" ({world})"

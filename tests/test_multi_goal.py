@@ -19,7 +19,7 @@ import sql_continuous_action as sql
 from harness.args import parse_args
 from harness.envs import make_env
 from harness.files import load_file, save_file
-from harness.main import main
+from harness.runs import main
 from multi_goal import figure
 
 ENV_ID = "multi_goal:MultiGoal-v0"
@@ -228,7 +228,7 @@ def test_meow_value_is_the_lower_of_its_two(tmp_path):
 def test_sac_and_sql_values_are_in_reward_units(script, tmp_path):
     """V = alpha log int exp(min_k Q_k / alpha) da; SQL's Q is scaled and its alpha is 1."""
     run = random_run(script, tmp_path / "run")
-    saved = load_file(run / "policy_final.pt", script.__name__)
+    saved = load_file("--run", run / "policy_final.pt", script.__name__)
     args = script.Args(**saved["args"])
     critics = list(networks(script, args).values())[-1]
     obs = torch.tensor([[1.0, -2.0]])
@@ -320,11 +320,11 @@ def bad_runs(folder):
         "missing": (["--run", good, "nowhere"], 2, ["nowhere"]),
         "empty folder": (["--run", f"{folder}/empty"], 2, ["empty", "policy_final.pt"]),
         "damaged": (["--run", f"{folder}/damaged"], 1, ["damaged"]),
-        "no args.json": (["--run", f"{folder}/nameless"], 1, ["nameless/args.json"]),
+        "no args.json": (["--run", f"{folder}/nameless"], 2, ["nameless/args.json"]),
         "another program": (["--run", f"{folder}/foreign"], 2, ["td3", "sac_continuous_action"]),
         "another environment": (["--run", f"{folder}/hopper"], 2, ["Hopper-v4", "MultiGoal-v0"]),
-        "other networks": (["--run", f"{folder}/unfitting"], 1, ["unfitting", "networks"]),
-        "other options": (["--run", f"{folder}/option"], 2, ["no_such_option"]),
+        "other networks": (["--run", f"{folder}/unfitting"], 1, ["unfitting", "another version"]),
+        "other options": (["--run", f"{folder}/option"], 1, ["no_such_option"]),
         "not finite": (["--run", f"{folder}/nan"], 1, ["MEow, seed 7", "not finite"]),
         "out is a file": (["--run", good, "--out", f"{folder}/file"], 1, ["file"]),
     }
