@@ -27,7 +27,10 @@ ALL = [
 ]
 
 
-@pytest.fixture(autouse=True)
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
+
+@pytest.fixture
 def stand_ins(monkeypatch):
     """Both simulators can be imported, in this test only."""
     monkeypatch.syspath_prepend(STAND_INS)
