@@ -1263,7 +1263,10 @@ def test_steps_copy_nothing_from_the_host(name, variant):
 # --- Images ---
 
 
-@pytest.mark.parametrize("name", TASKS)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["Ingenuity", *(pytest.param(n, marks=SLOW) for n in RANGES)])
 def test_render(name):
     try:
         mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>")).close()
