@@ -16,18 +16,16 @@ from torch import Tensor
 from harness.args import RunArgs
 from harness.files import RunError, UsageError
 
+if sys.platform == "linux" and "DISPLAY" not in os.environ:
+    # MuJoCo chooses its renderer when it is imported: without a screen, an off-screen one
+    for renderer, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+        if ctypes.util.find_library(library):
+            os.environ.setdefault("MUJOCO_GL", renderer)
+
 
 def derive_seed(*key: int) -> int:
     """One 32-bit seed from several numbers, e.g. the run's seed, the use and the episode."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def choose_renderer():
-    """MuJoCo chooses its renderer when it is imported: without a screen, an off-screen one."""
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        for renderer, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-            if ctypes.util.find_library(library):
-                os.environ.setdefault("MUJOCO_GL", renderer)
 
 
 def make_env(env_id: str, render_mode: str | None = None):
@@ -36,7 +34,6 @@ def make_env(env_id: str, render_mode: str | None = None):
     Raises: UsageError for an unknown id and where a policy can't act: it needs a flat Box
     observation and a bounded continuous action.
     """
-    choose_renderer()
     import gymnasium as gym
     import mujoco
 

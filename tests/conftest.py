@@ -19,6 +19,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import harness.envs  # noqa: E402, F401 (it chooses MuJoCo's renderer, before MuJoCo is imported)
+
 SCRIPTS = [ROOT / f"{name}_continuous_action.py" for name in ("meow", "sac", "sql")]
 SCRIPT = SCRIPTS[0]
 ISAAC_SCRIPTS = [ROOT / f"{name}_isaacgym.py" for name in ("meow", "sac")]

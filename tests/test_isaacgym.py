@@ -1,43 +1,62 @@
-"""MEow and SAC on many environments: replay, normalisation and whole runs.
+"""MEow and SAC on many environments: replay, normalisation, updates, evaluation and whole runs.
 
 Flow, target, loss and update are copies of the MuJoCo scripts' (test_parity.py), tested there.
+Runs here are quick ones on the CPU, most of them within the test's own process.
 """
 
+import contextlib
+import copy
+import csv
+import ctypes.util
 import math
+import os
+import signal
 import subprocess
 import sys
-import time
 
+import imageio
 import numpy as np
 import pytest
 import torch
 from conftest import ISAAC_SCRIPTS, ROOT
-from test_run import (
-    environment,
-    is_one_sentence,
-    metrics,
-    only_run,
-    renders,
-    run,
-    shows_the_robot,
-    wait_for,
-)
+from stepped_run import SteppedRun, adam_steps
+from test_isaac_simulators import HOW, stand_ins, timeline  # noqa: F401 (a fixture)
 
 import meow_isaacgym as meow
-from meow_isaacgym import ObservationNorm, ReplayBuffer
+import sac_isaacgym as sac
+from harness.files import RunError, UsageError
+from harness.runs import main
+from isaac_tasks.ingenuity import Ingenuity
+from isaac_tasks.training import ObservationNorm, SimulatorEnvs, TrainingEnvs, VectorReplayBuffer
 
+BOTH = [meow, sac]
+both_scripts = pytest.mark.parametrize("script", BOTH, ids=lambda s: s.__name__)
 QUICK = {
-    "--env-id": "Ant", "--num-envs": "4", "--total-timesteps": "130", "--learning-starts": "20",
-    "--batch-size": "16", "--eval-frequency": "80", "--eval-episodes": "2",
-    "--log-frequency": "10", "--checkpoint-frequency": "50",
+    "--env-id": "Ingenuity", "--num-envs": "4", "--total-timesteps": "60",
+    "--learning-starts": "10", "--batch-size": "16", "--eval-frequency": "40",
+    "--eval-episodes": "2", "--log-frequency": "5", "--checkpoint-frequency": "20",
 }  # fmt: skip
 
 
-def command(*flags, script=ISAAC_SCRIPTS[0], **options):
-    """The command line of a quick run; keyword a_b replaces option --a-b."""
+@pytest.fixture(scope="module", autouse=True)
+def short_episodes():
+    """Ingenuity's time-outs come after 24 steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ingenuity, "episode_length", 25)
+        yield
+
+
+def quick(**options):
+    """The words of a quick run; keyword a_b replaces option --a-b."""
     merged = QUICK | {f"--{k.replace('_', '-')}": str(v) for k, v in options.items()}
-    words = [word for pair in merged.items() for word in pair]
-    return [sys.executable, str(script), *words, "--no-compile", *flags]
+    return [*(word for pair in merged.items() for word in pair), "--no-compile"]
+
+
+def command(script, words, folder):
+    """The exit code of a script's command line, run in this process in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    with contextlib.chdir(folder):
+        return main(script.Args, script.train, script.load_evaluator, list(map(str, words)))
 
 
 # --- Replay buffer --------------------------------------------------------------------------------
@@ -79,7 +98,7 @@ class Counter:
 def filled(capacity, steps, late=False, n=3):
     """A replay buffer after some vector steps, and the last `capacity` of them as rows."""
     env = Counter(n, late=late)
-    replay = ReplayBuffer(capacity, n, 3, 2, env.max_steps)
+    replay = make_replay(capacity, n)
     replay.start(env.obs())
     rows = []
     for _ in range(steps):
@@ -92,11 +111,13 @@ def filled(capacity, steps, late=False, n=3):
     return replay, torch.cat(rows[-capacity:])
 
 
-def gathered(replay, n):
-    places = replay.draw(np.random.default_rng(1), n)
-    out = torch.empty(n, sum(replay.splits))
-    replay.gather(torch.from_numpy(places), out)
-    return out
+def make_replay(capacity, n=3):
+    return VectorReplayBuffer(capacity, n, 3, 2, Counter.max_steps, batch_size=10_000)
+
+
+def gathered(replay):
+    """10,000 transitions (20,000 of `stored`)."""
+    return replay.sample(np.random.default_rng(1)).clone()
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["same-step", "late"])
@@ -107,7 +128,7 @@ def test_replay_returns_the_last_transitions_and_nothing_else(capacity, steps, l
     replay, rows = filled(capacity, steps, late)
     if not len(rows):
         pytest.skip("the one step kept was a late reset everywhere")
-    drawn = gathered(replay, 200 * len(rows))
+    drawn = gathered(replay)
     for table in (drawn, rows):
         table[table[:, -1] == 1, 5:8] = 0  # terminated: next_obs has no meaning
     assert torch.equal(drawn.unique(dim=0), rows.unique(dim=0))
@@ -116,14 +137,14 @@ def test_replay_returns_the_last_transitions_and_nothing_else(capacity, steps, l
 
 def test_replay_draws_uniformly():
     replay, rows = filled(capacity=20, steps=50)
-    drawn = gathered(replay, 200 * len(rows))
-    _, counts = drawn.unique(dim=0, return_counts=True)
-    assert counts.sum() == 200 * len(rows)
-    assert (counts.double() - 200).abs().max() < 6 * math.sqrt(200)
+    _, counts = gathered(replay).unique(dim=0, return_counts=True)
+    mean = 10_000 / len(rows)
+    assert len(counts) == len(rows)
+    assert (counts.double() - mean).abs().max() < 6 * math.sqrt(mean)
 
 
 def test_replay_holds_each_observation_once():
-    replay = ReplayBuffer(15_000, 128, 60, 8, max_steps=999)
+    replay = VectorReplayBuffer(15_000, 128, 60, 8, max_steps=999, batch_size=1)
     floats = sum(t.numel() for t in vars(replay).values() if isinstance(t, torch.Tensor))
     assert floats < 1.05 * 15_000 * 128 * (60 + 8 + 3)
     assert replay.obs.shape == (15_001, 128, 60)
@@ -131,20 +152,19 @@ def test_replay_holds_each_observation_once():
 
 def test_replay_survives_a_checkpoint_and_forgets_an_outcome_after_a_reset():
     replay, _ = filled(capacity=20, steps=50)
-    copy = ReplayBuffer(20, 3, 3, 2, max_steps=5)
+    copy = make_replay(20)
     copy.load_state_dict(replay.state_dict())
-    assert torch.equal(gathered(copy, 500), gathered(replay, 500))
+    assert torch.equal(gathered(copy), gathered(replay))
     last = replay.obs[replay.added % 21]
     copy.start(last)  # as before: nothing is lost
-    assert torch.equal(gathered(copy, 500), gathered(replay, 500))
+    assert torch.equal(gathered(copy), gathered(replay))
     copy.start(last + 1)
-    kept = gathered(copy, 5_000).unique(dim=0)
-    assert len(kept) == len(gathered(replay, 5_000).unique(dim=0)) - 3
+    assert len(gathered(copy).unique(dim=0)) == len(gathered(replay).unique(dim=0)) - 3
 
 
 def test_replay_that_does_not_fit_is_refused():
-    with pytest.raises(meow.UsageError, match="--buffer-size 1000000: the replay buffer needs"):
-        ReplayBuffer(1_000_000, 1_000_000, 60, 8, max_steps=999)
+    with pytest.raises(UsageError, match="--buffer-size 1000000: the replay buffer needs"):
+        VectorReplayBuffer(1_000_000, 1_000_000, 60, 8, max_steps=999, batch_size=1)
 
 
 # --- Observation normalisation --------------------------------------------------------------------
@@ -165,167 +185,376 @@ def test_norm_is_that_of_all_observations_together():
     assert norm(torch.full((1, 4), 1e6)).tolist() == [[5.0] * 4]
 
 
-def test_updates_see_normalised_observations_and_acting_too():
-    """One batch of a learner by hand; rewards, actions and flags stay as they are."""
-    replay, _ = filled(capacity=20, steps=50)
-    norm = ObservationNorm(3)
-    norm.update(replay.obs.flatten(0, 1))
-    args = meow.Args(batch_size=8, dropout=0.0)
-    flow = meow.make_flow(args, 3, 2)
-    for p in flow.parameters():
-        p += 0.1 * torch.randn_like(p)
-    learner = meow.Learner(flow, replay, norm, args, compiled=False)
-    learner.update(np.random.default_rng(1))
-    raw = gathered(replay, 8)
-    expected = raw.clone()
-    expected[:, :3], expected[:, 5:8] = norm(raw[:, :3]), norm(raw[:, 5:8])
-    assert torch.equal(learner.batch, expected)
-    assert not torch.equal(learner.batch, raw)
-    obs, z = 10 * torch.randn(5, 3), torch.randn(5, 2)
-    action = learner.make_actor(5)(obs, z)
-    assert torch.allclose(action, flow.to_action(norm(obs), z)[0], atol=1e-6)
+# --- Training, step by step -----------------------------------------------------------------------
+STARTS = 3
+
+
+def stepped(script, after=None, total=9, **options):
+    """A run of `total` vector steps without files; `after(run)` looks at it after each."""
+    sizes = dict(num_envs=4, batch_size=16, learning_starts=STARTS, eval_episodes=2)
+    sizes |= dict(env_id="Ingenuity", total_timesteps=total)
+    run = SteppedRun(total, after=after)
+    script.train(script.Args(**sizes | options), run)
+    return run
+
+
+def updates_made(script, run):
+    """Steps that Adam has taken for the networks: of the flow, or of critics and actor."""
+    if script is meow:
+        return [adam_steps(run.parts["learner"].state[4])]
+    states = run.parts["critic_learner"].state, run.parts["actor_learner"].state
+    return [adam_steps(states[0][4]), adam_steps(states[1][3])]
+
+
+@both_scripts
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_updates_per_vector_step(script, per_step):
+    """None while acting at random, then exactly as many as asked for, actor included."""
+    seen = []
+    stepped(script, lambda run: seen.append(updates_made(script, run)), updates_per_step=per_step)
+    networks = 1 if script is meow else 2
+    assert seen == [[per_step * max(0, step - STARTS)] * networks for step in range(1, 10)]
+
+
+def test_a_rarer_actor_catches_up():
+    """--policy-frequency 2: two updates of the actor after every second one of the critics."""
+    seen = []
+    stepped(sac, lambda run: seen.append(updates_made(sac, run)), policy_frequency=2)
+    assert seen[STARTS:] == [[n, n - n % 2] for n in range(1, 7)]
+
+
+@both_scripts
+def test_networks_see_observations_normalised_by_all_before(script, monkeypatch):
+    """Acting, and batches: observations only, by the statistics at that step."""
+    seen, raw, actions, norms, batches = [], [], [], [], []
+    sample, step = VectorReplayBuffer.sample, TrainingEnvs.step
+    noise = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+    def recorded_sample(self, rng):
+        raw.append(sample(self, rng).clone())
+        return self.batch
+
+    def recorded_step(self, action):
+        seen.append(self.obs.clone())
+        norms.append(copy.deepcopy(self.norm))
+        actions.append(action.clone())
+        return step(self, action)
+
+    monkeypatch.setattr(VectorReplayBuffer, "sample", recorded_sample)
+    monkeypatch.setattr(TrainingEnvs, "step", recorded_step)
+    monkeypatch.setattr(torch, "randn", lambda *_args, **_kwargs: noise)
+    acted = []
+
+    def after(run):
+        network = run.policy["flow" if script is meow else "actor"]
+        acted.append(copy.deepcopy(network))
+        batches.append(run.parts["replay"].batch.clone())
+
+    run = stepped(script, after)
+    for i in range(STARTS, 9):
+        so_far = torch.cat(seen[: i + 1]).double()
+        assert norms[i].count.item() == len(so_far)
+        torch.testing.assert_close(norms[i].mean, so_far.mean(0))
+        torch.testing.assert_close(norms[i].var, so_far.var(0, correction=0))
+        expected = acted[i - 1].sample(norms[i](seen[i]), noise)[0]
+        torch.testing.assert_close(actions[i], expected)
+        batch, expected = batches[i], raw[i - STARTS].clone()
+        for part in (expected[:, :13], expected[:, 19:32]):  # obs and next_obs
+            part.copy_(norms[i](part))
+        assert torch.equal(batch, expected)
+        assert not torch.equal(batch, raw[i - STARTS])
+    assert run.policy["norm"].count.item() == 4 * 10
+
+
+@both_scripts
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_evaluation_plays_the_policy_on_normalised_observations(
+    script, deterministic, monkeypatch, tmp_path
+):
+    """Without noise; with --no-deterministic-eval with normal noise, and the same each time."""
+    run = stepped(script, deterministic_eval=deterministic)
+    network, norm = run.policy["flow" if script is meow else "actor"], run.policy["norm"]
+    observed, played, reset, step = [], [], SimulatorEnvs.reset, SimulatorEnvs.step
+
+    def recorded_reset(self, *key):
+        observed.append(reset(self, *key))
+        return observed[-1]
+
+    def recorded_step(self, action):
+        played.append(action.clone())
+        result = step(self, action)
+        observed.append(result[0])
+        return result
+
+    monkeypatch.setattr(SimulatorEnvs, "reset", recorded_reset)
+    monkeypatch.setattr(SimulatorEnvs, "step", recorded_step)
+    count, state = norm.count.item(), torch.get_rng_state()
+    returns, lengths = run.evaluator.run(9, tmp_path)
+    obs = torch.stack(observed[:-1])
+    modes = network.sample(norm(obs.flatten(0, 1)), torch.zeros(2 * len(obs), 6))[0]
+    equal = torch.isclose(torch.cat(played), modes, atol=1e-6)
+    assert equal.all() if deterministic else not equal.any(0).all()
+    assert max(lengths) == len(played)
+    assert run.evaluator.run(9, tmp_path)[0] == returns
+    assert run.evaluator.run(10, tmp_path)[0] != returns
+    assert norm.count.item() == count  # evaluations leave training as it is
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- Whole runs -----------------------------------------------------------------------------------
-@pytest.fixture(scope="module", params=ISAAC_SCRIPTS, ids=lambda path: path.stem)
+def only_run(folder):
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def metrics(run):
+    """metrics.csv without times and speeds."""
+    with open(run / "metrics.csv") as f:
+        rows = [(int(r["step"]), r["name"], r["value"]) for r in csv.DictReader(f)]
+    return [row for row in rows if not row[1].endswith("SPS")]
+
+
+def same(one, other):
+    """Whether two checkpoints hold the same, bit for bit, but for times and what names the run."""
+    if isinstance(one, dict):
+        keys = [k for k in one if k not in ("args", "description", "csv_bytes", "seconds")]
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in keys)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def load(run, name="checkpoint.pt"):
+    """A run's file; the replay buffer without the place that the next step will fill."""
+    content = torch.load(run / name, weights_only=True)
+    if replay := content.get("replay"):
+        for part in ("rows", "invalid"):
+            replay[part] = replay[part][: replay["added"]]
+    return content
+
+
+@pytest.fixture(scope="module", params=BOTH, ids=lambda s: s.__name__)
 def finished(request, tmp_path_factory):
     """A script and the folder of an uninterrupted quick run of it."""
-    cwd = tmp_path_factory.mktemp(request.param.stem)
-    result = run(command(script=request.param), cwd)
-    assert result.returncode == 0, result.stderr
-    return request.param, only_run(cwd), result
-
-
-def rows(folder):
-    return [row for row in metrics(folder) if row[1] != "charts/env_SPS"]
+    folder = tmp_path_factory.mktemp(request.param.__name__)
+    assert command(request.param, quick(), folder) == 0
+    return request.param, only_run(folder)
 
 
 def test_files_of_a_run(finished):
-    script, folder, result = finished
-    files = {"args.json", "metrics.csv", "checkpoint.pt", "policy_best.pt", "policy_final.pt"}
-    assert {f.name for f in folder.iterdir()} == files
-    assert folder.name.startswith(f"Ant__{script.stem}__1__")
-    evaluated = [step for step, name, _ in metrics(folder) if name == "eval/return_mean"]
-    assert evaluated == ["80", "130"]
-    assert "step 130/130, ETA 00:00" in result.stderr
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert saved["norm"]["count"].item() == 4 * 131  # the first observations and one a step
-    assert saved["replay"]["added"] == 130
+    script, run = finished
+    assert {f.name for f in run.iterdir()} >= {"args.json", "metrics.csv", "policy_final.pt"}
+    assert run.name.startswith(f"Ingenuity__{script.__name__}__1__")
+    evaluated = [step for step, name, _ in metrics(run) if name == "eval/return_mean"]
+    assert evaluated == [40, 60]
+    losses = [step for step, name, _ in metrics(run) if name.startswith("losses/")]
+    assert min(losses) == 15
+    assert sum(float(v) for _, name, v in metrics(run) if name == "charts/episodes") >= 8
+    saved = load(run)
+    assert saved["norm"]["count"].item() == 4 * 61  # the first observations and one a step
+    assert saved["replay"]["added"] == 60
 
 
-def test_killed_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
-    """SIGKILL in the middle of episodes, then --resume with another number of threads."""
-    script, folder, _ = finished
-    words = command(script=script)
-    process = subprocess.Popen(words, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
-    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
-    time.sleep(0.3)
-    process.kill()
-    process.wait()
-    saved = torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
-    assert saved["step"] in (50, 100)
-    resume = [sys.executable, str(script), "--resume", str(only_run(tmp_path))]
-    result = run([*resume, "--sim-threads", "2"], tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert rows(only_run(tmp_path)) == rows(folder)
+def resumed_is_the_whole_run(finished, tmp_path, *words):
+    script, whole = finished
+    assert command(script, ["--resume", only_run(tmp_path), *words], tmp_path) == 0
+    assert metrics(only_run(tmp_path)) == metrics(whole)
+    for name in ("checkpoint.pt", "policy_final.pt"):
+        assert same(load(only_run(tmp_path), name), load(whole, name)), name
 
 
-def test_evaluation_repeats_the_runs_last_one(finished, tmp_path):
-    script, folder, _ = finished
-    result = run([sys.executable, str(script), "--evaluate", str(folder)], tmp_path)
-    assert result.returncode == 0, result.stderr
-    printed = [float(x.split("return ")[1].split(",")[0]) for x in result.stdout.splitlines()[:2]]
-    last = [v for s, n, v in metrics(folder) if s == "130" and n.startswith("eval/return_")]
-    assert printed == pytest.approx(list(map(float, last[2:])), abs=0.02, rel=1e-3)
-    words = [sys.executable, str(script), "--evaluate", str(folder), "--no-deterministic-eval"]
-    assert "2 stochastic episodes" in run(words, tmp_path).stdout
+def test_stopped_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+    """SIGTERM in the middle of a step: the run ends that step, saves, and later goes on."""
+    step = TrainingEnvs.step
+
+    def interrupted(self, action):
+        if self.steps == 36:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingEnvs, "step", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            command(finished[0], quick(checkpoint_frequency=0), tmp_path)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert load(only_run(tmp_path))["step"] == 37
+    resumed_is_the_whole_run(finished, tmp_path)
+
+
+def test_broken_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+    """It goes on from its last checkpoint, in the middle of episodes, with other threads."""
+    step = TrainingEnvs.step
+
+    def broken(self, action):
+        if self.steps == 37:
+            raise RunError("pulled the plug")
+        return step(self, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingEnvs, "step", broken)
+        assert command(finished[0], quick(), tmp_path) == 1
+    assert load(only_run(tmp_path))["step"] == 20
+    assert metrics(only_run(tmp_path))[-1][0] == 35
+    resumed_is_the_whole_run(finished, tmp_path, "--sim-threads", 2)
+
+
+def test_evaluation_repeats_the_runs_last_one(finished, tmp_path, capsys):
+    script, run = finished
+    assert command(script, ["--evaluate", run], tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    printed = [float(line.split("return ")[1].split(",")[0]) for line in lines[:2]]
+    last = [v for s, n, v in metrics(run) if s == 60 and n in ("eval/return_0", "eval/return_1")]
+    assert printed == pytest.approx(list(map(float, last)), abs=0.02, rel=1e-3)
+    assert command(script, ["--evaluate", run, "--no-deterministic-eval"], tmp_path) == 0
+    assert "2 stochastic episodes" in capsys.readouterr().out
+
+
+renders = pytest.mark.skipif(
+    not (ctypes.util.find_library("EGL") or ctypes.util.find_library("OSMesa")),
+    reason="needs an off-screen renderer: libegl1 or libosmesa6",
+)
 
 
 @renders
-@pytest.mark.parametrize("finished", ISAAC_SCRIPTS[:1], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", BOTH[:1], indirect=True)
 def test_video_shows_the_robot(finished, tmp_path):
-    script, folder, _ = finished
-    words = [sys.executable, str(script), "--evaluate", str(folder), "--capture-video"]
-    shows_the_robot(run(words, tmp_path), folder)
+    """On a machine without a screen: one frame per step, and the robot moves in it."""
+    _, run = finished
+    env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "DISPLAY")}
+    words = [sys.executable, str(ISAAC_SCRIPTS[0]), "--evaluate", str(run), "--capture-video"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = (run / "videos").glob("*.mp4")
+    assert f"video of episode 0: {path}" in done.stdout
+    frames = [frame.astype(float) for frame in imageio.get_reader(path)]
+    assert abs(len(frames) - int(done.stdout.split("length ")[1].split()[0])) <= 1
+    assert all(frame.std() > 10 for frame in frames)
+    assert np.abs(frames[-1] - frames[0]).max() > 50
 
 
-def test_bad_input_is_one_sentence(finished, tmp_path):
-    script, folder, _ = finished
-    (other,) = set(ISAAC_SCRIPTS) - {script}
-    foreign = run([sys.executable, str(other), "--resume", str(folder)], tmp_path)
-    is_one_sentence(foreign, 1, f"was not written by this script ({other.stem}/1)")
-    for options, code, needle in (
-        (dict(env_id="Bee"), 2, "--env-id Bee"),
-        (dict(env_id="Isaac-Ant-Direct-v0"), 2, "isaaclab_tasks is not installed"),
-        (dict(simulator="isaacgym"), 2, "isaacgymenvs is not installed"),
-        (dict(num_envs=10**10), 2, "10000000000 environments on 1 thread(s) don't fit into memory"),
-        (
-            dict(buffer_size=10**9, total_timesteps=10**9),
-            2,
-            "--buffer-size 1000000000: the replay buffer needs",
-        ),
-    ):
-        is_one_sentence(run(command(script=script, **options), tmp_path), code, needle)
-    for name in ("num_envs", "updates_per_step", "sim_threads"):
-        result = run(command(script=script, **{name: 0}), tmp_path)
-        assert result.returncode == 2
-        assert f"--{name.replace('_', '-')} 0: must be at least 1" in result.stderr
-    rate = dict(learning_rate=1e30) if script.stem.startswith("meow") else dict(q_lr=1e30)
-    is_one_sentence(run(command(script=script, **rate), tmp_path), 1, "is not finite")
+BAD = [
+    (dict(env_id="Bee"), 2, "--env-id Bee"),
+    (dict(env_id="Isaac-Ant-Direct-v0"), 2, "isaaclab_tasks is not installed"),
+    (dict(simulator="isaacgym"), 2, "isaacgymenvs is not installed"),
+    (dict(num_envs=10**10), 2, "10000000000 environments on 1 thread(s) don't fit into memory"),
+    (dict(buffer_size=10**9, total_timesteps=10**9), 2, "--buffer-size 1000000000: the replay"),
+]
 
 
-def test_a_nan_from_an_environment_stops_the_run_and_names_it(tmp_path, monkeypatch):
+@both_scripts
+@pytest.mark.parametrize(("options", "code", "needle"), BAD, ids=lambda x: str(x)[:40])
+def test_bad_input_is_one_sentence(script, options, code, needle, tmp_path, capsys):
+    one_sentence(command(script, quick(**options), tmp_path), code, needle, capsys)
+
+
+def one_sentence(code, expected_code, needle, capsys):
+    (error,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert code == expected_code
+    assert needle in error
+
+
+@both_scripts
+@pytest.mark.parametrize("name", ["num_envs", "updates_per_step", "sim_threads"])
+def test_counts_are_positive(script, name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(script, quick(**{name: 0}), tmp_path)
+    assert stop.value.code == 2
+    assert f"--{name.replace('_', '-')} 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_runs_of_the_other_script_are_refused(finished, tmp_path, capsys):
+    script, run = finished
+    (other,) = set(BOTH) - {script}
+    needle = f"was not written by this version of {other.__name__}.py"
+    one_sentence(command(other, ["--resume", run], tmp_path), 1, needle, capsys)
+
+
+@both_scripts
+def test_a_diverging_update_stops_the_run(script, tmp_path, capsys):
+    rate = dict(learning_rate=1e30) if script is meow else dict(q_lr=1e30)
+    one_sentence(command(script, quick(**rate), tmp_path), 1, "at step 1", capsys)
+
+
+@both_scripts
+def test_a_nan_from_an_environment_stops_the_run_and_names_it(
+    script, monkeypatch, tmp_path, capsys
+):
     """World 2 of the physics is broken by hand before step 5."""
-    monkeypatch.chdir(tmp_path)
-    args = meow.Args(num_envs=4, total_timesteps=20, learning_starts=10, compile=False)
-    step = meow.TrainingEnvs.step
+    step = TrainingEnvs.step
 
-    def broken(self, action, number):
-        if number == 5:
+    def broken(self, action):
+        if self.steps == 5:
             self.simulator.physics.qpos[2, 0] = math.nan
-        return step(self, action, number)
+        return step(self, action)
 
-    monkeypatch.setattr(meow.TrainingEnvs, "step", broken)
-    with pytest.raises(meow.RunError, match=r"environment 2 of 4 of Ant .* = nan.* at step 5"):
-        meow.train(args)
+    monkeypatch.setattr(TrainingEnvs, "step", broken)
+    code = command(script, quick(), tmp_path)
+    one_sentence(code, 1, "Ingenuity: observation[2, 0] = nan at step 5", capsys)
 
 
 # --- NVIDIA's simulators, played by the stand-ins of tests/stand_ins ------------------------------
-def with_stand_ins():
-    """PYTHONPATH with the stand-ins; isaacgym then refuses to be imported after torch."""
-    path = f"{ROOT}/tests/stand_ins:{ROOT}/tests"
-    return environment(PYTHONPATH=path, STRICT_IMPORT_ORDER="1")
+NVIDIA = [
+    ("isaacgym", "Ant"),
+    pytest.param("isaacgym", "Ingenuity", marks=pytest.mark.slow),
+    ("auto", "Isaac-Ant-Direct-v0"),
+]
 
 
-@pytest.mark.parametrize("script", ISAAC_SCRIPTS, ids=lambda path: path.stem)
-@pytest.mark.parametrize(
-    ("simulator", "env_id", "max_steps"),
-    [("isaacgym", "Ant", 6), ("isaacgym", "Ingenuity", 6), ("auto", "Isaac-Ant-Direct-v0", 7)],
-)
-def test_nvidias_simulators(simulator, env_id, max_steps, script, tmp_path):
-    """Trains, resumes with new episodes and evaluates; no row that is drawn joins two episodes."""
-    words = command(script=script, simulator=simulator, env_id=env_id, num_envs=5)
-    first = run(words, tmp_path, with_stand_ins())
-    assert first.returncode == 0, first.stderr
-    assert "no evaluation while training" in first.stderr
-    folder = only_run(tmp_path)
-    names = {name for _, name, _ in metrics(folder)}
+def stored(run):
+    """All transitions that the replay buffer of a stand-in's run can return.
+
+    Rows (environment, episode, step, terminated); checks that next_obs is one step on in the same
+    episode wherever the target looks at it, and that no reward is that of a reset.
+    """
+    state = load(run)["replay"]
+    obs_dim, width = state["obs"].shape[-1], state["rows"].shape[-1]
+    limit = 7 if obs_dim == 4 else 6
+    replay = VectorReplayBuffer(state["added"], 5, obs_dim, width - 3, limit, 20_000)
+    replay.load_state_dict(state)
+    obs, _, next_obs, reward, terminated = gathered(replay).split(replay.widths, -1)
+    going_on = terminated[:, 0] == 0
+    place, after = 64 * obs[:, :3], 64 * next_obs[:, :3]
+    assert torch.equal(place[going_on] + torch.tensor([0, 0, 1]), after[going_on])
+    assert (reward < 2).all()
+    return {tuple(row) for row in torch.cat([place, terminated], -1).long().unique(dim=0).tolist()}
+
+
+@both_scripts
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(("simulator", "env_id"), NVIDIA)
+def test_nvidias_simulators(script, simulator, env_id, tmp_path, capsys):
+    """Trains, resumes with new episodes and evaluates.
+
+    What is learned from are all steps of all episodes: only falls terminate, not time-outs, and no
+    row that a late reset leaves behind is among them.
+    """
+    sizes = dict(num_envs=5, total_timesteps=80, learning_starts=70)
+    words = quick(simulator=simulator, env_id=env_id, **sizes)
+    assert command(script, words, tmp_path) == 0
+    assert "no evaluation while training" in capsys.readouterr().err
+    run = only_run(tmp_path)
+    names = {name for _, name, _ in metrics(run)}
     assert "charts/episodic_return" in names
     assert "eval/return_mean" not in names
-    resume = [sys.executable, str(script), "--resume", str(folder), "--total-timesteps", "160"]
-    resumed = run(resume, tmp_path, with_stand_ins())
-    assert resumed.returncode == 0, resumed.stderr
-    assert "their episodes start anew" in resumed.stderr
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)["replay"]
-    obs_dim, width = state["obs"].shape[-1], state["rows"].shape[-1]
-    replay = ReplayBuffer(160, 5, obs_dim, width - 3, max_steps)
-    replay.load_state_dict(state)
-    drawn = gathered(replay, 20_000)
-    obs, _, next_obs, reward, terminated = drawn.split(replay.splits, -1)
-    going_on = terminated[:, 0] == 0
-    place, after = 64 * obs[going_on, :3], 64 * next_obs[going_on, :3]
-    assert torch.equal(place + torch.tensor([0, 0, 1]), after)  # environment, episode, step
-    assert (reward < 2).all()  # spurious rows pay 100
-    evaluate = [sys.executable, str(script), "--evaluate", str(folder)]
-    played = run(evaluate, tmp_path, with_stand_ins())
-    assert "2 deterministic episodes" in played.stdout, played.stderr
+    rows = [(i, row) for i in range(5) for row in timeline(i, 1, 80, **HOW[env_id]) if row]
+    assert stored(run) == {(i, *before, fell) for i, (before, _, fell, _) in rows}
+    resume = ["--resume", run, "--total-timesteps", 100]
+    assert command(script, resume, tmp_path) == 0
+    assert "their episodes start anew" in capsys.readouterr().err
+    stored(run)
+    assert command(script, ["--evaluate", run], tmp_path) == 0
+    assert "2 deterministic episodes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", [meow.__name__, pytest.param(sac.__name__, marks=pytest.mark.slow)]
+)
+def test_the_scripts_import_isaac_gym_before_torch(name):
+    """As the real one demands; the stand-in does so here."""
+    code = f"import {name}; from isaac_tasks import make_simulator as make\n"
+    code += "print(make('isaacgym', 'Ant', 2, seed=1).obs_dim)"
+    env = os.environ | {"PYTHONPATH": f"{ROOT}/tests/stand_ins", "STRICT_IMPORT_ORDER": "1"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "5\n", done.stderr

@@ -1,5 +1,6 @@
 """The multi-goal world: dynamics, reward and ends by hand; its figure from random policies."""
 
+import json
 import math
 import subprocess
 import sys
@@ -15,6 +16,11 @@ import meow_continuous_action as meow
 import multi_goal
 import sac_continuous_action as sac
 import sql_continuous_action as sql
+from harness.args import parse_args
+from harness.envs import make_env
+from harness.files import load_file, save_file
+from harness.runs import main
+from multi_goal import figure
 
 ENV_ID = "multi_goal:MultiGoal-v0"
 
@@ -111,9 +117,8 @@ def test_picture():
     assert "render_fps" in env.metadata
 
 
-@pytest.mark.parametrize("script", [meow, sac, sql])
-def test_the_scripts_make_it(script):
-    env = script.make_env(ENV_ID, "rgb_array")
+def test_the_scripts_environment():
+    env = make_env(ENV_ID, "rgb_array")
     assert env.observation_space.shape == env.action_space.shape == (2,)
     env.reset(seed=0)
     env.step(np.float32([1, -1]))
@@ -135,29 +140,29 @@ def test_counting_of_goals():
         [(0, 0), (0.5, -4.3)],
         [(0, 0)],
     ]
-    counts = multi_goal.count_goals([np.float32(t) for t in made_up])
+    counts = figure.count_goals([np.float32(t) for t in made_up])
     assert counts.tolist() == [1, 1, 1, 2, 2]
 
 
 def test_trajectories_follow_the_world():
     """A policy that steps right (or left, by the sign of its noise) and never stops by itself."""
 
-    def act(obs, noise):
+    def sample(obs, noise):
         sign = torch.where(obs[:, :1] == 0, noise[:, :1].sign(), obs[:, :1].sign())
-        return torch.cat([sign, 0 * sign], dim=-1)
+        return torch.cat([sign, 0 * sign], dim=-1), None
 
-    policy = multi_goal.Policy("scripted", 1, 0, "", None, act, None)
-    trajectories = multi_goal.sample_trajectories(policy, 50)
+    policy = figure.Policy("scripted", "", None, sample, None)
+    trajectories = figure.sample_trajectories(policy, 50)
     for trajectory in trajectories:  # 4 is exactly 1 away: the fifth step arrives
         np.testing.assert_array_equal(abs(trajectory[:, 0]), range(6))
-    right, left, *others = multi_goal.count_goals(trajectories)
+    right, left, *others = figure.count_goals(trajectories)
     assert right + left == 50
     assert min(right, left) > 10
     assert others == [0, 0, 0]
-    policy.act = lambda _, noise: 0 * noise
-    still = multi_goal.sample_trajectories(policy, 2)
+    policy.sample = lambda _, noise: (0 * noise, None)
+    still = figure.sample_trajectories(policy, 2)
     assert [len(t) for t in still] == [multi_goal.TIME_LIMIT + 1] * 2
-    assert multi_goal.count_goals(still).tolist() == [0, 0, 0, 0, 2]
+    assert figure.count_goals(still).tolist() == [0, 0, 0, 0, 2]
 
 
 def test_quadrature_gives_the_exact_value_of_the_flow(make_random_flow):
@@ -165,11 +170,11 @@ def test_quadrature_gives_the_exact_value_of_the_flow(make_random_flow):
     flow = make_random_flow(2, 2, alpha=2.5, low=-1.5, high=-0.3)
     for mlp in flow.t:  # moderate couplings, so that the grid can resolve the density
         mlp.layers[-1].weight.data *= 0.2
-    obs = torch.rand(4, 2, dtype=torch.float64) * 14 - 7
+    obs = torch.rand(2, 2, dtype=torch.float64) * 14 - 7
     exact = flow.soft_values(obs).min(-1).values.detach()
     assert (exact.max() - exact.min()) > 0.1
-    for n, error in ((multi_goal.QUADRATURE, 5e-3), (80, 2e-4)):
-        value = multi_goal.quadrature_value(flow.q_values, obs, 2.5, n)
+    for n, error in ((figure.QUADRATURE, 5e-3), (80, 2e-4)):
+        value = figure.quadrature_value(flow.q_values, obs, 2.5, n)
         torch.testing.assert_close(value, exact, rtol=0, atol=error)
 
 
@@ -181,27 +186,29 @@ def test_quadrature_of_a_known_integral():
         return torch.stack([q + 1, q], dim=-1)
 
     for alpha in (0.2, 0.4, 2.5):
-        value = multi_goal.quadrature_value(q_values, torch.zeros(40, 2), alpha)
+        value = figure.quadrature_value(q_values, torch.zeros(40, 2), alpha)
         inside = math.erf((30 / alpha) ** 0.5) ** 2  # of a normal with variance alpha / 60
         expected = alpha * math.log(inside * math.pi * alpha / 30)
         np.testing.assert_allclose(value, expected, atol=1e-4)
 
 
-def random_run(script, folder, env_id=ENV_ID, **changes):
-    """A run folder with the untrained policy of one of the scripts."""
-    torch.manual_seed(0)
-    args = script.Args(env_id=env_id, seed=7)
+def networks(script, args):
+    """What a policy file of the script holds, by name: untrained networks."""
     if script is meow:
-        state = {"flow": meow.make_flow(args, 2, 2).state_dict()}
-    elif script is sac:
-        networks = zip(("actor", "critics"), sac.make_networks(args, 2, 2), strict=True)
-        state = {name: network.state_dict() for name, network in networks} | {"log_alpha": 0.0}
-    else:
-        networks = zip(("sampler", "critic"), sql.make_networks(args, 2, 2), strict=True)
-        state = {name: network.state_dict() for name, network in networks}
+        return {"flow": meow.make_flow(args, 2, 2)}
+    names = ("actor", "critics") if script is sac else ("sampler", "critic")
+    return dict(zip(names, script.make_networks(args, 2, 2), strict=True))
+
+
+def random_run(script, folder, env_id=ENV_ID, settings=(), **changes):
+    """A run folder with the untrained policy of one of the scripts."""
+    args = script.Args.for_env(env_id)
+    args.seed = 7
+    state = {name: network.state_dict() for name, network in networks(script, args).items()}
     folder.mkdir(parents=True)
-    content = {"args": vars(args), "step": 4000, **state, **changes}
-    script.save_file(folder / "policy_final.pt", content)
+    content = {"args": vars(args) | dict(settings), "step": 4000, **state, **changes}
+    save_file(folder / "policy_final.pt", content, script.__name__)
+    (folder / "args.json").write_text(json.dumps({"script": f"{script.__name__}.py"}))
     return folder
 
 
@@ -209,99 +216,114 @@ def test_meow_value_is_the_lower_of_its_two(tmp_path):
     flow = meow.make_flow(meow.Args(alpha=2.5), 2, 2)
     flow.b[0].layers[-1].bias.fill_(3.0)
     flow.b[1].layers[-1].bias.fill_(-2.0)
-    settings = vars(meow.Args(env_id=ENV_ID, alpha=2.5))
-    run = random_run(meow, tmp_path / "run", args=settings, flow=flow.state_dict())
+    flow.h.layers[-1].bias.zero_()  # sigma(s) is in the middle between its bounds
+    run = random_run(meow, tmp_path / "run", flow=flow.state_dict())
     obs = torch.zeros(1, 2)
-    expected = 2.5 * (float(flow.log_sigma(obs).sum()) - 2.0)
-    assert multi_goal.load_policy(run).soft_value(obs) == pytest.approx(expected, abs=1e-4)
+    bounds = meow.Args.for_env(ENV_ID)
+    expected = 2.5 * (bounds.log_sigma_min + bounds.log_sigma_max - 2.0)
+    assert figure.load_policy(run).soft_value(obs) == pytest.approx(expected, abs=1e-4)
 
 
-def test_sac_and_sql_values_are_in_reward_units(tmp_path):
+@pytest.mark.parametrize("script", [sac, sql])
+def test_sac_and_sql_values_are_in_reward_units(script, tmp_path):
     """V = alpha log int exp(min_k Q_k / alpha) da; SQL's Q is scaled and its alpha is 1."""
-    obs, alpha, scale = torch.tensor([[1.0, -2.0]]), 2.5, 0.4
-    run = random_run(sac, tmp_path / "sac", log_alpha=math.log(alpha))
-    critics = sac.make_networks(sac.Args(), 2, 2)[1]
-    critics.load_state_dict(sac.load_file(run / "policy_final.pt")["critics"])
+    run = random_run(script, tmp_path / "run")
+    saved = load_file("--run", run / "policy_final.pt", script.__name__)
+    args = script.Args(**saved["args"])
+    critics = list(networks(script, args).values())[-1]
+    obs = torch.tensor([[1.0, -2.0]])
     actions = torch.rand(50_000, 2, generator=torch.Generator().manual_seed(1)) * 2 - 1
     q = critics.q_values(obs.expand(len(actions), -1), actions).min(-1).values
-    expected = alpha * (torch.exp(q / alpha).mean() * 4).log()  # Monte Carlo; the square's area: 4
-    assert multi_goal.load_policy(run).soft_value(obs) == pytest.approx(float(expected), abs=2e-3)
-    settings = vars(sql.Args(env_id=ENV_ID, reward_scale=scale))
-    run = random_run(sql, tmp_path / "sql", args=settings)
-    critic = sql.make_networks(sql.Args(), 2, 2)[1]
-    critic.load_state_dict(sql.load_file(run / "policy_final.pt")["critic"])
-    q = critic.q_values(obs.expand(len(actions), -1), actions)[:, 0].detach()
-    expected = (torch.exp(q).mean() * 4).log() / scale
-    assert multi_goal.load_policy(run).soft_value(obs) == pytest.approx(float(expected), abs=2e-3)
+    alpha, scale = (args.alpha, 1) if script is sac else (1, args.reward_scale)
+    mean = torch.exp(q / alpha).mean()  # Monte Carlo over the square, whose area is 4
+    expected = alpha * math.log(4 * mean) / scale
+    assert (alpha, scale) == ((2.5, 1) if script is sac else (1, 0.4))
+    assert figure.load_policy(run).soft_value(obs) == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize("script", [meow, sac, sql])
-def test_densities_and_values_of_each_method(script, tmp_path):
-    policy = multi_goal.load_policy(random_run(script, tmp_path / "run"))
-    density = multi_goal.action_density(policy, (1.0, 2.0))
-    cell = (2 / multi_goal.BINS) ** 2
+def test_densities_of_each_method(script, tmp_path):
+    """The density integrates to 1 and has the mean of the sampled actions."""
+    policy = figure.load_policy(random_run(script, tmp_path / "run"))
+    density = figure.action_density(policy, (1.0, 2.0))
+    cell = (2 / figure.BINS) ** 2
     assert density.sum() * cell == pytest.approx(1, abs=0.02)
     noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        mean = policy.act(torch.tensor([[1.0, 2.0]]).expand(20_000, -1), noise).mean(0)
-    axis = (np.arange(multi_goal.BINS) + 0.5) * 2 / multi_goal.BINS - 1
+    obs = torch.tensor([[1.0, 2.0]]).expand(20_000, -1)
+    mean = policy.sample(obs, noise)[0].mean(0)
+    axis = (np.arange(figure.BINS) + 0.5) * 2 / figure.BINS - 1
     by_density = [density.sum(0) @ axis * cell, density.sum(1) @ axis * cell]  # x, y
     np.testing.assert_allclose(by_density, mean, atol=0.02)
 
 
+def test_a_composed_run_shows_the_mean_of_its_two(tmp_path):
+    args = sql.Args.for_env(ENV_ID)
+    args.compose = ("runs/a", "runs/b")
+    both = networks(sql, args)["critic"]
+    run = random_run(sql, tmp_path / "run", settings={"compose": args.compose},
+                     critic=both.state_dict())  # fmt: skip
+    policy, obs = figure.load_policy(run), torch.tensor([[1.0, -2.0]])
+
+    def mean(obs, action):
+        x = torch.cat([obs, action], -1)
+        return (both.q[0](x) + both.q[1](x)) / 2
+
+    expected = figure.quadrature_value(mean, obs, 1.0) / 0.4
+    assert policy.name == "mean of two soft Q"
+    torch.testing.assert_close(policy.soft_value(obs), expected)
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_figure(tmp_path, monkeypatch, capsys):
     """A column per run, whatever the algorithms; an untrained MEow's V is the same everywhere."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(multi_goal, "MAP_POINTS", 9)
-    runs = [str(random_run(s, tmp_path / s.__name__)) for s in (meow, sac, sql)]
+    monkeypatch.setattr(figure, "MAP_POINTS", 9)
+    out = tmp_path / "new" / "out"
+    east = "multi_goal:MultiGoalNorthEast-v0"
+    runs = [str(random_run(s, tmp_path / s.__name__)) for s in (meow, sac)]
+    runs.append(str(random_run(sql, tmp_path / "east", env_id=east)))
     for chosen in (runs, runs[2:]):
-        assert multi_goal.main(["--run", *chosen, "--out", str(tmp_path / "new" / "out")]) == 0
-        table = (tmp_path / "new" / "out" / "multi_goal.md").read_text(encoding="utf-8")
+        assert figure.main(["--run", *chosen, "--out", str(out), "--name", "goals"]) == 0
+        table = (out / "goals.md").read_text(encoding="utf-8")
         assert capsys.readouterr().out == table
         rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
         names = [row[0].removeprefix("| ") for row in rows]
-        assert names == ["MEow", "SAC", "Soft Q-learning"][-len(chosen) :]
+        assert names == ["MEow", "SAC", "Soft Q-learning (NorthEast)"][-len(chosen) :]
         for row in rows:
             assert row[1:3] == ["7", "4000"]
             assert sum(map(int, row[3:8])) == 200
-        for name, start in (("multi_goal.png", b"\x89PNG"), ("multi_goal.svg", b"<?xml")):
-            content = (tmp_path / "new" / "out" / name).read_bytes()
+        for name, start in (("goals.png", b"\x89PNG"), ("goals.svg", b"<?xml")):
+            content = (out / name).read_bytes()
             assert content.startswith(start)
             assert len(content) > 20_000
-    assert multi_goal.main(["--run", runs[0], "--run", runs[1], "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("| 4000 |") == 2
 
 
 def bad_runs(folder):
     """Name: (arguments, exit code, words of the sentence)."""
     good = str(random_run(meow, folder / "good"))
-    (folder / "empty").mkdir()
-    (folder / "damaged").mkdir()
-    whole = (folder / "good" / "policy_final.pt").read_bytes()
-    (folder / "damaged" / "policy_final.pt").write_bytes(whole[: len(whole) // 2])
-    (folder / "other.pt").write_bytes(b"")
-    torch.save({"format": "td3/1"}, folder / "td3.pt")
-    torch.save([1, 2], folder / "list.pt")
-    random_run(meow, folder / "hopper", env_id="Hopper-v4")
-    random_run(meow, folder / "unfitting", flow={})
-    random_run(meow, folder / "option", args={"no_such_option": 1})
     nan = meow.make_flow(meow.Args(), 2, 2)
     nan.h.layers[-1].bias.fill_(math.nan)
     random_run(meow, folder / "nan", flow=nan.state_dict())
+    random_run(meow, folder / "hopper", env_id="Hopper-v4")
+    random_run(meow, folder / "unfitting", flow={})
+    random_run(meow, folder / "option", settings={"no_such_option": 1})
+    for name in ("empty", "damaged", "foreign", "nameless"):
+        random_run(meow, folder / name)
+    (folder / "empty" / "policy_final.pt").unlink()
+    whole = (folder / "good" / "policy_final.pt").read_bytes()
+    (folder / "damaged" / "policy_final.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "foreign" / "args.json").write_text('{"script": "td3.py"}')
+    (folder / "nameless" / "args.json").unlink()
     (folder / "file").write_text("")
     return {
-        "no run": ([], 2, ["--run"]),
-        "empty run": (["--run"], 2, ["--run"]),
-        "unknown option": (["--run", good, "--speed"], 2, ["--speed"]),
+        "no run": (["--run"], 2, ["--run"]),
         "missing": (["--run", good, "nowhere"], 2, ["nowhere"]),
         "empty folder": (["--run", f"{folder}/empty"], 2, ["empty", "policy_final.pt"]),
         "damaged": (["--run", f"{folder}/damaged"], 1, ["damaged"]),
-        "empty file": (["--run", f"{folder}/other.pt"], 1, ["other.pt", "not a policy"]),
-        "another content": (["--run", f"{folder}/list.pt"], 1, ["list.pt", "not a policy"]),
-        "another program": (["--run", f"{folder}/td3.pt"], 2, ["td3", "sac_continuous_action"]),
+        "no args.json": (["--run", f"{folder}/nameless"], 2, ["nameless/args.json"]),
+        "another program": (["--run", f"{folder}/foreign"], 2, ["td3", "sac_continuous_action"]),
         "another environment": (["--run", f"{folder}/hopper"], 2, ["Hopper-v4", "MultiGoal-v0"]),
-        "other networks": (["--run", f"{folder}/unfitting"], 1, ["unfitting", "networks"]),
+        "other networks": (["--run", f"{folder}/unfitting"], 1, ["unfitting", "another version"]),
         "other options": (["--run", f"{folder}/option"], 1, ["no_such_option"]),
         "not finite": (["--run", f"{folder}/nan"], 1, ["MEow, seed 7", "not finite"]),
         "out is a file": (["--run", good, "--out", f"{folder}/file"], 1, ["file"]),
@@ -309,11 +331,10 @@ def bad_runs(folder):
 
 
 def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(multi_goal, "MAP_POINTS", 5)
+    monkeypatch.setattr(figure, "MAP_POINTS", 5)
     monkeypatch.chdir(tmp_path)
     for name, (words, code, needles) in bad_runs(tmp_path / "runs").items():
-        assert multi_goal.main(words) == code, name
+        assert figure.main(words) == code, name
         captured = capsys.readouterr()
         assert captured.err.startswith("error: "), name
         assert captured.err.count("\n") == 1, name
@@ -325,19 +346,37 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
 def test_without_matplotlib(tmp_path, monkeypatch, capsys):
     run = random_run(meow, tmp_path / "run")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert multi_goal.main(["--run", str(run), "--out", str(tmp_path)]) == 2
-    assert "requirements-benchmark.txt" in capsys.readouterr().err
+    assert figure.main(["--run", str(run), "--out", str(tmp_path)]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "script", [meow, pytest.param(sac, marks=slow), pytest.param(sql, marks=slow)]
+)
+def test_it_trains_and_the_figure_reads_the_run(script, tmp_path, monkeypatch, capsys):
+    """From the command line of each script to the table."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figure, "MAP_POINTS", 5)
+    sizes = ["--total-timesteps", "40", "--learning-starts", "30", "--eval-episodes", "1"]
+    words = ["--env-id", ENV_ID, *sizes, "--batch-size", "8", "--no-compile"]
+    assert main(script.Args, script.train, script.load_evaluator, words) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert figure.main(["--run", str(run), "--out", "out"]) == 0
+    assert "| 1 | 40 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "goals"), [("NorthEast", (0, 2)), ("SouthEast", (0, 3))])
 def test_worlds_to_compose_have_two_goals(name, goals):
     """Only their own goals end an episode and draw the point; MEow's settings apply there too."""
     env_id = f"multi_goal:MultiGoal{name}-v0"
-    env = meow.make_env(env_id)
+    env = make_env(env_id)
     for i, goal in enumerate(multi_goal.GOALS):
         env.reset(seed=0, options={"state": goal})
         _, reward, terminated, _, _ = env.step(np.zeros(2, np.float32))
         assert terminated is (i in goals)
         nearest = min(np.square(goal - multi_goal.GOALS[g]).sum() for g in goals)
         assert reward == pytest.approx(10.0 if i in goals else -nearest)
-    assert meow.parse_args(["--env-id", env_id])[0].alpha == 2.5
+    assert parse_args(meow.Args, "meow", "", ["--env-id", env_id])[0].alpha == 2.5

@@ -1,112 +1,33 @@
-"""The multi-goal world of the soft Q-learning and MEow papers, and their figure of it.
+"""The multi-goal figure of finished runs: what the policies know and which goals they choose.
 
-    python meow_continuous_action.py --env-id multi_goal:MultiGoal-v0    # or sac_..., sql_...
-    python multi_goal.py --run runs/RUN_A runs/RUN_B                     # draws the figure
+    python -m multi_goal.figure --run runs/RUN_A runs/RUN_B --out results
 
-Importing this module registers `MultiGoal-v0`, and two worlds with two of its goals each, whose
-Q-functions `sql_continuous_action.py --compose` can join. Run as a script it draws, for one or
-more finished runs side by side, the soft value V over the plane, trajectories from the origin and
-the policy's density over actions at four states, and counts how often each of the four goals is
-chosen: a maximum-entropy policy should choose all of them. Writes NAME.png, .svg and .md to --out.
+One column per run: the soft value V over the plane with trajectories from the origin, the policy's
+density over actions at four states, and how often each of the four goals is chosen: a
+maximum-entropy policy should choose all of them. Writes NAME.png, .svg and .md to --out.
 
 V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da. MEow knows V exactly; for SAC and soft
 Q-learning the integral is a midpoint sum over QUADRATURE x QUADRATURE cells of [-1, 1]^2.
 Shapes: B batch or trajectories, T steps, K Q-functions.
 """
 
-import argparse
 import importlib
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor
+import tyro
+from torch import Tensor, nn
 
-# --- 1. The world ---------------------------------------------------------------------------------
-GOALS = np.float32([(5, 0), (-5, 0), (0, 5), (0, -5)])
-WALL = 7.0  # the world is [-WALL, WALL]^2
-RADIUS = 1.0  # closer than this to a goal, the episode ends
-# Steps. MEow's authors cut after 1000, softlearning after about 30. A learned policy takes 10 to
-# 30; with 1000, one that is stuck spends a quarter of the 4,000 training steps in one place.
-TIME_LIMIT = 100
+from harness.files import POLICY_FILES, RunError, UsageError, load_file
+from multi_goal import GOALS, RADIUS, TIME_LIMIT, WALL, distances, move
 
-
-def distances(position: np.ndarray, goals: np.ndarray = GOALS) -> np.ndarray:
-    """Distance to each of the G goals (G, 2). (..., 2) -> (..., G)."""
-    return np.linalg.norm(position[..., None, :] - goals.astype(np.float64), axis=-1)
-
-
-def move(
-    position: np.ndarray, action: np.ndarray, goals: np.ndarray = GOALS
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One step: the new position (..., 2) in float32, the reward (...) and whether it ends there.
-
-    Actions are clipped to [-1, 1], positions to the walls. Reward: -30 |a|^2 - d^2, where d is the
-    distance from the new position to the nearest goal, and 10 more on arrival (d < 1).
-    """
-    action = np.clip(np.asarray(action, dtype=np.float32), -1, 1)
-    position = np.clip(position + action, -WALL, WALL).astype(np.float32)
-    nearest = distances(position, goals).min(-1)
-    arrived = nearest < RADIUS
-    effort = 30.0 * np.square(action, dtype=np.float64).sum(-1)
-    return position, 10.0 * arrived - effort - nearest**2, arrived
-
-
-class MultiGoalEnv(gym.Env):
-    """A point that moves by its action (a velocity) to one of the goals; it observes `state`."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
-    observation_space = gym.spaces.Box(-WALL, WALL, (2,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-
-    def __init__(self, render_mode: str | None = None, goals: tuple[int, ...] = (0, 1, 2, 3)):
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode {render_mode!r}: only 'rgb_array' is supported")
-        self.render_mode, self.state = render_mode, np.zeros(2, np.float32)
-        self.goals = GOALS[list(goals)]
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """Starts at N(0, 0.1^2 I), or at the position `options["state"]`."""
-        super().reset(seed=seed)
-        start = (options or {}).get("state", 0.1 * self.np_random.standard_normal(2))
-        self.state = np.clip(np.reshape(start, 2), -WALL, WALL).astype(np.float32)
-        return self.state.copy(), {}
-
-    def step(self, action: np.ndarray):
-        self.state, reward, arrived = move(self.state, np.reshape(action, 2), self.goals)
-        return self.state.copy(), float(reward), bool(arrived), False, {}
-
-    def render(self) -> np.ndarray | None:
-        """(280, 280, 3), 20 pixels per unit, y upwards: goals with their radius, and the point."""
-        if self.render_mode is None:
-            return None
-        axis = (np.arange(280) + 0.5) / 20 - WALL
-        pixels = np.stack(np.meshgrid(axis, -axis), axis=-1)  # (280, 280, 2)
-        nearest = distances(pixels, self.goals).min(-1)
-        image = np.full((280, 280, 3), 255, np.uint8)
-        image[nearest < RADIUS] = (255, 214, 214)
-        image[nearest < 0.15] = (214, 39, 40)
-        image[np.linalg.norm(pixels - self.state, axis=-1) < 0.25] = (31, 119, 180)
-        return image
-
-
-def register(name: str, goals: tuple[int, ...]):
-    kwargs = {"goals": goals}
-    gym.register(name, "multi_goal:MultiGoalEnv", max_episode_steps=TIME_LIMIT, kwargs=kwargs)
-
-
-register("MultiGoal-v0", (0, 1, 2, 3))
-register("MultiGoalNorthEast-v0", (0, 2))  # two tasks to compose: they share the goal in the east
-register("MultiGoalSouthEast-v0", (0, 3))
-
-
-# --- 2. Policies of finished runs -----------------------------------------------------------------
 N_TRAJECTORIES = 200  # counted, of each policy; the first N_DRAWN of them are drawn
 N_DRAWN = 60
 QUADRATURE = 40  # cells along each action axis, for V of SAC and soft Q-learning
@@ -116,25 +37,18 @@ MAP_POINTS = 57  # along each axis of the plane: one every quarter
 STATES = {"A": (0.0, 0.0), "B": (2.5, 2.5), "C": (-3.0, 0.0), "D": (0.0, -3.0)}  # of the densities
 
 
-class UsageError(Exception):
-    """The command can't be carried out as given (exit code 2)."""
-
-
-class RunError(Exception):
-    """A file can't be read or written (exit code 1)."""
-
-
+# --- Policies of finished runs --------------------------------------------------------------------
 @dataclass
 class Policy:
     """What the figure needs of a run: functions of float32 tensors; actions in [-1, 1]."""
 
     name: str  # of the algorithm
-    seed: int
-    step: int  # environment steps that it was trained for
     method: str  # how soft_value knows V
     soft_value: Callable[[Tensor], Tensor]  # V(s), in reward units. obs (B, 2) -> (B,)
-    act: Callable[[Tensor, Tensor], Tensor]  # obs (B, 2), noise (B, 2) ~ N(0, I) -> action (B, 2)
+    sample: Callable  # obs (B, 2), noise (B, 2) ~ N(0, I) -> action (B, 2), something else
     log_prob: Callable[[Tensor, Tensor], Tensor] | None  # of actions (B, 2) -> (B,); SQL has none
+    seed: int = 0
+    step: int = 0  # environment steps that it was trained for
 
 
 def action_cells(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -158,46 +72,39 @@ def quadrature_value(q_values: Callable, obs: Tensor, alpha: float, n: int = QUA
     return torch.cat(values)
 
 
-def meow_policy(script, args, saved: dict) -> Policy:
-    flow = script.make_flow(args, 2, 2)
-    flow.load_state_dict(saved["flow"])
+def restored(network: nn.Module, state: dict) -> nn.Module:
+    network.load_state_dict(state)
+    return network
 
-    def soft_value(obs):  # exact: no integral
+
+def meow_policy(script, args, saved: dict) -> Policy:
+    flow = restored(script.make_flow(args, 2, 2), saved["flow"])
+
+    def soft_value(obs):  # no integral
         return flow.soft_values(obs).min(-1).values
 
-    def act(obs, noise):
-        return flow.to_action(obs, noise)[0]
-
-    return Policy("MEow", args.seed, saved["step"], "exact", soft_value, act, flow.log_prob)
+    return Policy("MEow", "exact", soft_value, flow.sample, flow.log_prob)
 
 
 def sac_policy(script, args, saved: dict) -> Policy:
     actor, critics = script.make_networks(args, 2, 2)
-    actor.load_state_dict(saved["actor"])
-    critics.load_state_dict(saved["critics"])
-    alpha = math.exp(float(saved["log_alpha"]))
+    actor, critics = restored(actor, saved["actor"]), restored(critics, saved["critics"])
 
     def soft_value(obs):
-        return quadrature_value(critics.q_values, obs, alpha)
+        return quadrature_value(critics.q_values, obs, float(actor.log_alpha.exp()))
 
-    def act(obs, noise):
-        return actor.to_action(obs, noise)[0]
-
-    return Policy("SAC", args.seed, saved["step"], SUMMED, soft_value, act, actor.log_prob)
+    return Policy("SAC", SUMMED, soft_value, actor.sample, actor.log_prob)
 
 
 def sql_policy(script, args, saved: dict) -> Policy:
     sampler, critic = script.make_networks(args, 2, 2)
-    sampler.load_state_dict(saved["sampler"])
-    critic.load_state_dict(saved["critic"])
+    sampler, critic = restored(sampler, saved["sampler"]), restored(critic, saved["critic"])
 
     def soft_value(obs):  # its Q is in units of the scaled reward, with alpha = 1
         return quadrature_value(critic.q_values, obs, 1.0) / args.reward_scale
 
-    name, act = "Soft Q-learning", sampler.to_action
-    if args.compose:
-        name = "mean of two soft Q"
-    return Policy(name, args.seed, saved["step"], SUMMED, soft_value, act, log_prob=None)
+    name = "mean of two soft Q" if args.compose else "Soft Q-learning"
+    return Policy(name, SUMMED, soft_value, sampler.sample, None)
 
 
 SCRIPTS = {
@@ -207,46 +114,31 @@ SCRIPTS = {
 }
 
 
-def find_policy(run: str) -> Path:
-    """The policy file of a run folder, or the file itself. Raises: UsageError."""
-    names = ["policy_final.pt", "checkpoint.pt", "policy_best.pt"]
-    files = [Path(run, name) for name in names] if Path(run).is_dir() else [Path(run)]
-    for file in files:
-        if file.is_file():
-            return file
-    raise UsageError(f"--run {run}: there is no {' or '.join(map(str, files))}")
-
-
 def load_policy(run: str) -> Policy:
-    """The policy of one run; its file says which script wrote it. Raises: UsageError, RunError."""
-    file = find_policy(run)
+    """The policy of one run; its args.json names its script. Raises: UsageError, RunError."""
+    about = (Path(run) if Path(run).is_dir() else Path(run).parent) / "args.json"
     try:
-        name = torch.load(file, map_location="cpu", weights_only=True)["format"].split("/")[0]
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise RunError(f"{file} is damaged or not a policy ({type(error).__name__})") from None
+        name = Path(json.loads(about.read_text())["script"]).stem
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--run {run}: {about} doesn't name a run's script ({error!r})") from None
     if name not in SCRIPTS:
-        raise UsageError(f"--run {run}: written by {name!r}, not by one of {', '.join(SCRIPTS)}")
+        raise UsageError(f"--run {run}: a run of {name}.py, not of one of {', '.join(SCRIPTS)}")
+    saved, script = load_file("--run", run, name, POLICY_FILES), importlib.import_module(name)
     try:
-        script = importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(f"--run {run}: can't import {name}.py ({error})") from None
-    try:
-        saved = script.load_file(file)
-        args = script.saved_args(saved, file)
+        args = script.Args(**saved["args"])
         if not args.env_id.startswith("multi_goal:MultiGoal"):
             raise UsageError(f"--run {run}: a run of {args.env_id}, not of multi_goal:MultiGoal-v0")
         policy = SCRIPTS[name](script, args, saved)
-        if world := args.env_id.removeprefix("multi_goal:MultiGoal").removesuffix("-v0"):
-            policy.name += f" ({world})"
-    except (script.UsageError, script.RunError) as error:
-        raise RunError(error) from None
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RunError(f"{file} holds networks that this version doesn't know ({reason})") from None
+        raise RunError(f"{saved['path']} is of another version ({reason})") from None
+    policy.seed, policy.step = args.seed, saved["step"]
+    if world := args.env_id.removeprefix("multi_goal:MultiGoal").removesuffix("-v0"):
+        policy.name += f" ({world})"
     return policy
 
 
-# --- 3. What the figure shows ---------------------------------------------------------------------
+# --- What the figure shows ------------------------------------------------------------------------
 @torch.no_grad()
 def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarray]:
     """n trajectories of the stochastic policy from the origin, each (T + 1, 2), T <= TIME_LIMIT."""
@@ -255,7 +147,7 @@ def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarra
     positions, moving = [position], np.full(n, True)
     for t in range(TIME_LIMIT):
         noise = torch.randn(n, 2, generator=generator)
-        action = policy.act(torch.from_numpy(position), noise).numpy()
+        action = policy.sample(torch.from_numpy(position), noise)[0].numpy()
         if not np.isfinite(action).all():
             raise RunError(f"{policy.name}, seed {policy.seed}: actions are not finite")
         position, _, arrived = move(position, action)
@@ -287,7 +179,7 @@ def action_density(policy: Policy, state: tuple[float, float]) -> np.ndarray:
         log_prob = policy.log_prob(torch.tensor(state).expand(len(actions), -1), actions)
         return log_prob.exp().view(BINS, BINS).numpy()
     noise = torch.randn(100_000, 2, generator=torch.Generator().manual_seed(0))
-    actions = policy.act(torch.tensor(state).expand(len(noise), -1), noise).numpy()
+    actions = policy.sample(torch.tensor(state).expand(len(noise), -1), noise)[0].numpy()
     edges = np.linspace(-1, 1, BINS + 1)
     return np.histogram2d(actions[:, 1], actions[:, 0], bins=(edges, edges), density=True)[0]
 
@@ -311,7 +203,7 @@ def markdown(policies: list[Policy], trajectories: list[list[np.ndarray]]) -> st
     return "\n".join(lines) + "\n"
 
 
-# --- 4. The figure --------------------------------------------------------------------------------
+# --- The figure -----------------------------------------------------------------------------------
 @torch.no_grad()
 def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
     """Contours of V, trajectories, and the goals with how often each was chosen."""
@@ -344,9 +236,8 @@ def draw_densities(axes, policy: Policy):
     """The density over actions at each of the STATES; its square root, or a peak hides the rest."""
     for ax, (letter, state) in zip(axes, STATES.items(), strict=True):
         density = action_density(policy, state)
-        extent = (-1, 1, -1, 1)
         options = dict(cmap="magma_r", vmin=0, interpolation="none")
-        ax.imshow(np.sqrt(density), origin="lower", extent=extent, **options)
+        ax.imshow(np.sqrt(density), origin="lower", extent=(-1, 1, -1, 1), **options)
         ax.axhline(0, color="0.7", linewidth=0.5)
         ax.axvline(0, color="0.7", linewidth=0.5)
         ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
@@ -357,7 +248,7 @@ def draw_densities(axes, policy: Policy):
 
 def draw(policies: list[Policy], trajectories: list[list[np.ndarray]]):
     """One column per policy: the map above, the four densities below. Returns the figure."""
-    from matplotlib.figure import Figure  # only here: training needs no matplotlib
+    from matplotlib.figure import Figure  # only here: the table needs no matplotlib
 
     figure = Figure(figsize=(4.4 * len(policies), 9.2), layout="constrained")
     columns = np.atleast_1d(figure.subfigures(1, len(policies)))
@@ -370,46 +261,43 @@ def draw(policies: list[Policy], trajectories: list[list[np.ndarray]]):
     return figure
 
 
-def save(figure, table: str, out: Path, name: str):
-    """Writes OUT/NAME.png, .svg and .md. Raises: RunError."""
+@dataclass
+class Options:
+    run: tuple[str, ...]
+    """run folders, one column each"""
+    out: Path = Path("results")
+    """folder of the figure"""
+    name: str = "multi_goal"
+    """name of its files"""
+
+
+def make_figure(options: Options) -> str:
+    """Writes OUT/NAME.png, .svg and .md; returns the table. Raises: UsageError, RunError."""
+    if not options.run:
+        raise UsageError("--run needs at least one run folder")
+    if not importlib.util.find_spec("matplotlib"):
+        raise UsageError("the figure needs matplotlib: pip install matplotlib")
+    policies = [load_policy(run) for run in options.run]
+    trajectories = [sample_trajectories(policy, N_TRAJECTORIES) for policy in policies]
+    table, figure = markdown(policies, trajectories), draw(policies, trajectories)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out / f"{name}.png", dpi=110)
-        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
-        (out / f"{name}.md").write_text(table, encoding="utf-8")
+        options.out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.out / f"{options.name}.png", dpi=110)
+        figure.savefig(options.out / f"{options.name}.svg", metadata={"Date": None})
+        (options.out / f"{options.name}.md").write_text(table, encoding="utf-8")
     except OSError as error:
-        raise RunError(f"can't write to {out}: {error.strerror}") from None
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    def fail(message: str):
-        raise UsageError(message)
-
-    parser = argparse.ArgumentParser(description="Draws the multi-goal figure of finished runs.")
-    parser.error = fail
-    parser.add_argument(
-        "--run", nargs="+", action="extend", required=True, help="run folders, one column each"
-    )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the figure")
-    parser.add_argument("--name", default="multi_goal", help="name of its files")
-    return parser.parse_args(argv)
+        raise RunError(f"can't write to {options.out}: {error.strerror}") from None
+    return table
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 1 (file) or 2 (usage)."""
+    options = tyro.cli(Options, description=__doc__.split("\n\n")[0], args=argv)
     try:
-        options = parse_args(argv)
-        if not importlib.util.find_spec("matplotlib"):
-            hint = "pip install -r requirements-benchmark.txt"
-            raise UsageError(f"the figure needs matplotlib, which is not installed: {hint}")
-        policies = [load_policy(run) for run in options.run]
-        trajectories = [sample_trajectories(policy, N_TRAJECTORIES) for policy in policies]
-        table = markdown(policies, trajectories)
-        save(draw(policies, trajectories), table, options.out, options.name)
+        print(make_figure(options), end="")
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    print(table, end="")
     return 0
 
 

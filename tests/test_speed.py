@@ -1,0 +1,92 @@
+"""tools/speed.py on scripts that write made-up speeds, and once on the real ones."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SPEED = ROOT / "tools" / "speed.py"
+FAKE = """
+import json, pathlib, sys
+if "--help" in sys.argv:
+    sys.exit()
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+total, window, starts = (
+    int(options[f"--{name}"]) for name in ("total-timesteps", "log-frequency", "learning-starts")
+)
+folder = pathlib.Path(options["--runs-dir"], "run")
+folder.mkdir()
+about = {"cpu": "abacus", "git_commit": "", "versions": {"torch": "1", "mujoco": "2"}}
+(folder / "args.json").write_text(json.dumps(about))
+rows = ["step,seconds,name,value"]
+for step in range(window, total + 1, window):
+    learning, compiling = step > starts, starts < step <= starts + window
+    speed = 1 if compiling else SPEED if learning else 10_000
+    rows += [f"{step},0,charts/SPS,{speed}", f"{step},0,charts/env_SPS,{7 * speed}"]
+    rows += [f"{step},0,losses/loss,1.0"] * learning
+(folder / "metrics.csv").write_text("\\n".join(rows) + "\\n")
+"""
+
+
+def speed(*words):
+    return subprocess.run([sys.executable, str(SPEED), *words], capture_output=True, text=True)
+
+
+@pytest.fixture
+def trees(tmp_path):
+    """Paths of two checkouts whose MEow makes 100 and 150 steps a second."""
+    for name, value in (("old", "100"), ("new", "150")):
+        for script in ("meow_continuous_action.py", "meow_isaacgym.py"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / script).write_text(FAKE.replace("SPEED", value))
+    return [str(tmp_path / "old"), str(tmp_path / "new")]
+
+
+def test_two_checkouts_side_by_side(trees):
+    """In turns, without the windows before learning and of compilation."""
+    done = speed("--tree", *trees, "--rounds", "2", "--threads", "1", "2")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"thread\(s\): (old|new)", done.stderr) == ["old", "new", "new", "old"] * 2
+    for row in ("round 1", "round 2", "all rounds"):
+        text = f"| steps/s, {row} | 100 (100 to 100) | 150 (150 to 150) | 1.500 |"
+        assert done.stdout.count(text) == 2
+    assert "HalfCheetah-v4, meow_continuous_action.py" in done.stdout
+    assert "abacus" in done.stdout
+    start_up = r"\| seconds of --help \| \d\.\d\d \(.*\) \| \d\.\d\d \(.*\) \| \d+\.\d{3} \|"
+    assert len(re.findall(start_up, done.stdout)) == 2
+
+
+def test_robots_are_measured_in_environment_steps(trees):
+    done = speed("--tree", *trees, "--env-id", "Ant", "--rounds", "1")
+    assert "| 700 (700 to 700) | 1,050 (1,050 to 1,050) | 1.500 |" in done.stdout, done.stderr
+
+
+def test_a_failed_run_is_one_sentence(trees):
+    """With the run's own last words; so is one that is too short to be measured."""
+    for script, words in (("raise SystemExit('no oil')", "no oil"), (FAKE, "more --steps")):
+        for tree in trees:
+            with open(f"{tree}/meow_continuous_action.py", "w") as f:
+                f.write(script.replace("SPEED", "5"))
+        done = speed("--tree", *trees, "--steps", "0")
+        assert done.returncode == 1
+        error = done.stderr.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert words in error
+
+
+@pytest.mark.slow
+def test_the_tables_of_real_runs():
+    """Every row of both tables has a speed; the ratio of SB3's SAC to itself is 1."""
+    words = ["--rounds", "1", "--steps", "20", "--window", "10", "--num-envs", "4"]
+    robots = speed("--env-id", "Ingenuity", *words)
+    assert robots.returncode == 0, robots.stderr
+    rows = re.findall(r"\| (.*) \| 1 \| [\d,]+ \([\d,]+ to [\d,]+\) \|", robots.stdout)
+    assert rows[:3] == ["simulator alone", "MEow training", "SAC training"]
+    table = speed("--env-id", "InvertedPendulum-v4", *words)
+    assert table.returncode == 0, table.stderr
+    rows = re.findall(r"\| (.*) \| 1 \| [\d,]+ \([\d,]+ to [\d,]+\) \| ([\d.]+) \|", table.stdout)
+    names = "MEow eager,MEow compiled,SAC compiled,SQL compiled,SB3 SAC".split(",")
+    assert {*names} <= {name for name, _ in rows}
+    assert dict(rows)["SB3 SAC"] == "1.00"

@@ -1,0 +1,242 @@
+"""Steps per second of whole training runs: our scripts, Stable-Baselines3's SAC, and two checkouts.
+
+    python tools/speed.py --env-id HalfCheetah-v4                 # MEow, SAC, SQL and SB3's SAC
+    python tools/speed.py --env-id Ant --steps 300 --window 50    # robots: simulator and training
+    python tools/speed.py --env-id Humanoid-v4 --tree OLD NEW     # two checkouts side by side
+
+Every number comes from a real run (environment, acting, replay buffer, update, logging): a script
+is started as a user would, and its speed read from its metrics.csv (charts/SPS; for robots
+charts/env_SPS, environment steps). The window of steps in which learning begins, with whatever is
+compiled then, and all before it don't count; neither does the last evaluation. Runs take turns,
+round by round, so that a slow minute of the machine hits all alike. Medians over the windows of all
+rounds; a ratio is one of the medians of the same round. Don't run anything beside it.
+"""
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+ROBOTS = ("Ant", "Humanoid", "Ingenuity")
+SCRIPTS = {"meow": "meow_continuous_action.py", "sac": "sac_continuous_action.py"}
+SCRIPTS |= {"sql": "sql_continuous_action.py", "sb3": "sb3_baselines.py"}
+ROBOT_SCRIPTS = {"meow": "meow_isaacgym.py", "sac": "sac_isaacgym.py"}
+SB3 = "SB3 SAC"
+CPU_ROWS = {
+    "MEow eager": "meow --no-cuda --no-compile",
+    "MEow compiled": "meow --no-cuda",
+    "MEow compiled, bf16": "meow --no-cuda --bf16",
+    "SAC compiled": "sac --no-cuda",
+    "SQL compiled": "sql --no-cuda",
+    SB3: "sb3 --algo sac --no-cuda",
+}
+GPU_ROWS = {
+    "MEow compiled, GPU": "meow",
+    "MEow compiled, bf16, GPU": "meow --bf16",
+    "SAC compiled, GPU": "sac",
+    "SQL compiled, GPU": "sql",
+}
+LEARNING_STARTS = {"sb3": 10_000}  # the Zoo's, not an option there; the others as told: WARM_UP
+WARM_UP = {False: 1_000, True: 100}  # steps with random actions; True: robots' vector steps
+
+
+class SpeedError(Exception):
+    """A run failed, or was too short to be measured."""
+
+
+@dataclass
+class Options:
+    env_id: str = "HalfCheetah-v4"
+    """Gymnasium environment, or a robot: Ant, Humanoid, Ingenuity"""
+    tree: tuple[Path, Path] | None = None
+    """two checkouts, old and new, to compare instead of the table"""
+    algo: Literal["meow", "sac", "sql"] = "meow"
+    """whose script --tree compares"""
+    flags: str = ""
+    """more options for the scripts of --tree, in one word, e.g. --flags=--no-compile"""
+    rounds: int = 3
+    """how often each row is measured"""
+    threads: tuple[int, ...] = (1,)
+    """CPU threads; one row for each"""
+    steps: int = 2_000
+    """measured steps per run (robots: vector steps)"""
+    window: int = 250
+    """steps per window"""
+    num_envs: int = 128
+    """environments of a robot task"""
+
+    @property
+    def robot(self) -> bool:
+        return self.env_id in ROBOTS
+
+
+def read_windows(metrics: Path, name: str) -> list[float]:
+    """The speeds in metrics.csv after the window in which learning began."""
+    with open(metrics) as f:
+        rows = [(int(r["step"]), r["name"], r["value"]) for r in csv.DictReader(f)]
+    began = min((step for step, key, _ in rows if key.startswith("losses/")), default=None)
+    if began is None:
+        return []
+    return [float(value) for step, key, value in rows if key == name and step > began]
+
+
+def run(words: list[str], threads: int, cwd: str):
+    """Runs a command to its end. Raises: SpeedError with its last line."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=cwd)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SpeedError(f"{' '.join(words[1:])}: {last}")
+
+
+def measure(tree: Path, row: str, threads: int, options: Options) -> tuple[list[float], dict]:
+    """Steps per second in each window of one run, and its args.json. row: name and options."""
+    name, *flags = row.split()
+    script = (ROBOT_SCRIPTS if options.robot else SCRIPTS)[name]
+    starts = LEARNING_STARTS.get(name, WARM_UP[options.robot])
+    total = starts + options.window + options.steps
+    words = f"--env-id {options.env_id} --torch-threads {threads} --total-timesteps {total}"
+    words += f" --log-frequency {options.window} --eval-episodes 1 --eval-frequency {total}"
+    words += " --checkpoint-frequency 0"
+    if name not in LEARNING_STARTS:
+        words += f" --learning-starts {starts}"
+    if options.robot:
+        words += f" --num-envs {options.num_envs} --sim-threads {threads}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(tree / script), *words.split(), *flags]
+        run([*command, "--runs-dir", folder], threads, folder)
+        (metrics,) = Path(folder).glob("*/metrics.csv")
+        speeds = read_windows(metrics, "charts/env_SPS" if options.robot else "charts/SPS")
+        about = json.loads(metrics.with_name("args.json").read_text())
+    if not speeds:
+        raise SpeedError(f"{script}: no window after learning began: more --steps are needed")
+    return speeds, about
+
+
+def start_up(tree: Path, script: str) -> float:
+    """Seconds until --help is printed."""
+    start = time.perf_counter()
+    run([sys.executable, str(tree / script), "--help"], 1, str(tree))
+    return time.perf_counter() - start
+
+
+def simulator_windows(options: Options, threads: int) -> list[float]:
+    """The same for a robot's simulator alone on the CPU, with random actions."""
+    import torch
+
+    from isaac_tasks import make_simulator
+
+    torch.set_num_threads(threads)
+    n, speeds = options.num_envs, []
+    simulator = make_simulator("mujoco", options.env_id, n, 1, "cpu", threads)
+    simulator.reset()
+    for _ in range(1 + options.steps // options.window):
+        start = time.perf_counter()
+        for _ in range(options.window):
+            simulator.step(2 * torch.rand(n, simulator.act_dim) - 1)
+        speeds.append(options.window * n / (time.perf_counter() - start))
+    return speeds[1:]  # the first one warms up
+
+
+def span(values: list[float], digits: int = 0) -> str:
+    """median (min to max)"""
+    texts = [f"{f(values):,.{digits}f}" for f in (statistics.median, min, max)]
+    return "{} ({} to {})".format(*texts)
+
+
+def say(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+
+def machine(about: dict) -> str:
+    """What the numbers hold for, from a run's args.json."""
+    versions = ", ".join(f"{k} {about['versions'][k]}" for k in ("torch", "mujoco"))
+    return f"{about['cpu']}, {os.cpu_count()} cores, {versions}"
+
+
+def compare_trees(options: Options):
+    """Prints speeds and start-up times of both checkouts and their ratios, new to old."""
+    trees = dict(zip(("old", "new"), (path.resolve() for path in options.tree), strict=True))
+    script = (ROBOT_SCRIPTS if options.robot else SCRIPTS)[options.algo]
+    for threads in options.threads:
+        speeds, seconds = {"old": [], "new": []}, {"old": [], "new": []}
+        for i in range(options.rounds):
+            for name in ("old", "new")[:: 1 if i % 2 == 0 else -1]:
+                say(f"round {i + 1}/{options.rounds}, {threads} thread(s): {name}")
+                row = f"{options.algo} {options.flags}"
+                measured, about = measure(trees[name], row, threads, options)
+                speeds[name].append(measured)
+                seconds[name].append(start_up(trees[name], script))
+                say(f"  {span(measured)} steps/s; commit {about['git_commit'] or 'unknown'}")
+        print(f"\n{options.env_id}, {script} {options.flags}, threads: {threads}")
+        print(f"{machine(about)}\n")
+        print("| | old | new | new / old |\n|---|---|---|---|")
+        ratios = []
+        for i, (old, new) in enumerate(zip(speeds["old"], speeds["new"], strict=True)):
+            ratios.append(statistics.median(new) / statistics.median(old))
+            print(f"| steps/s, round {i + 1} | {span(old)} | {span(new)} | {ratios[-1]:.3f} |")
+        old, new = (span([*chain(*speeds[name])]) for name in trees)
+        print(f"| steps/s, all rounds | {old} | {new} | {statistics.median(ratios):.3f} |")
+        medians = [statistics.median(seconds[name]) for name in trees]
+        old, new = (span(seconds[name], 2) for name in trees)
+        print(f"| seconds of --help | {old} | {new} | {medians[1] / medians[0]:.3f} |")
+
+
+def make_table(options: Options):
+    """Prints the table of all rows of one environment."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if options.robot:
+        cpu_rows = {"MEow training": "meow --no-cuda", "SAC training": "sac --no-cuda"}
+        gpu_rows = {"MEow training, GPU": "meow", "SAC training, GPU": "sac"}
+        cpu_rows = {"simulator alone": "simulator"} | cpu_rows
+    else:
+        cpu_rows, gpu_rows = CPU_ROWS, GPU_ROWS
+    rows = [(label, row, n) for n in options.threads for label, row in cpu_rows.items()]
+    rows += [(label, row, options.threads[0]) for label, row in gpu_rows.items() if gpu]
+    speeds, about = {(label, n): [] for label, _, n in rows}, {}
+    for i in range(options.rounds):
+        for label, row, n in rows:
+            say(f"round {i + 1}/{options.rounds}: {label}, threads: {n}")
+            if row == "simulator":
+                measured = simulator_windows(options, n)
+            else:
+                measured, about = measure(ROOT, row, n, options)
+            speeds[label, n] += measured
+    unit = f"environment steps/s, {options.num_envs} environments" if options.robot else "steps/s"
+    print(f"\n{options.env_id}; {options.rounds} rounds of {options.steps} steps")
+    print(f"{machine(about)}\n")
+    print(f"| | threads | {unit} (min to max) |" + " x SB3 SAC |" * (not options.robot))
+    print("|---|---|---|" + "---|" * (not options.robot))
+    for (label, n), values in speeds.items():
+        ratio = ""
+        if not options.robot:
+            ratio = f" {statistics.median(values) / statistics.median(speeds[SB3, n]):.2f} |"
+        print(f"| {label} | {n} | {span(values)} |{ratio}")
+
+
+def main() -> int:
+    options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
+    try:
+        compare_trees(options) if options.tree else make_table(options)
+    except SpeedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
