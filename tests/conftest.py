@@ -25,7 +25,7 @@ SCRIPTS = [ROOT / f"{name}_continuous_action.py" for name in ("meow", "sac", "sq
 SCRIPT = SCRIPTS[0]
 ISAAC_SCRIPTS = [ROOT / f"{name}_isaacgym.py" for name in ("meow", "sac")]
 QUICK = dict(
-    env_id="InvertedPendulum-v4", total_timesteps=60, learning_starts=30, batch_size=8,
+    env_id="InvertedPendulum-v4", total_timesteps=60, learning_starts=31, batch_size=8,
     eval_frequency=25, eval_episodes=2, log_frequency=10, checkpoint_frequency=20, compile=False,
 )  # fmt: skip
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

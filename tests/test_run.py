@@ -230,6 +230,7 @@ BAD_RUNS = [
     (dict(exp_name="x" * 300), 1, "File name too long"),
     (dict(evaluate=""), 2, "--evaluate : there is no"),
     (dict(batch_size=10**12), 1, "not enough memory"),
+    (dict(alpha=1e300), 1, "the update at step 31 gave losses/loss = nan"),
     (dict(env_id="scripted_env:WrongShape-v0"), 1, "an observation of shape (1,)"),
     (dict(env_id="scripted_env:InfReward-v0"), 1, "reward = inf at step 24"),
 ]
