@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from harness.files import UsageError
+
 ENVS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4")  # they come first
 ALGORITHMS = {  # by exp_name: label and colour
     "meow_continuous_action": ("MEow", "#0072b2"),
@@ -35,10 +39,6 @@ NEUTRAL = set(
     "deterministic_eval cuda torch_threads torch_deterministic eval_frequency sim_threads".split()
 )
 WHERE = {"runs_dir": "runs", "resume": None}  # where a run was on its machine: not copied
-
-
-class UsageError(Exception):
-    """What was given can't be compared."""
 
 
 def warn(text: str):
