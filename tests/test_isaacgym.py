@@ -193,8 +193,9 @@ def stepped(script, after=None, total=9, **options):
     """A run of `total` vector steps without files; `after(run)` looks at it after each."""
     sizes = dict(num_envs=4, batch_size=16, learning_starts=STARTS, eval_episodes=2)
     sizes |= dict(env_id="Ingenuity", total_timesteps=total)
-    run = SteppedRun(total, after=after)
-    script.train(script.Args(**sizes | options), run)
+    args = script.Args(**sizes | options)
+    run = SteppedRun(args, after=after)
+    script.train(args, run)
     return run
 
 
