@@ -1335,6 +1335,7 @@ def test_warp_agrees_with_mujoco(name, variant):
         assert (error < tolerance * (1 + expected.norm(dim=-1, keepdim=True))).all()
 
 
+@pytest.mark.slow
 def test_warp_says_why_there_are_no_environments(monkeypatch):
     import mujoco_warp
 

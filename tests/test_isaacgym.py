@@ -548,9 +548,8 @@ def test_nvidias_simulators(script, simulator, env_id, tmp_path, capsys):
     assert "2 deterministic episodes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name", [meow.__name__, pytest.param(sac.__name__, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [meow.__name__, sac.__name__])
 def test_the_scripts_import_isaac_gym_before_torch(name):
     """As the real one demands; the stand-in does so here."""
     code = f"import {name}; from isaac_tasks import make_simulator as make\n"

@@ -77,7 +77,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, script):
             assert torch.equal(value, final[name][key]), key
 
 
-@pytest.mark.parametrize("script", [SCRIPT, pytest.param(SCRIPTS[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [SCRIPT, SCRIPTS[1]])
 def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, script):
     """Power failure: rows written since the checkpoint are not there twice."""
     words = [sys.executable, "-c", KILLED, script.stem, *AUTO]
@@ -166,6 +167,7 @@ def test_auto_starts_again_without_a_checkpoint(tmp_path):
     assert read(folder / "checkpoint.pt")["step"] == 15
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_for_the_first(tmp_path):
     """While another process holds the run, --resume auto says so and waits."""
     assert launch(SCRIPT, AUTO, tmp_path).returncode == 0
