@@ -65,7 +65,7 @@ class Options:
     algo: Literal["meow", "sac", "sql"] = "meow"
     """whose script --tree compares"""
     flags: str = ""
-    """more options for the scripts of --tree, in one word, e.g. --flags=--no-compile"""
+    """more options for our scripts, in one word, e.g. --flags=--no-compile"""
     rounds: int = 3
     """how often each row is measured"""
     threads: tuple[int, ...] = (1,)
@@ -112,6 +112,7 @@ def measure(tree: Path, row: str, threads: int, options: Options) -> tuple[list[
     words += " --checkpoint-frequency 0"
     if name not in LEARNING_STARTS:
         words += f" --learning-starts {starts}"
+        words += f" {options.flags}"
     if options.robot:
         words += f" --num-envs {options.num_envs} --sim-threads {threads}"
     with tempfile.TemporaryDirectory() as folder:
@@ -175,8 +176,7 @@ def compare_trees(options: Options):
         for i in range(options.rounds):
             for name in ("old", "new")[:: 1 if i % 2 == 0 else -1]:
                 say(f"round {i + 1}/{options.rounds}, {threads} thread(s): {name}")
-                row = f"{options.algo} {options.flags}"
-                measured, about = measure(trees[name], row, threads, options)
+                measured, about = measure(trees[name], options.algo, threads, options)
                 speeds[name].append(measured)
                 seconds[name].append(start_up(trees[name], script))
                 say(f"  {span(measured)} steps/s; commit {about['git_commit'] or 'unknown'}")
