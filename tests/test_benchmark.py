@@ -327,7 +327,10 @@ def ask(*command):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("UP" not in ask("scontrol", "ping"), reason="no Slurm here")
+@pytest.mark.skipif(
+    "UP" not in ask("scontrol", "ping"),
+    reason="needs a Slurm cluster: tools/single_node_slurm.sh makes one",
+)
 def test_real_slurm_array_with_requeue(bench):
     """One element is requeued while it trains and goes on from its checkpoint."""
     text = bench.run(*ONE, "--seeds", "1-3", "--slurm", GATE=str(bench.gate))
