@@ -66,11 +66,13 @@ def make_env(env_id: str, render_mode: str | None = None):
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-def check_finite(env_id: str, step: int, **values: Tensor):
+def check_finite(env_id: str, step: int, **values: Tensor | np.ndarray | float):
     """Raises: RunError for the first of these values that is NaN or infinite."""
     for name, value in values.items():
-        if not value.isfinite().all():
-            index = (~value.isfinite()).nonzero()[0].tolist()
+        library = torch if isinstance(value, Tensor) else np  # on small arrays NumPy is faster
+        if not library.isfinite(value).all():
+            value = np.asarray(torch.as_tensor(value).cpu())
+            index = np.argwhere(~np.isfinite(value))[0].tolist()
             bad = f"{name}{index if index else ''} = {value[tuple(index)]}"
             raise RunError(f"{env_id}: {bad} at step {step}; the last checkpoint is intact")
 
@@ -100,7 +102,7 @@ class TrainingEnv:
         obs = np.array(obs, dtype=np.float32)
         if obs.shape != (self.obs_dim,):
             raise RunError(f"{self.env_id}: an observation of shape {obs.shape}, unlike its space")
-        check_finite(self.env_id, self.steps, observation=torch.from_numpy(obs))
+        check_finite(self.env_id, self.steps, observation=obs)
         return obs
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, bool]:
@@ -108,10 +110,10 @@ class TrainingEnv:
 
         next_obs is the true final one where an episode ends; a time-out is not a termination.
         """
-        check_finite(self.env_id, self.steps, action=torch.from_numpy(action))
+        check_finite(self.env_id, self.steps, action=action)
         obs, (next_obs, reward, terminated, truncated, _) = self.obs, self.env.step(action)
         next_obs, reward = self._check(next_obs), float(reward)
-        check_finite(self.env_id, self.steps, reward=torch.tensor(reward))
+        check_finite(self.env_id, self.steps, reward=reward)
         self.steps += 1
         self.actions.append(action)
         self.episodic_return += reward
