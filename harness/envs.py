@@ -62,7 +62,8 @@ def make_env(env_id: str, render_mode: str | None = None):
         problem = f"the action space must be bounded on both sides, not {act}"
     if problem:
         raise UsageError(f"--env-id {env_id}: {problem}")
-    env = gym.wrappers.TimeLimit(env, 100_000)  # for those without a limit of their own
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 100_000)
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -97,12 +98,12 @@ class TrainingEnv:
         obs, _ = self.env.reset(seed=derive_seed(self.seed, 0, self.episode))
         self.obs = self._check(obs)
 
-    def _check(self, obs) -> np.ndarray:
+    def _check(self, obs, **reward: float) -> np.ndarray:
         """A copy of an observation (some environments reuse theirs). Raises: RunError."""
         obs = np.array(obs, dtype=np.float32)
         if obs.shape != (self.obs_dim,):
             raise RunError(f"{self.env_id}: an observation of shape {obs.shape}, unlike its space")
-        check_finite(self.env_id, self.steps, observation=obs)
+        check_finite(self.env_id, self.steps, observation=obs, **reward)
         return obs
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, bool]:
@@ -112,8 +113,8 @@ class TrainingEnv:
         """
         check_finite(self.env_id, self.steps, action=action)
         obs, (next_obs, reward, terminated, truncated, _) = self.obs, self.env.step(action)
-        next_obs, reward = self._check(next_obs), float(reward)
-        check_finite(self.env_id, self.steps, reward=reward)
+        reward = float(reward)
+        next_obs = self._check(next_obs, reward=reward)
         self.steps += 1
         self.actions.append(action)
         self.episodic_return += reward
