@@ -40,6 +40,8 @@ class Locomotion(Task):
     energy_cost = 0.05
     fallen_height: float
     fallen_reward: float
+    max_spin: float
+    """rad/s, of the torso and of each joint"""
     feet: tuple[str, ...]
     """bodies with a force sensor, in the order of the observation"""
 
@@ -77,6 +79,15 @@ class Locomotion(Task):
         qvel = torch.cat([root.new_zeros(n, 6), uniform(-0.1, 0.1, self.act_dim)], -1)
         sensors = root.new_zeros(n, self.sensor_count)
         return State(qpos, qvel, sensors, root.new_zeros(n, 0))
+
+    def limit(self, state: State) -> State:
+        """PhysX limits the angular velocity of the torso and of joints."""
+        linear, angular, joints = state.qvel.split([3, 3, self.act_dim], -1)
+        speed = angular.norm(dim=-1, keepdim=True)
+        angular = angular * (self.max_spin / speed.clamp(min=self.max_spin))
+        joints = joints.clamp(-self.max_spin, self.max_spin)
+        qvel = torch.cat([linear, angular, joints], -1)
+        return State(state.qpos, qvel, state.sensors, state.memory)
 
     def joint_positions(self, state: State) -> Tensor:
         """q~ (N, A): joint positions scaled to [-1, 1] between their limits."""

@@ -306,7 +306,7 @@ def test_ant_model(variant):
     inner = 4 * capsule_mass(RADIUS, 0.2 * math.sqrt(2), 5)
     assert_allclose(model.body("torso").mass, 5 * 4 / 3 * math.pi * 0.25**3 + inner)
     assert_allclose(model.body("torso").inertia, (0.0136, 0.0111, 0.0111), atol=5e-5)
-    assert np.all(model.geom_margin == 0.01)
+    assert np.all(model.geom_margin == 0)
     assert task.feet == tuple(ANT_FEET)
 
 
@@ -900,27 +900,6 @@ def test_without_action_the_ant_stands_and_the_humanoid_falls(name, variant):
 
 
 @every_runner
-def test_overshoot_at_joint_limits(name, variant):
-    """Under full random torque no more than of the critically damped springs that limits are.
-
-    A joint arriving at speed w gets w dt past its limit until the spring acts, then
-    w t exp(-t / T) <= w T / e further: T = 20 ms is MuJoCo's time constant.
-    """
-    task, model = compiled(name, variant)
-    low, high = RANGES[name].T
-    rng = np.random.default_rng(0)
-    data = forward(model, make_state(task, model, (0, 0, 1.3)))
-    overshoot, speed = np.zeros((2, task.act_dim))
-    for _ in range(200):
-        data.ctrl[:] = rng.choice([-1, 1], task.act_dim)
-        for _ in range(task.substeps):
-            mujoco.mj_step(model, data)
-            overshoot = np.maximum(overshoot, np.maximum(data.qpos[7:] - high, low - data.qpos[7:]))
-            speed = np.maximum(speed, abs(data.qvel[6:]))
-    assert np.all(overshoot < speed * (task.time_step + 0.02 / math.e) + math.radians(3))
-
-
-@every_runner
 def test_joints_rest_at_their_limits(name, variant):
     """Within 2 degrees under full steady torque, floating."""
     task, model = compiled(name, variant)
@@ -929,11 +908,132 @@ def test_joints_rest_at_their_limits(name, variant):
     low, high = RANGES[name].T
     names = [model.joint(i).name for i in range(1, model.njnt)]
     single = ["shoulder" not in joint for joint in names]  # shoulders: two joints push each other
-    for sign in (1, -1):
-        data = forward(model, make_state(task, model), sign)
-        mujoco.mj_step(model, data, 400)
-        at_limit = high if sign > 0 else low
-        assert np.degrees(abs(data.qpos[7:] - at_limit)[single]).max() < 2
+    physics = CpuPhysics(model, 2, 1)
+    physics.qpos[:] = make_state(task, model).qpos
+    physics.ctrl[:] = torch.tensor([[1.0], [-1.0]])
+    physics.step(400)
+    ends = np.stack([high, low])
+    assert np.degrees(abs(physics.qpos[:, 7:].numpy() - ends))[:, single].max() < 2
+
+
+@pytest.mark.parametrize("speed", [1.0, 10.0, 40.0])
+def test_a_joint_stops_at_its_limit(speed):
+    """A fast one and a slow one, without torque: at the limit, neither before nor behind it."""
+    task, model = compiled("Ant", "oige")
+    model = without_contacts(model)
+    model.opt.gravity[:] = 0
+    model.dof_damping[:] = 0
+    low, high = RANGES["Ant"].T
+    physics = CpuPhysics(model, 2, 1)
+    physics.qpos[:] = make_state(task, model).qpos
+    hips = [7, 9, 11, 13]
+    physics.qvel[0, 6:14:2], physics.qvel[1, 6:14:2] = speed, -speed
+    nearest, beyond = np.full(2, np.inf), 0.0
+    for _ in range(150):
+        physics.step(1)
+        q = physics.qpos[:, hips].numpy()
+        distance = np.minimum(q - low[0], high[0] - q)
+        nearest = np.minimum(nearest, abs(distance).min(1))
+        beyond = max(beyond, -distance.min())
+    assert np.degrees(beyond) < 0.5
+    assert np.degrees(nearest).max() < 1
+
+
+@every_variant
+def test_a_limit_acts_on_outward_motion_only(variant):
+    """Joints at their limits leave them as if there were none."""
+    task, model = compiled("Ant", variant)
+    model = without_contacts(model)
+    low, high = RANGES["Ant"].T
+    rows = []
+    for disable in (False, True):
+        free = copy.copy(model)
+        if disable:
+            free.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_LIMIT.value
+        physics = CpuPhysics(free, 2, 1)
+        physics.qpos[:] = make_state(task, model).qpos
+        physics.qpos[0, 7:], physics.qpos[1, 7:] = torch.tensor(low), torch.tensor(high)
+        physics.qvel[0, 6:], physics.qvel[1, 6:] = 3.0, -3.0
+        physics.step(1)
+        rows.append(physics.qvel.clone())
+    assert_allclose(rows[0], rows[1], atol=1e-6)
+
+
+def lowest_point(model, data):
+    """Of all capsules and spheres of the robot, m above the floor."""
+    heights = []
+    for geom in np.flatnonzero(model.geom_bodyid > 0):
+        radius, half, _ = model.geom_size[geom]
+        axis = abs(data.geom_xmat[geom].reshape(3, 3)[2, 2])
+        heights.append(data.geom_xpos[geom, 2] - radius - half * axis)
+    return min(heights)
+
+
+@every_variant
+def test_the_ant_rests_on_its_feet(variant):
+    """Neither hovers above the floor nor sinks into it by more than 1 mm."""
+    simulator = make_simulator("Ant", variant, num_envs=1)
+    for _ in range(180):
+        simulator.step(torch.zeros(1, 8))
+    data = simulator.physics.data(0)
+    mujoco.mj_forward(simulator.model, data)
+    assert abs(data.qvel).max() < 0.05
+    assert abs(lowest_point(simulator.model, data)) < 1e-3
+
+
+@every_task
+def test_energy_does_not_grow_in_free_flight(name, variant):
+    """With the simulator's own integrator and step, without action: within 1 % for 60 steps."""
+    task, model = compiled(name, variant)
+    model = without_contacts(model)
+    model.opt.gravity[:] = 0
+    model.opt.enableflags |= mujoco.mjtEnableBit.mjENBL_ENERGY.value
+    physics = CpuPhysics(model, 4, 1)
+    for i in range(4):
+        state = random_state(task, model, seed=i)
+        physics.qpos[i], physics.qvel[i] = state.qpos[0], state.qvel[0]
+    energies = []
+    for _ in range(60):
+        physics.step(task.substeps)
+        worlds = [physics.data(i) for i in range(4)]
+        for data in worlds:
+            mujoco.mj_forward(model, data)
+        energies.append([data.energy.sum() for data in worlds])
+    start, later = energies[0], np.array(energies)
+    assert np.all(later < np.array(start) * 1.01)
+
+
+@pytest.mark.slow
+@every_task
+def test_stress(name, variant):
+    """Random, bang-bang and adversarial actions, for 16 s each: nothing breaks.
+
+    Adversarial: each joint is pushed the way it moves, which excites it at its resonance. Contacts
+    are soft: a foot that hits the floor at 25 m/s sinks into it for some steps.
+    """
+    simulator = MujocoSimulator(TASKS[name], 64, 0, variant=variant)
+    simulator.reset()
+    model, physics = simulator.model, simulator.physics
+    joints = np.flatnonzero(model.jnt_limited)
+    positions = model.jnt_qposadr[joints]
+    low, high = torch.tensor(model.jnt_range[joints]).unbind(-1)
+    slide = torch.tensor(model.jnt_type[joints] == mujoco.mjtJoint.mjJNT_SLIDE)
+    allowed = torch.where(slide, 0.003, math.radians(3))
+    centres = torch.from_numpy(physics.batch.bind("xipos"))
+    driven = [*model.actuator_trnid[:, 0]] if len(joints) else []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        action = 2 * torch.rand(64, simulator.act_dim, generator=generator) - 1
+        action[21:] = action[21:].sign()
+        if len(driven) == simulator.act_dim:
+            action[42:] = physics.qvel[42:, model.jnt_dofadr[driven]].sign()
+        obs, reward, _, _, final_obs = simulator.step(action)
+        for values in (obs, final_obs, reward, physics.qpos, physics.qvel):
+            assert values.isfinite().all()
+        assert reward.abs().max() < 1000
+        q = physics.qpos[:, positions]
+        assert (torch.maximum(q - high, low - q) < allowed).all()
+        assert centres[:, 1:, 2].min() > -0.1
 
 
 # --- The simulator ---
@@ -1117,13 +1217,15 @@ def test_end_of_an_episode(name, variant, end):
         fail(simulator, 1)
     if end != "failure":
         simulator.progress[1] = simulator.max_steps - 1
-    world, action = physics.data(1), next(actions(simulator, 1))
+    action = next(actions(simulator, 1))
     before = simulator._state().clone()  # of all worlds
-    world.ctrl[:] = task.control(action[1:2].double())[0]
-    mujoco.mj_step(simulator.model, world, task.substeps)  # what the episode's last step does
+    world = CpuPhysics(simulator.model, 1, 1)  # what the episode's last step does
+    for field in STATE:
+        getattr(world, field)[0] = getattr(physics, field)[1]
+    world.ctrl[:] = task.control(action[1:2].double())
+    world.step(task.substeps)
     target = before.memory[1]
-    row = (world.qpos, world.qvel, world.sensordata, target)
-    last = State(*(torch.tensor(np.array([x])) for x in row))
+    last = task.limit(State(world.qpos, world.qvel, world.sensordata, target[None]))
 
     obs, reward, terminated, truncated, final_obs = simulator.step(action)
     assert terminated.tolist() == [False, end != "time-out", False]
