@@ -184,7 +184,12 @@ def progress(before: Tensor, after: Tensor, target: Tensor) -> Tensor:
 
 
 def add_joint_wrench(spec: mujoco.MjSpec, body: mujoco.MjsBody):
-    """Sensors of force and torque (6) that the parent exerts on the body at its first joint."""
+    """Sensors of force and torque (6) that the parent exerts on the body at its first joint.
+
+    In the body's own axes. OmniIsaacGymEnvs reads them in the axes of the joint, whose rotation
+    against the body its robot file has and nobody publishes: the same numbers, turned by a
+    constant rotation for each foot.
+    """
     site = body.add_site(name=f"{body.name}_joint", pos=body.joints[0].pos)
     for kind in (mujoco.mjtSensor.mjSENS_FORCE, mujoco.mjtSensor.mjSENS_TORQUE):
         spec.add_sensor(type=kind, objtype=mujoco.mjtObj.mjOBJ_SITE, objname=site.name)

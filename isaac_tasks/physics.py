@@ -9,11 +9,12 @@ import warnings
 
 import mujoco
 import numpy as np
+import psutil
 import torch
 from mujoco.batch import Batch, SimulationError
 from torch import Tensor
 
-from isaac_tasks.simulator import SimulatorError
+from isaac_tasks.interface import SimulatorError
 
 STATE = ("qpos", "qvel", "qacc_warmstart", "ctrl")
 
@@ -80,6 +81,16 @@ class JointLimits:
         qpos[:, self.q] = qpos[:, self.q].clamp(self.lowest, self.highest)
 
 
+def check_memory(model: mujoco.MjModel, num_envs: int):
+    """Raises SimulatorError if so many environments don't fit into the memory that is free."""
+    state = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION)
+    numbers = 4 * state + 2 * model.nsensordata + 8 * model.njnt  # state: copies of a step, too
+    need, free = 8 * num_envs * numbers / 2**30, psutil.virtual_memory().available / 2**30
+    if need > free:
+        text = f"{num_envs} environments need {need:.1f} GiB of memory, and {free:.1f} are free"
+        raise SimulatorError(text)
+
+
 class CpuPhysics:
     """mujoco.batch: a C++ thread pool; the results don't depend on the number of threads."""
 
@@ -87,10 +98,11 @@ class CpuPhysics:
 
     def __init__(self, model: mujoco.MjModel, num_envs: int, threads: int):
         self.model = model
+        check_memory(model, num_envs)
         try:
             self.batch = Batch(model, num_envs, threads)
             limits = [self.batch.expand(f"jnt_{name}") for name in ("margin", "solref", "solimp")]
-        except (MemoryError, TypeError, ValueError):  # too large for the memory or for an integer
+        except (MemoryError, TypeError, ValueError):  # for one, threads beyond what the system has
             text = f"{num_envs} environments on {threads} thread(s) don't fit into memory"
             raise SimulatorError(text) from None
         with warnings.catch_warnings():  # sensordata is read-only, and only read
@@ -160,7 +172,7 @@ class WarpPhysics:
     def _limits(self, num_envs: int) -> list[Tensor]:
         """The model's parameters of the limits, one row for each environment."""
         limits, vec5 = [], self.warp.types.vector(length=5, dtype=float)
-        for name, dtype in (("margin", float), ("solref", self.warp.vec2), ("solimp", vec5)):
+        for name, dtype in (("margin", None), ("solref", self.warp.vec2), ("solimp", vec5)):
             shared = torch.from_numpy(getattr(self.model, f"jnt_{name}")).to(self.qpos)
             limits.append(shared.expand(num_envs, *shared.shape).contiguous())
             setattr(self.warp_model, f"jnt_{name}", self.warp.from_torch(limits[-1], dtype=dtype))
@@ -190,8 +202,13 @@ class WarpPhysics:
         saved = self.state_dict()
         torch.cuda.synchronize(self.qpos.device)
         self._launch()
-        with self.warp.ScopedDevice(self.device), self.warp.ScopedCapture() as capture:
-            self._launch()
+        try:
+            with self.warp.ScopedDevice(self.device), self.warp.ScopedCapture() as capture:
+                self._launch()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            text = f"can't record a step on {self.device} as a CUDA graph: {reason}"
+            raise SimulatorError(text) from None
         self.warp.synchronize_device(self.device)
         self.load_state_dict(saved)
         torch.cuda.synchronize(self.qpos.device)

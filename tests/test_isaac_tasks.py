@@ -1287,6 +1287,24 @@ def test_new_targets(variant):
     assert (simulator.memory[0] != old[0]).all()  # its progress was 500 by then
 
 
+@every_runner
+def test_speed_limit_of_the_runners(name, variant):
+    """64 or 100 rad/s for the torso, its direction kept, and for each joint; like PhysX's."""
+    task, model = compiled(name, variant)
+    limit = 64.0 if name == "Ant" else 100.0
+    state = random_state(task, model)
+    state.qvel[0, :3] = 200.0
+    for factor in (0.9, 1.1):
+        state.qvel[0, 3:6] = factor * limit * torch.tensor([0.0, -0.6, 0.8])
+        state.qvel[0, 6:] = -factor * limit
+        cut = task.limit(state)
+        factor = min(factor, 1)
+        assert (cut.qvel[0, :3] == 200).all()
+        assert_allclose(cut.qvel[0, 3:6], factor * limit * np.array([0, -0.6, 0.8]), rtol=1e-6)
+        assert_allclose(cut.qvel[0, 6:], -factor * limit)
+        assert torch.equal(cut.qpos, state.qpos)
+
+
 @every_variant
 def test_speed_limit(variant):
     """The angular velocity is cut to 4 pi rad/s, its direction kept; the rest is not touched."""
@@ -1326,19 +1344,44 @@ def test_resume(name, variant):
     assert same(rollout(simulator), expected)
 
 
+class BrokenPhysics(CpuPhysics):
+    """Whose second world breaks down: `number` stands in `field` after each step while set."""
+
+    number, field = None, "qpos"
+
+    def step(self, substeps):
+        super().step(substeps)
+        if self.number is not None:
+            getattr(self, self.field)[1, 2] = self.number
+
+
 @every_task
-def test_nan_stays_visible(monkeypatch, tmp_path, name, variant):
-    """MuJoCo would put such a world back to its first state; the other worlds don't notice."""
-    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log
-    broken, sound = (make_simulator(name, variant, num_envs=3) for _ in range(2))
-    broken.physics.qpos[1, 2] = math.nan
-    for action in actions(broken, 3):
-        obs, reward, terminated, truncated, _ = broken.step(action)
-        assert obs[1, [0, 2]].isnan().any()
-        assert reward[1].isnan()
-        assert not (terminated | truncated).any()
-        expected, *_ = sound.step(action)
-        assert torch.equal(obs[[0, 2]], expected[[0, 2]])
+@pytest.mark.parametrize(
+    ("field", "number"), [("qpos", math.nan), ("qvel", math.inf), ("qvel", -1e5)]
+)
+def test_a_diverged_environment_starts_anew(monkeypatch, name, variant, field, number):
+    """It is not valid and says nothing about the task; the others don't notice."""
+    sound = make_simulator(name, variant, num_envs=3)
+    monkeypatch.setattr("isaac_tasks.mujoco_simulator.CpuPhysics", BrokenPhysics)
+    broken = make_simulator(name, variant, num_envs=3)
+    kept = torch.tensor([0, 2])
+    for step, action in enumerate(actions(broken, 4)):
+        broken.physics.field = field
+        broken.physics.number = number if step == 1 else None
+        rows, expected = broken.step(action), sound.step(action)
+        assert same([t[kept] for t in rows], [t[kept] for t in expected])
+        assert all(t.isfinite().all() for t in rows)
+        if step == 1:
+            obs, reward, terminated, truncated, final_obs = rows
+            assert broken.valid.tolist() == [True, False, True]
+            assert (reward[1], terminated[1], truncated[1]) == (0, False, False)
+            assert torch.equal(obs[1], final_obs[1])
+            assert broken.progress[1] == 0
+            assert (broken._state().qpos[1] != sound._state().qpos[1]).any()
+        else:
+            assert broken.valid is None
+        assert broken.diverged == (step == 1)
+    assert broken.progress.tolist() == [4, 2, 4]
 
 
 class NoHostNumbers(TorchFunctionMode):
