@@ -239,7 +239,9 @@ def refusal(name, env_id) -> str:
 
 def test_missing_packages(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    assert "Anymal needs isaacgym, and isaacgymenvs is not installed" in refusal("auto", "Anymal")
+    assert "ShadowHand needs isaacgym, and isaacgymenvs is not installed" in refusal(
+        "auto", "ShadowHand"
+    )
     assert "isaaclab_tasks is not installed" in refusal("auto", "Isaac-Ant-Direct-v0")
 
 
@@ -255,7 +257,7 @@ def test_refusals_of_isaac_gym(monkeypatch):
     del sys.modules["isaacgym"]
     monkeypatch.setenv("STRICT_IMPORT_ORDER", "1")
     assert "can't import Isaac Gym (its import must come before torch's)" in refusal(
-        "auto", "Anymal"
+        "auto", "ShadowHand"
     )
 
 
@@ -305,7 +307,7 @@ def test_an_isaac_lab_without_launch_simulation_starts_by_its_app_launcher(monke
 @pytest.mark.parametrize(
     ("name", "env_id", "options", "message"),
     [
-        ("mujoco", "Bee", {}, "no task Bee; the embedded tasks are Ant, Humanoid, Ingenuity"),
+        ("mujoco", "Bee", {}, f"no task Bee; the embedded tasks are {', '.join(TASKS)}"),
         ("isaac", "Ant", {}, "simulator isaac: must be one of auto, isaacgym, isaaclab, mujoco"),
         ("mujoco", "Ant", {"variant": "isaac"}, "variant isaac: must be one of oige, ige"),
         ("mujoco", "Ant", {"num_envs": 0}, "0 environments: must be at least 1"),
@@ -348,7 +350,7 @@ def test_imports_go_one_way():
     [
         ("auto", "Ant", "mujoco"),
         ("auto", "Ingenuity", "mujoco"),
-        ("auto", "Anymal", "isaacgym"),
+        ("auto", "ShadowHand", "isaacgym"),
         ("auto", "Isaac-Ant-Direct-v0", "isaaclab"),
         ("auto", "Isaac-Ant-Direct", "isaaclab"),
         ("isaacgym", "Ant", "isaacgym"),

