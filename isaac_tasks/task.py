@@ -72,7 +72,7 @@ class Task:
     def set_options(self, spec: mujoco.MjSpec):
         """The options that all models share."""
         spec.option.timestep = self.time_step
-        spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+        spec.option.integrator = mujoco.mjtIntegrator.mjINT_DISCRETE
         spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a NaN stays visible
 
     def spec(self) -> mujoco.MjSpec:
