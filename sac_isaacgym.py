@@ -40,7 +40,6 @@ from torch.nn.functional import softplus
 from harness.envs import Evaluator
 from harness.functional import (
     Learner,
-    Normal,
     adam,
     adam_moments,
     flatten_parameters,
@@ -173,6 +172,19 @@ def log_normal(x: Tensor) -> Tensor:
 def log_tanh_slope(u: Tensor) -> Tensor:
     """log d tanh(u)/du = log(1 - tanh(u)^2), elementwise and without cancellation.  # S2"""
     return 2 * (math.log(2) - u - softplus(-2 * u))
+
+
+class Normal:
+    """Standard normal numbers of an update: NumPy's, on CUDA torch's, within the graph."""
+
+    def __init__(self, *shape: int, device="cpu"):
+        self.tensor = torch.zeros(shape, device=device)
+
+    def fill(self, rng: np.random.Generator):
+        if self.tensor.is_cuda:
+            self.tensor.normal_()
+        else:
+            rng.standard_normal(out=self.tensor.numpy(), dtype=np.float32)
 
 
 # --- Target, losses and updates -------------------------------------------------------------------

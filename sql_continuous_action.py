@@ -52,7 +52,6 @@ from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv
 from harness.files import POLICY_FILES, UsageError, load_file
 from harness.functional import (
     Learner,
-    Normal,
     adam,
     adam_moments,
     flatten_parameters,
@@ -138,6 +137,19 @@ class Critic(nn.Module):
         """Q(s,a). obs (..., S), action (..., A) in [-1, 1] -> (..., 1), scaled reward units."""
         x = torch.cat([obs, action], dim=-1)
         return torch.stack([q(x) for q in self.q]).mean(0)
+
+
+class Normal:
+    """Standard normal numbers of an update: NumPy's, on CUDA torch's, within the graph."""
+
+    def __init__(self, *shape: int, device="cpu"):
+        self.tensor = torch.zeros(shape, device=device)
+
+    def fill(self, rng: np.random.Generator):
+        if self.tensor.is_cuda:
+            self.tensor.normal_()
+        else:
+            rng.standard_normal(out=self.tensor.numpy(), dtype=np.float32)
 
 
 class Uniform(Normal):

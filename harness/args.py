@@ -77,11 +77,8 @@ class RunArgs:
 
 
 def parse_args(Args, program: str, description: str, argv=None) -> tuple[RunArgs, dict | None]:
-    """The settings, and the content of the file that --resume or --evaluate names.
-
-    Raises: UsageError, RunError; SystemExit after --help and where tyro explains a mistake.
-    """
-    saved, given = None, RunArgs(env_id=Args.env_id)  # given: what sets the defaults of the others
+    """The settings, and the file that --resume or --evaluate named. Raises UsageError, RunError."""
+    saved, given = None, RunArgs(env_id=Args.env_id)  # given: what decides the other defaults
     peek = dict(args=argv, return_unknown_args=True, add_help=False, console_outputs=False)
     try:
         # a mistake is explained below, by the parser of all options

@@ -1,7 +1,6 @@
 """Gymnasium environments: made, checked, trained in and evaluated in."""
 
 import ctypes.util
-import functools
 import math
 import os
 import re
@@ -29,11 +28,7 @@ def derive_seed(*key: int) -> int:
 
 
 def make_env(env_id: str, render_mode: str | None = None):
-    """The Gymnasium environment with its actions rescaled to [-1, 1].
-
-    Raises: UsageError for an unknown id and where a policy can't act: it needs a flat Box
-    observation and a bounded continuous action.
-    """
+    """The Gymnasium environment with its actions rescaled to [-1, 1]. Raises: UsageError."""
     import gymnasium as gym
     import mujoco
 
@@ -47,18 +42,15 @@ def make_env(env_id: str, render_mode: str | None = None):
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         reason = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())
         raise UsageError(f"--env-id {env_id}: can't make this environment: {reason}") from None
-    obs, act = env.observation_space, env.action_space
-    problem = None
+    obs, act, problem = env.observation_space, env.action_space, None
     if render_mode and render_mode not in env.metadata.get("render_modes", []):
         problem = "it can't render images: leave out --capture-video"
     elif not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1 or obs.shape[0] == 0:
         hint = "wrap the environment in gymnasium.wrappers.FlattenObservation"
         problem = f"the observation must be one flat vector, not {obs}; {hint}"
-    elif not isinstance(act, gym.spaces.Box) or not np.issubdtype(act.dtype, np.floating):
-        problem = f"the actions must be continuous (a float Box), not {act}"
-    elif len(act.shape) != 1 or act.shape[0] == 0:
-        problem = f"the action must be one flat vector, not of shape {act.shape}"
-    elif not (np.isfinite([act.low, act.high]).all() and (act.low < act.high).all()):
+    elif not isinstance(act, gym.spaces.Box) or act.dtype.kind != "f" or len(act.shape) != 1:
+        problem = f"the action must be continuous (a float Box) and one flat vector, not {act}"
+    elif not (act.shape[0] and all(0 < width < math.inf for width in act.high - act.low)):
         problem = f"the action space must be bounded on both sides, not {act}"
     if problem:
         raise UsageError(f"--env-id {env_id}: {problem}")
@@ -81,8 +73,7 @@ def check_finite(env_id: str, step: int, **values: Tensor | np.ndarray | float):
 class TrainingEnv:
     """The training environment; starts its next episode by itself. `obs` (S,): to act on.
 
-    Each episode has its own seed. It and the actions since the reset determine the state of any
-    deterministic environment: a checkpoint holds both, and loading it plays them again.
+    A checkpoint holds the episode's number (it gives the seed) and its actions, to play them again.
     """
 
     def __init__(self, env_id: str, seed: int):
@@ -95,8 +86,7 @@ class TrainingEnv:
         """Starts the next episode."""
         self.episode += 1
         self.actions, self.episodic_return = [], 0.0
-        obs, _ = self.env.reset(seed=derive_seed(self.seed, 0, self.episode))
-        self.obs = self._check(obs)
+        self.obs = self._check(self.env.reset(seed=derive_seed(self.seed, 0, self.episode))[0])
 
     def _check(self, obs, **reward: float) -> np.ndarray:
         """A copy of an observation (some environments reuse theirs). Raises: RunError."""
@@ -114,11 +104,10 @@ class TrainingEnv:
         check_finite(self.env_id, self.steps, action=action)
         obs, (next_obs, reward, terminated, truncated, _) = self.obs, self.env.step(action)
         reward = float(reward)
-        next_obs = self._check(next_obs, reward=reward)
+        self.obs = next_obs = self._check(next_obs, reward=reward)
         self.steps += 1
         self.actions.append(action)
         self.episodic_return += reward
-        self.obs = next_obs
         if terminated or truncated:
             self.last_return = self.ended["charts/episodic_return"] = self.episodic_return
             self.ended["charts/episodic_length"] = len(self.actions)
@@ -142,8 +131,8 @@ class TrainingEnv:
             self.step(action.copy())
         self.ended = {}
         if self.episode != state["episode"] or not np.array_equal(self.obs, state["obs"].numpy()):
-            problem = f"{self.env_id} did not replay its episode exactly"
-            print(f"warning: {problem}; starting a new one", file=sys.stderr)
+            text = "did not replay its episode exactly; starting a new one"
+            print(f"warning: {self.env_id} {text}", file=sys.stderr)
             self.episode, self.steps = state["episode"], state["steps"]
             self.reset()
 
@@ -155,7 +144,7 @@ class EvaluationEnvs:
         from gymnasium.vector import SyncVectorEnv
 
         modes = ["rgb_array" if args.capture_video else None] + [None] * (args.eval_episodes - 1)
-        self.envs = SyncVectorEnv([functools.partial(make_env, args.env_id, m) for m in modes])
+        self.envs = SyncVectorEnv([lambda m=m: make_env(args.env_id, m) for m in modes])
         self.obs_dim = self.envs.single_observation_space.shape[0]
         self.act_dim = self.envs.single_action_space.shape[0]
         self.fps, self.render = self.envs.metadata.get("render_fps", 30), self.envs.envs[0].render
@@ -173,19 +162,13 @@ class EvaluationEnvs:
 
 
 class Evaluator:
-    """Plays an episode in each of the environments, batched through the policy.
-
-    policy(obs (n, S), noise (n, A)) -> actions (n, A) in [-1, 1]; noise 0: the deterministic ones.
-    """
+    """Plays an episode in each of envs; policy(obs (n, S), noise (n, A)) -> actions (n, A)."""
 
     def __init__(self, args: RunArgs, envs, policy):
         self.args, self.envs, self.policy = args, envs, policy
 
     def run(self, step: int, video_path: Path) -> tuple[list[float], list[int]]:
-        """Returns and lengths of the episodes; their seeds depend on --seed and `step`.
-
-        With --capture-video the first episode goes to `video_path`.
-        """
+        """Returns and lengths of the episodes that --seed and `step` define; films the first."""
         args, envs, video = self.args, self.envs, None
         rng = np.random.default_rng(derive_seed(args.seed, 2, step))
         obs = envs.reset(args.seed, 1, step)

@@ -1,12 +1,13 @@
 """Files of a run: written atomically, checked when they are read."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -40,10 +41,7 @@ def save_file(path: Path, content: dict, program: str):
 
 
 def load_file(option: str, path: str | Path, program: str, names=("checkpoint.pt",)) -> dict:
-    """The content of a checkpoint or policy, and its "path": this file or one in this folder.
-
-    Raises: UsageError where `option` names none; RunError if it is damaged or of another program.
-    """
+    """A checkpoint or policy and its "path", in a file or folder. Raises: UsageError, RunError."""
     candidates = [Path(path, name) for name in names] if Path(path).is_dir() else [Path(path)]
     file = next(filter(Path.is_file, candidates), None)
     if file is None:
@@ -65,18 +63,14 @@ def load_file(option: str, path: str | Path, program: str, names=("checkpoint.pt
 def describe_machine(device: torch.device) -> dict:
     """What a reader needs to reproduce a run beside its settings: commit, versions, hardware."""
     words = "describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
     packages = "torch gymnasium mujoco numpy tyro wandb stable_baselines3".split()
-    installed = filter(importlib.util.find_spec, packages)
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
-        "git_commit": commit,
-        "versions": {package: importlib.metadata.version(package) for package in installed},
+        "git_commit": git.stdout.strip() if git else "",
+        "versions": {x: importlib.metadata.version(x) for x in packages if find_spec(x)},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu[1] if cpu else platform.processor(),

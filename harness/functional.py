@@ -1,7 +1,4 @@
-"""Updates as functions of flat tensors, with all parameters of a network in one vector theta (P,).
-
-So an update, optimiser included, is one compiled function on CPU and one CUDA graph on a GPU.
-"""
+"""Updates as functions of flat tensors, each one compiled function or, on a GPU, one CUDA graph."""
 
 import ctypes
 import math
@@ -14,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def flatten_parameters(network: nn.Module) -> Tensor:
     """Moves a network's parameters into one vector theta (P,): changing it changes the network."""
-    theta = parameters_to_vector(network.parameters()).detach()
-    vector_to_parameters(theta, network.parameters())
+    theta = nn.utils.parameters_to_vector(network.parameters()).detach()
+    nn.utils.vector_to_parameters(theta, network.parameters())
     return theta
 
 
@@ -32,8 +28,7 @@ def functional(method):
 
     def function(theta: Tensor, *inputs):
         parts = theta.split([shape.numel() for shape in shapes.values()])
-        pairs = zip(shapes.items(), parts, strict=True)
-        views = {name: part.view(shape) for (name, shape), part in pairs}
+        views = {n: part.view(shapes[n]) for n, part in zip(shapes, parts, strict=True)}
         return torch.func.functional_call(module, views, inputs)
 
     return function
@@ -41,8 +36,8 @@ def functional(method):
 
 def adam_moments(theta: Tensor) -> list[Tensor]:
     """m (P,), v (P,) and (beta1^0, beta2^0) before the first step of Adam."""
-    decay = torch.ones(2, dtype=torch.float64, device=theta.device)
-    return [torch.zeros_like(theta), torch.zeros_like(theta), decay]
+    zeros = torch.zeros_like(theta)
+    return [zeros, zeros.clone(), theta.new_ones(2, dtype=torch.float64)]
 
 
 def adam(theta: Tensor, m: Tensor, v: Tensor, decay: Tensor, grad: Tensor, lr: float):
@@ -53,19 +48,6 @@ def adam(theta: Tensor, m: Tensor, v: Tensor, decay: Tensor, grad: Tensor, lr: f
     decay = torch.stack([beta1 * decay[0], beta2 * decay[1]])
     m_hat, v_hat = m / (1 - decay[0]).to(m.dtype), v / (1 - decay[1]).to(v.dtype)
     return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
-
-
-class Normal:
-    """Normal numbers for an update: of NumPy's generator; on CUDA of torch's, within the graph."""
-
-    def __init__(self, *shape: int, device="cpu"):
-        self.tensor = torch.zeros(shape, device=device)
-
-    def fill(self, rng: np.random.Generator):
-        if self.tensor.is_cuda:
-            self.tensor.normal_()
-        else:
-            rng.standard_normal(out=self.tensor.numpy(), dtype=np.float32)
 
 
 class Hardware:
@@ -116,10 +98,9 @@ class Hardware:
 
 
 class Learner:
-    """Runs an update again and again on the same tensors, which a CUDA graph needs.
+    """Runs update(*state, *inputs, *random) -> metrics on the same tensors, as a CUDA graph needs.
 
-    update(*state, *inputs, *random) changes `state` in place and returns the metrics `names`, part
-    of the state too (updates may be rare). It doesn't wait for a GPU; `read_metrics` does.
+    It changes `state` in place; random: objects whose `fill(rng)` draws their `tensor` anew.
     """
 
     def __init__(self, update, state: list[Tensor], inputs, random, names, hardware: Hardware):
@@ -141,7 +122,7 @@ class Learner:
         self._run()
 
     def read_metrics(self, step: int) -> dict[str, float]:
-        """The last update's metrics. Raises: FloatingPointError if one is not finite."""
+        """The last update's metrics (waits for a GPU). Raises: FloatingPointError: not finite."""
         values = dict(zip(self.names, self.metrics.tolist(), strict=True))
         if bad := [f"{name} = {x}" for name, x in values.items() if not math.isfinite(x)]:
             hint = "try a smaller learning rate; the last checkpoint is intact"
@@ -157,10 +138,7 @@ class Learner:
 
 
 def make_policy(network: nn.Module, theta: Tensor, obs_dim: int, act_dim: int, n: int, hardware):
-    """policy(obs (n, S), noise (n, A)) -> actions (n, A): `network.sample` with parameters theta.
-
-    Compiled for n rows; takes arrays or tensors, returns a tensor where they lie.
-    """
+    """`network.sample` compiled for n rows: policy(obs (n, S), noise (n, A)) -> actions (n, A)."""
     inputs = torch.zeros(n, obs_dim + act_dim, device=hardware.device)
     action = torch.zeros(n, act_dim, device=hardware.device)
     sample = functional(network.sample)

@@ -19,30 +19,34 @@ class Logger:
     def __init__(self, args: RunArgs, folder: Path, description: dict, resumed: dict | None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
-        self.start, self.last = time.perf_counter() - seconds, (step, seconds)
-        self.csv = open_metrics(folder / "metrics.csv", resumed and resumed["csv_bytes"])
-        threading.excepthook = silence_full_disk
-        self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1 if resumed else None)
+        saved = resumed or {"step": 0, "seconds": 0.0, "csv_bytes": 0}
+        step, now = saved["step"], time.perf_counter()
+        self.start, self.last = now - saved["seconds"], (step, now)
+        self.csv = open(folder / "metrics.csv", "a", buffering=1)
+        if self.csv.tell() < saved["csv_bytes"]:
+            raise RunError(f"{self.csv.name} is shorter than when the checkpoint was written")
+        self.csv.truncate(self.csv.seek(saved["csv_bytes"]))  # what follows is written again
+        if not resumed:
+            self.csv.write("step,seconds,name,value\n")
+        report = threading.excepthook  # what fails in TensorBoard's thread, `add_scalar` raises too
+        threading.excepthook = lambda e: isinstance(e.exc_value, OSError) or report(e)
+        self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
         self.wandb = start_wandb(args, folder, description) if args.track else None
         often = 0.1 if sys.stderr.isatty() else 30  # seconds
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=often)
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
     def log(self, step: int, values: dict[str, float]):
+        seconds = time.perf_counter() - self.start
         for name, value in values.items():
-            self.csv.write(f"{step},{self.seconds():.3f},{name},{value!r}\n")
+            self.csv.write(f"{step},{seconds:.3f},{name},{value!r}\n")
             self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log({"global_step": step, **values})
 
     def speed(self, step: int) -> float:
         """Steps per second since the last call, evaluations included."""
-        (last_step, last_seconds), now = self.last, self.seconds()
-        self.last = (step, now)
-        return (step - last_step) / max(now - last_seconds, 1e-9)
+        (last_step, last_time), self.last = self.last, (step, time.perf_counter())
+        return (step - last_step) / max(self.last[1] - last_time, 1e-9)
 
     def show(self, **returns: float):
         """One step more on the progress bar, with these returns."""
@@ -52,31 +56,13 @@ class Logger:
 
     def state_dict(self) -> dict:
         os.fsync(self.csv.fileno())
-        return {"csv_bytes": self.csv.tell(), "seconds": self.seconds()}
+        return {"csv_bytes": self.csv.tell(), "seconds": time.perf_counter() - self.start}
 
     def close(self):
         for part in (self.bar, self.csv, self.tensorboard):
             part.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def silence_full_disk(args):
-    """TensorBoard's thread hands its OSError to `add_scalar` or `close`, which report it."""
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
-
-
-def open_metrics(path: Path, resumed_bytes: int | None):
-    """metrics.csv, step,seconds,name,value; a resumed run writes on where its checkpoint was."""
-    file = open(path, "a", buffering=1)
-    if resumed_bytes is None:
-        file.write("step,seconds,name,value\n")
-    elif file.tell() < resumed_bytes:
-        raise RunError(f"{path} is shorter than when the checkpoint was written")
-    else:
-        file.truncate(file.seek(resumed_bytes))  # later rows are written again, the same ones
-    return file
 
 
 def start_wandb(args: RunArgs, folder: Path, description: dict):

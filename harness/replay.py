@@ -25,12 +25,11 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, batch_size: int, device="cpu"):
-        device = torch.device(device)
         widths = [obs_dim, act_dim, obs_dim, 1, 1]
-        check_memory(capacity, 4 * capacity * sum(widths), device)
+        check_memory(capacity, 4 * capacity * sum(widths), torch.device(device))
         self.capacity, self.added = capacity, 0
         self.rows = torch.empty(capacity, sum(widths), device=device)
-        self.row = torch.empty(sum(widths), pin_memory=device.type == "cuda")
+        self.row = torch.empty(sum(widths), pin_memory=self.rows.is_cuda)
         self.parts = np.split(self.row.numpy(), np.cumsum(widths)[:-1])
         self.batch = torch.zeros(batch_size, sum(widths), device=device)
 
@@ -61,5 +60,5 @@ class ReplayBuffer:
 def split_batch(batch: Tensor, obs_dim: int, act_dim: int) -> tuple[Tensor, ...]:
     """Rows (B, ...) -> obs (B, S), action (B, A), next_obs (B, S), reward, terminated (B,)."""
     widths = [obs_dim, act_dim, obs_dim, 1, 1]
-    obs, action, next_obs, reward, terminated = batch.split(widths, dim=-1)
-    return obs, action, next_obs, reward[:, 0], terminated[:, 0]
+    *vectors, reward, terminated = batch.split(widths, dim=-1)
+    return *vectors, reward[:, 0], terminated[:, 0]

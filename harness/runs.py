@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -36,22 +35,20 @@ class Run(contextlib.ExitStack):
         self.folder = checkpoint["path"].parent if checkpoint else run_folder(args)
         self.hardware = Hardware(args.cuda, args.torch_threads, args.compile)
         self.device = self.hardware.device
-        run = dict(script=f"{program}.py", command=command, args=dataclasses.asdict(args))
-        run["compiled"] = self.hardware.compiled
-        self.description = run | describe_machine(self.device)
+        run = dict(script=f"{program}.py", command=command, compiled=self.hardware.compiled)
+        self.description = run | {"args": dataclasses.asdict(args)} | describe_machine(self.device)
         self.step, self.return_mean, self.received = 0, math.nan, None
 
     def start(self, env, evaluator: Evaluator | None, policy: dict, rng, **parts):
-        """Opens the run's folder and log, and begins or restores everything.
+        """Opens folder and log; begins or restores what a checkpoint holds: env, rng and parts.
 
-        policy: what a saved policy holds, by name; parts: what else a checkpoint does; both have
-        state_dict and load_state_dict. rng: NumPy's generator, of everything random on the host.
+        policy: what a saved policy holds. Both, by name, have state_dict and load_state_dict.
         """
         self.env, self.evaluator, self.policy, self.rng = env, evaluator, policy, rng
         self.parts = {"env": env} | parts
         if self.checkpoint:
             self._check_resumed(self.checkpoint)
-        self.folder.mkdir(parents=True, exist_ok=bool(self.checkpoint))
+        self.folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
         (self.folder / "args.json").write_text(json.dumps(self.description, indent=2) + "\n")
         logger = Logger(self.args, self.folder, self.description, self.checkpoint)
         self.logger = self.enter_context(contextlib.closing(logger))
@@ -60,22 +57,21 @@ class Run(contextlib.ExitStack):
             self.checkpoint.clear()  # it holds the replay buffer a second time
         else:
             env.reset()
+        text = f"{self.args.env_id} on {self.description['device']}, files in {self.folder}"
         first = "; compiling takes about a minute the first time" * self.hardware.compiled
-        where = f"{self.description['device']}, files in {self.folder}"
-        print(f"{self.args.env_id} on {where}{first}", file=sys.stderr)
+        print(text + first, file=sys.stderr)
 
     def _check_resumed(self, checkpoint: dict):
         """Raises: UsageError if there is nothing to do. Says where results may differ."""
-        if checkpoint["step"] >= self.args.total_timesteps:
+        before, now, steps = checkpoint["description"], self.description, self.args.total_timesteps
+        if checkpoint["step"] >= steps:
             done = f"{self.folder} is already at step {checkpoint['step']}"
             raise UsageError(f"{done}: raise --total-timesteps to train it further")
-        before, now = checkpoint["description"], self.description
         if changed := {k for k in before if before[k] != now.get(k)} - {"args", "command"}:
             text = f"other {', '.join(sorted(changed))} than before: not bit for bit the same run"
             print(f"warning: {text}", file=sys.stderr)
-        now["command"] = before["command"]
-        if (steps := self.args.total_timesteps) != before["args"]["total_timesteps"]:
-            now["command"] += f" --total-timesteps {steps}"
+        more = "" if steps == before["args"]["total_timesteps"] else f" --total-timesteps {steps}"
+        now["command"] = before["command"] + more
 
     def steps(self):
         """The numbers of the steps to take; `log` ends each. A signal ends the run after a step."""
@@ -89,10 +85,7 @@ class Run(contextlib.ExitStack):
         signal.signal(signum, signal.SIG_DFL)  # a second signal stops the run at once
 
     def log(self, metrics: dict[str, float]):
-        """Ends a step: writes numbers, evaluates, saves checkpoints, shows progress.
-
-        Raises: SystemExit after a stop signal, when the checkpoint is written.
-        """
+        """Ends a step: writes numbers, evaluates, shows progress, saves, stops after a signal."""
         self.step += 1
         args, step = self.args, self.step
         last = step == args.total_timesteps
@@ -108,8 +101,7 @@ class Run(contextlib.ExitStack):
         self.logger.show(train=self.env.last_return, eval=self.return_mean)
         if last:
             self._save("policy_final.pt")
-        often = args.checkpoint_frequency
-        if (often and step % often == 0) or last or self.received:
+        if step % (args.checkpoint_frequency or math.inf) == 0 or last or self.received:
             self._save("checkpoint.pt", **self._state())
         if self.received and not last:
             again = shlex.join(["python", f"{self.program}.py", "--resume", str(self.folder)])
@@ -135,8 +127,7 @@ class Run(contextlib.ExitStack):
         content = {name: part.state_dict() for name, part in self.parts.items()}
         content |= {"description": self.description, "return_mean": self.return_mean}
         content |= {"rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state()}
-        content["cuda_rng"] = torch.cuda.get_rng_state_all()
-        return content | self.logger.state_dict()
+        return content | self.logger.state_dict() | {"cuda_rng": torch.cuda.get_rng_state_all()}
 
     def _restore(self, content: dict):
         self.step, self.return_mean = content["step"], content["return_mean"]
@@ -150,16 +141,15 @@ class Run(contextlib.ExitStack):
 
 def run_folder(args: RunArgs) -> Path:
     """Env__experiment__seed__ and the time; with `--resume auto` a digest of what defines a run."""
-    tag = int(time.time())
-    if args.resume == "auto":
-        defining = json.dumps(args.fixed(args.resume_may_change)).encode()
-        tag = hashlib.sha256(defining).hexdigest()[:10]
+    defining = json.dumps(args.fixed(args.resume_may_change)).encode()
+    digest = hashlib.sha256(defining).hexdigest()[:10]
+    tag = digest if args.resume == "auto" else int(time.time())
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{tag}"
     return Path(args.runs_dir, re.sub(r"[^\w.-]", "_", name))
 
 
 def lock_run(folder: Path):
-    """Waits until no other `--resume auto` trains this run; holds the lock while it is open."""
+    """Waits until no other `--resume auto` trains this run; locks it while the file is open."""
     (folder.parent / ".locks").mkdir(parents=True, exist_ok=True)
     lock = open(folder.parent / ".locks" / folder.name, "w")
     try:
@@ -168,17 +158,6 @@ def lock_run(folder: Path):
         print("waiting for another process that trains this run", file=sys.stderr)
         fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
-
-
-def find_run(folder: Path, program: str) -> dict | None:
-    """The checkpoint in this folder; without one, None, and the folder moves to `abandoned/`."""
-    if (folder / "checkpoint.pt").exists():
-        return load_file("--resume", folder, program)
-    if folder.exists():
-        abandoned = folder.parent / "abandoned" / f"{folder.name}-{folder.stat().st_mtime_ns}"
-        abandoned.parent.mkdir(exist_ok=True)
-        shutil.move(folder, abandoned)
-    return None
 
 
 def evaluate_policy(args: RunArgs, saved: dict, load_evaluator):
@@ -192,16 +171,14 @@ def evaluate_policy(args: RunArgs, saved: dict, load_evaluator):
     mode = "deterministic" if args.deterministic_eval else "stochastic"
     text = f"{len(returns)} {mode} episodes of {file} (step {step}) on {args.env_id}"
     print(f"{text}: return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
-    if args.capture_video:
-        print(f"video of episode 0: {video}")
+    print(f"video of episode 0: {video}\n" * args.capture_video, end="")
 
 
 def run_command(Args, train, load_evaluator, program: str, description: str, argv):
     """Carries out a command line: evaluates a policy, or trains."""
     args, saved = parse_args(Args, program, description, argv)
     if args.evaluate is not None:
-        evaluate_policy(args, saved, load_evaluator)
-        return
+        return evaluate_policy(args, saved, load_evaluator)
     if args.resume == "auto":
         folder = run_folder(args)
         lock = lock_run(folder)  # noqa: F841 (held until the process ends)
@@ -209,17 +186,15 @@ def run_command(Args, train, load_evaluator, program: str, description: str, arg
         if final.exists() and load_file("--resume", final, program)["step"] >= args.total_timesteps:
             print(f"{folder} is finished: {args.total_timesteps} steps")
             return
-        saved = find_run(folder, program)
+        if final.exists() or (folder / "checkpoint.pt").exists():  # else it starts, anew or again
+            saved = load_file("--resume", folder, program)
     words = sys.argv[1:] if argv is None else argv
     with Run(args, program, shlex.join(["python", f"{program}.py", *words]), saved) as run:
         train(args, run)
 
 
 def main(Args, train, load_evaluator, argv: list[str] | None = None) -> int:
-    """A script's command line; the exit code: 0, 1 (run), 2 (usage) or 128 + signal.
-
-    train(args, run) trains; load_evaluator(args, saved) -> Evaluator of a saved policy.
-    """
+    """A script: train(args, run), or load_evaluator(args, saved) -> Evaluator; the exit code."""
     module = sys.modules[train.__module__]
     program, description = Path(module.__file__).stem, module.__doc__.split("\n\n    ")[0]
     try:
@@ -231,12 +206,10 @@ def main(Args, train, load_evaluator, argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (UsageError, RunError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+    except (UsageError, RunError, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(f"error: not enough memory ({str(error).splitlines()[0]})", file=sys.stderr)
-        return 1
+        memory = "not enough memory: " * isinstance(error, MemoryError | RuntimeError)
+        print(f"error: {memory}{error}".partition("\n")[0], file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     return 0

@@ -24,7 +24,7 @@ OTHERS = files("sb3_baselines.py", "multi_goal.py", "multi_goal/*.py", "tools/*.
 # The same algorithm in two scripts: these blocks are identical.
 MEOW = "Triple Swish MLP EnergyFlow log_prior log_tanh_slope Keep soft_target meow_loss "
 MEOW += "clip_gradient METRICS make_update make_flow"
-SAC = "MLP Actor Critics log_normal log_tanh_slope soft_target critic_loss actor_loss "
+SAC = "MLP Actor Critics log_normal log_tanh_slope Normal soft_target critic_loss actor_loss "
 SAC += "temperature_loss CRITIC_METRICS ACTOR_METRICS make_critic_update make_actor_update "
 SAC += "make_networks"
 TWINS = {("meow_continuous_action.py", "meow_isaacgym.py"): MEOW.split()}
@@ -32,9 +32,9 @@ TWINS[("sac_continuous_action.py", "sac_isaacgym.py")] = SAC.split()
 # What each script has of its own under a common name, and what two algorithms call alike.
 OWN = set("Args PAPER_SETTINGS paper HIDDEN train load_evaluator".split())
 ALIKE = OWN | set("MLP log_tanh_slope soft_target critic_loss METRICS make_update".split())
-ALIKE |= {"make_networks", "MULTI_GOAL"}
+ALIKE |= {"make_networks", "MULTI_GOAL", "Normal"}
 # Formulas and networks that two algorithms share word for word.
-COPIES = {"MLP", "MLP.__init__", "log_tanh_slope", "log_prior", "log_normal"}
+COPIES = {"MLP", "MLP.__init__", "log_tanh_slope", "log_prior", "log_normal", "Normal"}
 ENTRY = {"main", "parse_args", "Policy", "Run"}  # names that a tool may use for its own things
 LINES = {script: 450 for script in GYMNASIUM} | {script: 480 for script in ISAAC}
 LINES |= {module: 260 for module in HARNESS}
@@ -140,8 +140,7 @@ def test_files_can_be_read_in_one_sitting(path):
 
 
 def test_the_whole_harness_can_be_read_in_one_sitting():
-    lines = [line for path in HARNESS for line in read(path).splitlines()]
-    assert len(list(filter(str.strip, lines))) <= 850
+    assert sum(len(read(path).splitlines()) for path in HARNESS) <= 900
 
 
 def test_readme_is_short():

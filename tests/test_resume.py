@@ -155,16 +155,28 @@ def test_auto_extends_a_run_and_tells_runs_apart(tmp_path):
 
 
 def test_auto_starts_again_without_a_checkpoint(tmp_path):
-    """What a run left that never came to its first checkpoint moves to abandoned/."""
+    """A run that never came to its first checkpoint; its rows are written again, once each."""
     assert launch(SCRIPT, AUTO, tmp_path, signals={15: signal.SIGTERM}).returncode == 143
     folder = only_run(tmp_path)
+    before = metrics(folder)
     (folder / "checkpoint.pt").unlink()
     (folder / "notes.txt").write_text("mine")
     assert launch(SCRIPT, AUTO, tmp_path, signals={15: signal.SIGTERM}).returncode == 143
-    (abandoned,) = (tmp_path / "runs" / "abandoned").iterdir()
-    assert abandoned.name.startswith(folder.name)
-    assert (abandoned / "notes.txt").read_text() == "mine"
+    assert only_run(tmp_path) == folder
+    assert metrics(folder) == before
+    assert (folder / "notes.txt").read_text() == "mine"
     assert read(folder / "checkpoint.pt")["step"] == 15
+
+
+def test_auto_overwrites_no_finished_run_that_lost_its_checkpoint(tmp_path):
+    """Raising --total-timesteps needs it: without it the run's files stay as they are."""
+    assert launch(SCRIPT, AUTO, tmp_path).returncode == 0
+    folder = only_run(tmp_path)
+    (folder / "checkpoint.pt").unlink()
+    before = (folder / "metrics.csv").read_bytes()
+    longer = quick(resume="auto", total_timesteps=99, keep_policies=True)
+    is_one_sentence(launch(SCRIPT, longer, tmp_path), 2, "checkpoint.pt")
+    assert (folder / "metrics.csv").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -303,7 +303,7 @@ def test_a_closed_standard_output_is_no_error(finished):
 
 def test_without_git_and_cpuinfo_a_run_is_described(tmp_path):
     """No git, no /proc (macOS): empty entries instead of an error."""
-    with mock.patch("subprocess.run", side_effect=FileNotFoundError("git")):
+    with mock.patch("shutil.which", return_value=None):
         assert launch(SCRIPT, quick(total_timesteps=10), tmp_path).returncode == 0
     described = json.loads((only_run(tmp_path) / "args.json").read_text())
     assert described["git_commit"] == ""
