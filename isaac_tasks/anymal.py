@@ -91,9 +91,11 @@ class Anymal(Task):
     def spec(self) -> mujoco.MjSpec:
         spec = mujoco.MjSpec()
         self.set_options(spec)
-        spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 10  # feet don't creep
+        spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
+        spec.option.impratio = 10  # with it and the hard contacts feet don't creep
         spec.compiler.degree = False
-        spec.default.geom.solref[0], spec.default.geom.solimp[:2] = 2 * self.time_step, (0.99, 0.999)
+        contact = spec.default.geom
+        contact.solref[0], contact.solimp[:2] = 2 * self.time_step, (0.99, 0.999)
         world = spec.worldbody
         world.add_light(pos=(0, 0, 10), type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
         plane = dict(type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0, 0, 1), rgba=(0.3, 0.35, 0.4, 1))
