@@ -116,7 +116,7 @@ def test_zero_action_stands(variant):
         if step == 100:
             place = simulator.physics.qpos.clone()
     assert (abs(simulator.physics.qpos - place)[:, :3] < 0.01).all()
-    assert (simulator.physics.qpos[:, 2] > 0.515).all()
+    assert (simulator.physics.qpos[:, 2] > 0.5).all()
     assert (reward > (0.024 if variant == "oige" else 0.025)).all()
 
 
