@@ -5,6 +5,7 @@ import importlib.util
 import torch
 
 from isaac_tasks.ant import Ant
+from isaac_tasks.anymal import Anymal
 from isaac_tasks.humanoid import Humanoid
 from isaac_tasks.ingenuity import Ingenuity
 from isaac_tasks.interface import Simulator, SimulatorError
@@ -14,6 +15,7 @@ TASKS = {
     "Ant": Ant,
     "Humanoid": Humanoid,
     "Ingenuity": Ingenuity,
+    "Anymal": Anymal,
 }
 
 
