@@ -7,6 +7,7 @@
 `simulator.Simulator` says what these are, `task.Task` how to add a task.
 """
 
+from isaac_tasks.allegro_hand import AllegroHand
 from isaac_tasks.ant import Ant
 from isaac_tasks.humanoid import Humanoid
 from isaac_tasks.ingenuity import Ingenuity
@@ -14,4 +15,9 @@ from isaac_tasks.simulator import Simulator, SimulatorError, make_simulator
 
 __all__ = ["TASKS", "Simulator", "SimulatorError", "make_simulator"]
 
-TASKS = {"Ant": Ant, "Humanoid": Humanoid, "Ingenuity": Ingenuity}
+TASKS = {
+    "Ant": Ant,
+    "Humanoid": Humanoid,
+    "Ingenuity": Ingenuity,
+    "AllegroHand": AllegroHand,
+}
