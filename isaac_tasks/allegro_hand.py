@@ -113,6 +113,8 @@ class AllegroHand(Task):
         self.set_options(spec)
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST  # enough for these drives
         spec.compiler.degree = False
+        contact = spec.default.geom  # pushes out slowly what fast fingers make overlap
+        contact.solref, contact.solimp[:2] = (0.02, 2), (0.95, 0.99)
         world = spec.worldbody
         world.add_light(pos=(0, 0, 10), type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
         world.add_camera(name="track", pos=(-0.1, -0.55, 0.85), xyaxes=(1, 0, 0, 0, 0.65, 0.75))
@@ -151,6 +153,7 @@ class AllegroHand(Task):
         """A hinge about z and a spring and damper to its target angle, of limited torque."""
         joint = body.add_joint(name=body.name, range=limits, armature=self.armature)
         joint.damping[2] = self.torque / self.joint_speed**3  # all the drive's torque at that speed
+        joint.margin = 0.01  # the limit acts that early: at full speed a step is 0.05 rad
         joint.solref_limit = (2 * self.time_step, 1)
         joint.solimp_limit[:2] = 0.99, 0.999
         drive = spec.add_actuator(name=body.name, target=body.name)
