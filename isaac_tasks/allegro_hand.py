@@ -153,7 +153,6 @@ class AllegroHand(Task):
         """A hinge about z and a spring and damper to its target angle, of limited torque."""
         joint = body.add_joint(name=body.name, range=limits, armature=self.armature)
         joint.damping[2] = self.torque / self.joint_speed**3  # all the drive's torque at that speed
-        joint.margin = 0.01  # the limit acts that early: at full speed a step is 0.05 rad
         joint.solref_limit = (2 * self.time_step, 1)
         joint.solimp_limit[:2] = 0.99, 0.999
         drive = spec.add_actuator(name=body.name, target=body.name)

@@ -3,6 +3,7 @@
 Expected numbers are those of the original tasks or follow from them by hand.
 """
 
+import copy
 import math
 from functools import cache
 from itertools import pairwise
@@ -477,6 +478,22 @@ def test_free_fall(variant):
     assert_allclose(physics.qvel[0, 19:], spin * math.exp(-0.5 * seconds), rtol=1e-3)
 
 
+@every_variant
+@pytest.mark.parametrize("side", [-1, 1])
+def test_joint_limits(variant, side):
+    """A joint at full speed stops in the step after its limit (0.05 rad per step), and stays."""
+    model = copy.copy(compiled(variant)[1])
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT.value
+    limit = HIGH if side == 1 else LOW
+    for distance in np.linspace(0.001, 0.06, 20):
+        joints = limit - side * distance
+        data = forward(model, joints, (0, 0, 5), side * 6.283, limit)
+        for _ in range(20):
+            mujoco.mj_step(model, data)
+            assert (np.degrees(side * (data.qpos[:16] - limit)) < 2.8).all()
+        assert_allclose(data.qpos[:16], limit, atol=math.radians(0.2))
+
+
 def stress(variant, steps):
     """64 environments: random actions, extreme ones, and signs that flip at resonance."""
     simulator = make_simulator(variant, 64)
@@ -520,17 +537,34 @@ def test_thumb_starts_below_its_limit_and_is_there_at_once():
 @pytest.mark.slow
 @every_variant
 def test_warp_agrees_with_mujoco(variant):
-    """One control step with the cube on the hand, on Warp's CPU device (its kernels compile)."""
+    """One step on Warp's CPU device, its kernels compile: cubes on the hand, and in the air."""
     simulator = make_simulator(variant, 4)
     task, model = simulator.task, simulator.model
     for _ in range(20):
         simulator.step(torch.full((4, 16), -0.5))
+    simulator.physics.qpos[2:, 18] += 0.1
+    simulator.physics.ctrl[:] = task.control(torch.full((4, 16), 0.2))
     state = simulator.physics.state_dict()
+    state["qvel"][:, :16] += 2
     cpu = CpuPhysics(model, 4, 1)
     warp = WarpPhysics(model, 4, "cpu", task.contacts, task.constraints)
     for physics in (cpu, warp):
         physics.load_state_dict(state)
         physics.qacc_warmstart[:] = 0
         physics.step(1)
-    assert_allclose(warp.qpos, cpu.qpos, atol=1e-4)
-    assert_allclose(warp.qvel, cpu.qvel, atol=1e-2)
+    assert abs(cpu.qvel - state["qvel"]).max() > 1
+    for world, tolerance in ((0, 0.5), (1, 0.5), (2, 1e-4), (3, 1e-4)):  # other contact points
+        assert_allclose(warp.qpos[world], cpu.qpos[world], atol=0.01 * tolerance)
+        assert_allclose(warp.qvel[world], cpu.qvel[world], atol=tolerance)
+
+
+def test_marker():
+    """The goal is shown beside the hand."""
+    task, model = compiled("oige")
+    data = mujoco.MjData(model)
+    goal = torch.tensor([0.5, -0.5, 0.5, 0.5])
+    task.show(data, goal)
+    mujoco.mj_forward(model, data)
+    assert_allclose(data.body("goal").xquat, goal)
+    assert_allclose(data.body("goal").xpos - GOAL, (-0.2, -0.06, 0.12), atol=1e-12)
+    assert not model.geom_contype[model.body("goal").geomadr[0]]
