@@ -32,7 +32,6 @@ class Link(NamedTuple):
 TIP = 0.021, (0.97, 0.97, 0.97)  # mass and inertia of the tips, which are fixed to the last links
 FINGERTIP = (0.0324, -0.0042, -0.0070), (0.0622, 0.0150, 0.0071)  # corners in the last link
 THUMB_TIP = (0.0476, -0.0044, -0.0071), (0.0771, 0.0147, 0.0071)
-LOOK = dict(mass=0, contype=0, conaffinity=0)  # of geoms that are only seen
 
 
 def finger(place: tuple[float, float, float], yaw: float) -> list[Link]:
@@ -111,7 +110,7 @@ class AllegroHand(Task):
     def spec(self) -> mujoco.MjSpec:
         spec = mujoco.MjSpec()
         self.set_options(spec)
-        spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST  # enough for these drives
+        spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST  # stable here, and fast
         spec.compiler.degree = False
         contact = spec.default.geom  # pushes out slowly what fast fingers make overlap
         contact.solref, contact.solimp[:2] = (0.02, 2), (0.95, 0.99)
@@ -121,11 +120,18 @@ class AllegroHand(Task):
         plane = mujoco.mjtGeom.mjGEOM_PLANE
         world.add_geom(name="floor", type=plane, size=(0, 0, 1), rgba=(0.3, 0.35, 0.4, 1))
         goal = world.add_body(name="goal", mocap=True, pos=self.marker_place)
-        add_cube(goal, self.edge, **LOOK)
+        faces = spec.add_texture(name="faces", type=mujoco.mjtTexture.mjTEXTURE_CUBE)
+        faces.width, faces.height, faces.nchannel = 32, 6 * 32, 3
+        colours = np.kron(np.eye(3), [[255], [120]])  # x, y, z: red, green, blue; the dark side: -x
+        faces.data = colours.astype(np.uint8).repeat(32 * 32, 0).tobytes()
+        painted = spec.add_material(name="painted")
+        painted.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "faces"
+        box = dict(type=mujoco.mjtGeom.mjGEOM_BOX, size=[self.edge / 2] * 3, material="painted")
+        goal.add_geom(mass=0, contype=0, conaffinity=0, **box)
         self.add_hand(spec)
         cube = world.add_body(name="cube", pos=self.cube_place)
         cube.add_freejoint(name="cube")
-        add_cube(cube, self.edge, mass=self.cube_mass)
+        cube.add_geom(mass=self.cube_mass, **box)
         return spec
 
     def add_hand(self, spec: mujoco.MjSpec):
@@ -263,12 +269,3 @@ def add_solid(body: mujoco.MjsBody, mass: float, inertia: tuple[float, ...], *co
     """A box with its mass (kg) in the middle, not pulled by gravity; inertia: 1e-6 kg m^2."""
     body.explicitinertial, body.ipos = True, add_box(body, *corners)
     body.mass, body.inertia, body.gravcomp = mass, np.array(inertia) * 1e-6, 1
-
-
-def add_cube(body: mujoco.MjsBody, edge: float, **options):
-    """A cube whose faces in the directions x, y, z are red, green, blue."""
-    box, half, axes = mujoco.mjtGeom.mjGEOM_BOX, edge / 2, np.eye(3)
-    body.add_geom(type=box, size=(half,) * 3, **options)
-    for axis in axes:
-        plate = dict(pos=half * axis, size=half * (0.8 - 0.79 * axis), rgba=(*axis, 1))
-        body.add_geom(type=box, **plate, **LOOK)

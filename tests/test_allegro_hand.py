@@ -517,7 +517,7 @@ def stress(variant, steps):
 
 @every_variant
 def test_short_stress(variant):
-    stress(variant, 100)
+    stress(variant, 60)
 
 
 @pytest.mark.slow
