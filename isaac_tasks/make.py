@@ -4,6 +4,7 @@ import importlib.util
 
 import torch
 
+from isaac_tasks.allegro_hand import AllegroHand
 from isaac_tasks.ant import Ant
 from isaac_tasks.anymal import Anymal
 from isaac_tasks.humanoid import Humanoid
@@ -16,6 +17,7 @@ TASKS = {
     "Humanoid": Humanoid,
     "Ingenuity": Ingenuity,
     "Anymal": Anymal,
+    "AllegroHand": AllegroHand,
 }
 
 
