@@ -69,7 +69,9 @@ class MujocoSimulator:
         """Writes controls and memory; returns copies of the state and fresh first states."""
         fresh = self.task.initial(self._uniform)
         self.memory.copy_(self.task.before_step(self._state(), self.progress, fresh))
-        self.physics.ctrl.copy_(self.task.control(self.action))
+        control, memory = self.task.act(self._state(), self.action)
+        self.physics.ctrl.copy_(control)
+        self.memory.copy_(memory)
         return self._state().clone(), fresh
 
     def _after(self, before: State, fresh: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -83,6 +83,13 @@ class Task:
         """Action (N, A) in [-1, 1] to the model's controls (N, nu)."""
         return action
 
+    def act(self, state: State, action: Tensor) -> tuple[Tensor, Tensor]:
+        """The controls (N, nu) of an action, and the memory (N, memory_dim) that it leaves.
+
+        For tasks whose actions add up, such as steps of a joint's target.
+        """
+        return self.control(action), state.memory
+
     def initial(self, uniform: Uniform) -> State:
         """First states of N episodes."""
         raise NotImplementedError
