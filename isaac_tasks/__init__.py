@@ -8,10 +8,16 @@
 """
 
 from isaac_tasks.ant import Ant
+from isaac_tasks.franka_cabinet import FrankaCabinet
 from isaac_tasks.humanoid import Humanoid
 from isaac_tasks.ingenuity import Ingenuity
 from isaac_tasks.simulator import Simulator, SimulatorError, make_simulator
 
 __all__ = ["TASKS", "Simulator", "SimulatorError", "make_simulator"]
 
-TASKS = {"Ant": Ant, "Humanoid": Humanoid, "Ingenuity": Ingenuity}
+TASKS = {
+    "Ant": Ant,
+    "Humanoid": Humanoid,
+    "Ingenuity": Ingenuity,
+    "FrankaCabinet": FrankaCabinet,
+}
