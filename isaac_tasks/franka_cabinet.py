@@ -29,6 +29,23 @@ class Link(NamedTuple):
     box: Box
 
 
+class Drive(NamedTuple):
+    """Pulls a joint to its target; N m, rad/s, N m/rad, N m s/rad and kg m^2, or N, m/s and so on.
+
+    PhysX stops joints at their highest speed. Here damping of the joint itself takes all of the
+    effort at that speed, and the drive has the rest of the damping.
+    """
+
+    effort: float
+    """the most"""
+    speed: float
+    """the most"""
+    stiffness: float
+    damping: float
+    armature: float
+    """inertia of the motor: with less, contacts hardly stop a joint that is damped so much"""
+
+
 ARM = (
     Link((0, 0, 0.333), 0, (-2.8973, 2.8973),
          2.975, (0, -0.031, -0.069), ((-0.055, -0.129, -0.192), (0.055, 0.055, 0.055))),
@@ -56,11 +73,10 @@ FINGERS = {
 
 CABINET = (  # in axes at the cabinet's centre
     ((-0.305, -0.385, 0.373), (0.331, 0.385, 0.405)),
-    ((-0.308, -0.385, -0.384), (0.305, 0.385, -0.351)),
-    ((-0.308, -0.385, -0.362), (-0.275, 0.385, 0.381)),
-    ((-0.284, -0.386, -0.362), (0.313, -0.358, 0.382)),
-    ((-0.284, 0.358, -0.362), (0.313, 0.386, 0.382)),
-    ((0.298, -0.382, -0.384), (0.325, 0.382, 0.252)),  # doors and bottom drawer, closed for good
+    ((-0.308, -0.385, 0.252), (-0.275, 0.385, 0.381)),
+    ((-0.284, -0.386, 0.252), (0.313, -0.358, 0.382)),
+    ((-0.284, 0.358, 0.252), (0.313, 0.386, 0.382)),
+    ((-0.308, -0.385, -0.384), (0.325, 0.385, 0.252)),  # below the drawer: closed for good
 )
 DRAWER = (  # in the drawer's axes
     ((0.246, -0.382, -0.064), (0.273, 0.382, 0.064)),
@@ -69,7 +85,12 @@ DRAWER = (  # in the drawer's axes
     ((-0.253, 0.339, -0.047), (0.254, 0.353, 0.047)),
     ((-0.253, -0.345, -0.045), (0.254, 0.345, -0.040)),
 )
+ROBOT, FIXED = dict(contype=1, conaffinity=0), dict(contype=0, conaffinity=1)  # what may collide
 HANDLE_BOX = (0.273, -0.0835, -0.003), (0.312, 0.0835, 0.0214)  # the hull of bar and stems
+STIFF = (2 * Task.time_step, 1), (0.99, 0.999)  # MuJoCo's solref and solimp of limits and contacts
+SHOULDER, WRIST = Drive(87, 2.175, 400, 80, 0.4), Drive(12, 2.61, 400, 80, 0.1)
+FINGER = Drive(200, 0.2, 1e5, 1000, 5.0)
+DRIVES = [SHOULDER] * 4 + [WRIST] * 3 + [FINGER] * 2
 
 
 class FrankaCabinet(Task):
@@ -80,7 +101,7 @@ class FrankaCabinet(Task):
     Differences from the originals: the links are boxes; the cubes in the drawer are a part of its
     mass; the cabinet's doors and bottom drawer don't open. Nothing that can move feels gravity:
     the arm doesn't in IsaacGymEnvs, the drawer slides level. The speed limits of the joints are
-    damping (see `add_drive`). The fingers' drive is softer than IsaacGymEnvs' 1e6 N/m.
+    damping (see `Drive`). The fingers' stiffness lies between the originals' (oige 1e4, ige 1e6).
     OmniIsaacGymEnvs reads the left finger's pose for the right one too, so that its terms
     "around" and "fingers" are always zero; so are ours.
     """
@@ -88,11 +109,6 @@ class FrankaCabinet(Task):
     obs_dim, act_dim, memory_dim = 23, 9, 9
     episode_length, clip_obs = 500, 5.0
     speed, finger_speed = 7.5, 0.75  # of the targets at action 1, rad/s and m/s
-    arm_drive = 400.0, 80.0  # N m/rad, N m s/rad
-    finger_drive = 1e5, 0.0  # N/m, N s/m
-    efforts = (87.0,) * 4 + (12.0,) * 3 + (200.0,) * 2  # N m, N: the most
-    joint_speeds = (2.175,) * 4 + (2.61,) * 3 + (0.2,) * 2  # rad/s, m/s: the most
-    arm_armature, finger_armature = 0.1, 5.0  # kg m^2, kg
     finger_range, drawer_range = (0.0, 0.04), (0.0, 0.4)  # m
     base, cabinet, drawer = (1.0, 0.0, 0.0), (0.0, 0.0, 0.4), (0.0515, 0.0, 0.7172)
     hand_place, finger_place, grip = 0.107, 0.0584, (0.0, 0.04, 0.1654)  # grip: in link 7
@@ -110,6 +126,9 @@ class FrankaCabinet(Task):
         self.reads_fingers = 0.0 if oige else 1.0
         limits = [link.limits for link in ARM] + [self.finger_range] * 2
         self.lower, self.upper = self.tensor(limits).unbind(-1)
+        stops = [self.drawer_range] + [(-math.inf, math.inf)] * 7 + [self.finger_range] * 2
+        self.lowest, self.highest = self.tensor(stops).unbind(-1)
+        self.fastest = self.tensor([math.inf] + [drive.speed for drive in DRIVES])
         self.steps = self.dt * self.tensor([self.speed] * 7 + [self.finger_speed] * 2)
         self.start = self.tensor(self.pose)
         self.places = self.tensor([link.place for link in ARM])
@@ -131,8 +150,8 @@ class FrankaCabinet(Task):
         world.add_light(pos=(0, 0, 10), type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
         world.add_camera(name="track", pos=(1.1, -1.6, 1.3), xyaxes=(0.9, 0.44, 0, -0.2, 0.4, 0.9))
         plane = mujoco.mjtGeom.mjGEOM_PLANE
-        ground = dict(contype=0, conaffinity=1, rgba=(0.3, 0.35, 0.4, 1))
-        world.add_geom(name="floor", type=plane, size=(0, 0, 1), **ground)
+        world.add_geom(name="floor", type=plane, size=(0, 0, 1), rgba=(0.3, 0.35, 0.4, 1), **FIXED)
+        world.geoms[0].margin = 0.01  # it acts that early: at full speed a step is as long
         self.add_cabinet(spec)
         self.add_arm(spec)
         return spec
@@ -142,23 +161,22 @@ class FrankaCabinet(Task):
         drawer = spec.worldbody.add_body(name="drawer", pos=self.drawer)
         for body, boxes, shade in ((cabinet, CABINET, 0.6), (drawer, DRAWER, 0.8)):
             for box in boxes:
-                add_box(body, box, (shade, shade, shade, 1), contype=0, conaffinity=1)
-        add_box(drawer, HANDLE_BOX, (0.8, 0.2, 0.1, 1), contype=0, conaffinity=1)
+                add_box(body, box, (shade, shade, shade, 1), **FIXED)
+        add_box(drawer, HANDLE_BOX, (0.8, 0.2, 0.1, 1), **FIXED)
         set_mass(drawer, self.drawer_mass + self.props_mass, (0, 0, 0), DRAWER[0])
-        slide = self.add_joint(drawer, self.drawer_range, mujoco.mjtJoint.mjJNT_SLIDE, (1, 0, 0))
+        slide = add_joint(drawer, self.drawer_range, mujoco.mjtJoint.mjJNT_SLIDE, (1, 0, 0))
         slide.damping[0], slide.armature = self.drawer_damping, 0.005
 
     def add_arm(self, spec: mujoco.MjSpec):
         """Arm, hand and fingers; they collide with all but themselves."""
         parent = spec.worldbody.add_body(name="base", pos=self.base, quat=(0, 0, 0, 1))
-        add_box(parent, BASE_BOX, (0.9, 0.9, 0.9, 1))
+        add_box(parent, BASE_BOX, (0.9, 0.9, 0.9, 1), **ROBOT)
         joints = []
         for i, link in enumerate(ARM, 1):
             turn = math.cos(link.turn / 2), math.sin(link.turn / 2), 0, 0
             parent = parent.add_body(name=f"link_{i}", pos=link.place, quat=turn)
             add_solid(parent, link.mass, link.centre, link.box)
-            joints.append(self.add_joint(parent, link.limits))
-            joints[-1].armature = self.arm_armature
+            joints.append(add_joint(parent, link.limits))
         turn = math.cos(math.pi / 8), 0, 0, -math.sin(math.pi / 8)
         hand = parent.add_body(name="hand", pos=(0, 0, self.hand_place), quat=turn)
         add_solid(hand, *HAND)
@@ -166,22 +184,23 @@ class FrankaCabinet(Task):
             finger = hand.add_body(name=name, pos=(0, 0, self.finger_place))
             add_solid(finger, *solid)
             slide = mujoco.mjtJoint.mjJNT_SLIDE, (0, side, 0)
-            joints.append(self.add_joint(finger, self.finger_range, *slide))
-            joints[-1].armature = self.finger_armature
-        drives = [self.arm_drive] * 7 + [self.finger_drive] * 2
-        for row in zip(joints, drives, self.efforts, self.joint_speeds, strict=True):
-            add_drive(spec, *row)
-
-    def add_joint(self, body, limits, kind=mujoco.mjtJoint.mjJNT_HINGE, axis=(0, 0, 1)):
-        joint = body.add_joint(name=body.name, type=kind, axis=axis, range=limits)
-        joint.solref_limit = (2 * self.time_step, 1)
-        joint.solimp_limit[:2] = 0.99, 0.999
-        return joint
+            joints.append(add_joint(finger, self.finger_range, *slide))
+        for joint, drive in zip(joints, DRIVES, strict=True):
+            add_drive(spec, joint, drive)
 
     def act(self, state: State, action: Tensor) -> tuple[Tensor, Tensor]:
         """The targets move by a step; they may run ahead of the joints, not beyond the limits."""
         targets = (state.memory + self.steps * action).clamp(self.lower, self.upper)
         return targets, targets
+
+    def limit(self, state: State) -> State:
+        """Like in PhysX, no joint is faster than it may be, no slide beyond its limits.
+
+        (Hinges pass theirs by a degree or two: moving them back would press bodies together.)
+        """
+        qpos = state.qpos.clamp(self.lowest, self.highest)
+        qvel = torch.where(qpos == state.qpos, state.qvel, 0).clamp(-self.fastest, self.fastest)
+        return State(qpos, qvel, state.sensors, state.memory)
 
     def initial(self, uniform: Uniform) -> State:
         joints = (self.start + uniform(-0.125, 0.125, 9)).clamp(self.lower, self.upper)
@@ -195,13 +214,9 @@ class FrankaCabinet(Task):
         `forward` of the fingers, and `across`, in which the left one opens."""
         half = state.qpos[:, 1:8] / 2
         cos, sin = half.cos(), half.sin()
-        parts = [
-            self.turn_cos * cos,
-            self.turn_sin * cos,
-            -self.turn_sin * sin,
-            self.turn_cos * sin,
-        ]
-        hinges = rotation_matrix(torch.stack(parts, -1))  # (N, 7, 3, 3)
+        a, b = self.turn_cos, self.turn_sin
+        quats = torch.stack([a * cos, b * cos, -b * sin, a * sin], -1)  # about x, then about z
+        hinges = rotation_matrix(quats)  # (N, 7, 3, 3)
         place, axes = self.base_place, self.base_axes
         for link, hinge in zip(self.places, hinges.unbind(1), strict=True):
             place, axes = place + axes @ link, axes @ hinge
@@ -256,45 +271,43 @@ class FrankaCabinet(Task):
             return reward
         gripper, handle = self.gripper(state), self.handle[0] + state.qpos[:, 0]
         deepest = torch.minimum(gripper["left"][:, 0], gripper["right"][:, 0])
-        return reward.where(deepest >= handle - 0.04, -1.0)
+        return torch.where(deepest < handle - 0.04, -1.0, reward)
 
     def failed(self, state: State) -> Tensor:
         """Where the drawer is open: an end, though not a failure."""
         return state.qpos[:, 0] > self.open_drawer
 
 
-def add_box(body: mujoco.MjsBody, box: Box, colour, contype: int = 1, conaffinity: int = 0):
+def add_box(body: mujoco.MjsBody, box: Box, colour, **collides):
     low, high = np.array(box)
-    look = dict(rgba=colour, contype=contype, conaffinity=conaffinity, mass=0)
     solid = dict(type=mujoco.mjtGeom.mjGEOM_BOX, pos=(low + high) / 2, size=(high - low) / 2)
-    geom = body.add_geom(**solid, **look)
-    geom.solimp[:2] = 0.99, 0.999
+    geom = body.add_geom(mass=0, rgba=colour, **solid, **collides)
+    geom.solref, geom.solimp[:2] = STIFF
 
 
 def set_mass(body: mujoco.MjsBody, mass: float, centre: Vector, box: Box):
     """The inertia is that of a solid box of this size."""
     x, y, z = np.square(np.subtract(box[1], box[0]))
     body.explicitinertial = True
-    body.mass, body.ipos = mass, centre
-    body.inertia = mass / 12 * np.array([y + z, x + z, x + y])
+    body.mass, body.ipos, body.inertia = mass, centre, mass / 12 * np.array([y + z, x + z, x + y])
 
 
 def add_solid(body: mujoco.MjsBody, mass: float, centre: Vector, box: Box):
-    """A part of the robot: collides with cabinet and floor only."""
-    add_box(body, box, (0.9, 0.9, 0.9, 1))
+    """Shape and mass of a part of the robot."""
+    add_box(body, box, (0.9, 0.9, 0.9, 1), **ROBOT)
     set_mass(body, mass, centre, box)
 
 
-def add_drive(spec: mujoco.MjSpec, joint: mujoco.MjsJoint, drive, effort: float, speed: float):
-    """A spring and damper to the target position, of limited effort.
+def add_joint(body: mujoco.MjsBody, limits, kind=mujoco.mjtJoint.mjJNT_HINGE, axis=(0, 0, 1)):
+    joint = body.add_joint(name=body.name, type=kind, axis=axis, range=limits)
+    joint.solref_limit, joint.solimp_limit[:2] = STIFF
+    return joint
 
-    PhysX stops joints at their highest speed. Here passive damping takes all of the effort at that
-    speed; the drive has the rest of its damping.
-    """
-    stiffness, damping = drive
-    passive = effort / speed
-    joint.damping[0] = passive
+
+def add_drive(spec: mujoco.MjSpec, joint: mujoco.MjsJoint, drive: Drive):
+    own = drive.effort / drive.speed
+    joint.damping[0], joint.armature = own, drive.armature
     actuator = spec.add_actuator(name=joint.name, target=joint.name)
     actuator.trntype = mujoco.mjtTrn.mjTRN_JOINT
-    actuator.set_to_position(kp=stiffness, kv=max(damping - passive, 0))
-    actuator.forcerange = -effort, effort
+    actuator.set_to_position(kp=drive.stiffness, kv=drive.damping - own)
+    actuator.forcerange = -drive.effort, drive.effort
