@@ -66,10 +66,6 @@ BASE_BOX = (-0.154, -0.095, 0), (0.072, 0.095, 0.140)
 HAND = 0.709, (0, -0.001, 0.024), ((-0.032, -0.104, -0.026), (0.032, 0.100, 0.066))
 LEFT_FINGER = 0.022, (0, 0.012, 0.024), ((-0.0105, 0, 0), (0.0105, 0.0264, 0.0538))
 RIGHT_FINGER = 0.022, (0, -0.012, 0.024), ((-0.0105, -0.0264, 0), (0.0105, 0, 0.0538))
-FINGERS = {
-    "left_finger": (LEFT_FINGER, 1),
-    "right_finger": (RIGHT_FINGER, -1),
-}  # along the hand's y
 
 CABINET = (  # in axes at the cabinet's centre
     ((-0.305, -0.385, 0.373), (0.331, 0.385, 0.405)),
@@ -88,7 +84,7 @@ DRAWER = (  # in the drawer's axes
 ROBOT, FIXED = dict(contype=1, conaffinity=0), dict(contype=0, conaffinity=1)  # what may collide
 HANDLE_BOX = (0.273, -0.0835, -0.003), (0.312, 0.0835, 0.0214)  # the hull of bar and stems
 STIFF = (2 * Task.time_step, 1), (0.99, 0.999)  # MuJoCo's solref and solimp of limits and contacts
-SHOULDER, WRIST = Drive(87, 2.175, 400, 80, 0.4), Drive(12, 2.61, 400, 80, 0.1)
+SHOULDER, WRIST = Drive(87, 2.175, 400, 80, 0.4), Drive(12, 2.61, 400, 80, 0.2)
 FINGER = Drive(200, 0.2, 1e5, 1000, 5.0)
 DRIVES = [SHOULDER] * 4 + [WRIST] * 3 + [FINGER] * 2
 
@@ -180,8 +176,8 @@ class FrankaCabinet(Task):
         turn = math.cos(math.pi / 8), 0, 0, -math.sin(math.pi / 8)
         hand = parent.add_body(name="hand", pos=(0, 0, self.hand_place), quat=turn)
         add_solid(hand, *HAND)
-        for name, (solid, side) in FINGERS.items():
-            finger = hand.add_body(name=name, pos=(0, 0, self.finger_place))
+        for name, solid, side in (("left", LEFT_FINGER, 1), ("right", RIGHT_FINGER, -1)):
+            finger = hand.add_body(name=f"{name}_finger", pos=(0, 0, self.finger_place))
             add_solid(finger, *solid)
             slide = mujoco.mjtJoint.mjJNT_SLIDE, (0, side, 0)
             joints.append(add_joint(finger, self.finger_range, *slide))
