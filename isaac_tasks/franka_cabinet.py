@@ -106,6 +106,7 @@ class FrankaCabinet(Task):
     episode_length, clip_obs = 500, 5.0
     speed, finger_speed = 7.5, 0.75  # of the targets at action 1, rad/s and m/s
     finger_range, drawer_range = (0.0, 0.04), (0.0, 0.4)  # m
+    hinge_give = 0.05  # rad
     base, cabinet, drawer = (1.0, 0.0, 0.0), (0.0, 0.0, 0.4), (0.0515, 0.0, 0.7172)
     hand_place, finger_place, grip = 0.107, 0.0584, (0.0, 0.04, 0.1654)  # grip: in link 7
     handle_place = (0.3, 0.01, 0.0)  # in the drawer
@@ -122,7 +123,9 @@ class FrankaCabinet(Task):
         self.reads_fingers = 0.0 if oige else 1.0
         limits = [link.limits for link in ARM] + [self.finger_range] * 2
         self.lower, self.upper = self.tensor(limits).unbind(-1)
-        stops = [self.drawer_range] + [(-math.inf, math.inf)] * 7 + [self.finger_range] * 2
+        give = self.hinge_give
+        hinges = [(low - give, high + give) for low, high in limits[:7]]
+        stops = [self.drawer_range, *hinges, self.finger_range, self.finger_range]
         self.lowest, self.highest = self.tensor(stops).unbind(-1)
         self.fastest = self.tensor([math.inf] + [drive.speed for drive in DRIVES])
         self.steps = self.dt * self.tensor([self.speed] * 7 + [self.finger_speed] * 2)
@@ -190,9 +193,9 @@ class FrankaCabinet(Task):
         return targets, targets
 
     def limit(self, state: State) -> State:
-        """Like in PhysX, no joint is faster than it may be, no slide beyond its limits.
+        """Like in PhysX, no joint is faster than it may be, or beyond its limits.
 
-        (Hinges pass theirs by a degree or two: moving them back would press bodies together.)
+        (Hinges may pass theirs a little: moving them back each time presses bodies together.)
         """
         qpos = state.qpos.clamp(self.lowest, self.highest)
         qvel = torch.where(qpos == state.qpos, state.qvel, 0).clamp(-self.fastest, self.fastest)
