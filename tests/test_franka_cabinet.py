@@ -99,6 +99,8 @@ def test_model(variant):
     assert (task.obs_dim, task.act_dim, task.episode_length, task.clip_obs) == (23, 9, 500, 5)
     assert_allclose(task.time_step * task.substeps, 0.0166)
     assert (model.opt.gravity == 0).all()
+    assert_allclose(model.jnt_solref, [(0.0166, 1)] * 10)  # stiff limits: two steps
+    assert_allclose(model.jnt_solimp[:, :2], [(0.99, 0.999)] * 10)
 
 
 @every_variant
