@@ -7,6 +7,7 @@ import torch
 from isaac_tasks.allegro_hand import AllegroHand
 from isaac_tasks.ant import Ant
 from isaac_tasks.anymal import Anymal
+from isaac_tasks.franka_cabinet import FrankaCabinet
 from isaac_tasks.humanoid import Humanoid
 from isaac_tasks.ingenuity import Ingenuity
 from isaac_tasks.interface import Simulator, SimulatorError
@@ -18,6 +19,7 @@ TASKS = {
     "Ingenuity": Ingenuity,
     "Anymal": Anymal,
     "AllegroHand": AllegroHand,
+    "FrankaCabinet": FrankaCabinet,
 }
 
 
