@@ -82,10 +82,11 @@ class MujocoSimulator:
     def _after(self, before: State, fresh: State) -> tuple[Tensor, ...]:
         """What `step` returns, and valid (N,)."""
         self.progress += 1
+        sound = self._sound(self._state())
         state = self.task.limit(self._state())  # `_start` writes it
         reward = self.task.reward(before, state, self.action).float()
         final_obs = self._observe(state, self.action)
-        valid = self._sound(state) & reward.isfinite() & final_obs.isfinite().all(-1)
+        valid = sound & reward.isfinite() & final_obs.isfinite().all(-1)
         terminated = self.task.failed(state) & valid
         truncated = (self.progress >= self.max_steps) & ~terminated & valid
         done = terminated | truncated

@@ -1258,10 +1258,11 @@ def test_end_of_an_episode(name, variant, end):
 
 
 @every_task
-def test_time_outs_come_after_l_minus_1_steps(monkeypatch, name, variant):
-    assert make_simulator(name, variant).max_steps == TASKS[name].episode_length - 1
-    monkeypatch.setattr(TASKS[name], "episode_length", 6)
+def test_time_outs_come_after_l_minus_1_steps(name, variant):
+    simulator = make_simulator(name, variant)
+    assert simulator.max_steps == simulator.task.episode_length - 1
     simulator = make_simulator(name, variant, num_envs=2)
+    simulator.max_steps = 5
     ends = []
     for action in actions(simulator, 15):
         if name == "Ingenuity":
