@@ -45,8 +45,7 @@ class JointLimits:
         implicit = model.opt.integrator == mujoco.mjtIntegrator.mjINT_DISCRETE
         joints = np.flatnonzero(model.jnt_limited * implicit & (slide | hinge))
         indices = joints, model.jnt_qposadr[joints], model.jnt_dofadr[joints]
-        tensors = (torch.tensor(i, device=margin.device).long() for i in indices)
-        self.joints, self.q, self.v = tensors
+        self.joints, self.q, self.v = (places(i, margin.device) for i in indices)
         self.margin, self.solref, self.solimp = margin, solref, solimp
         self.step = model.opt.timestep
         lower, upper = torch.from_numpy(model.jnt_range[joints]).to(margin).unbind(-1)
@@ -58,7 +57,7 @@ class JointLimits:
 
     def update(self, qpos: Tensor, qvel: Tensor):
         """Before each step, from the positions (N, nq) and velocities (N, nv)."""
-        if not len(self.joints):
+        if not len(self.range):
             return
         offset = qpos[:, self.q] - self.middle
         distance = self.range / 2 - offset.abs()  # to the nearer limit
@@ -79,6 +78,13 @@ class JointLimits:
     def clamp(self, qpos: Tensor):
         """After each step: puts the rare joint beyond the tolerance there."""
         qpos[:, self.q] = qpos[:, self.q].clamp(self.lowest, self.highest)
+
+
+def places(indices: np.ndarray, device: torch.device) -> slice | Tensor:
+    """What selects columns: a slice, which is faster, where they follow one another."""
+    if len(indices) and np.all(np.diff(indices) == 1):
+        return slice(int(indices[0]), int(indices[-1]) + 1)
+    return torch.tensor(indices, device=device).long()
 
 
 def check_memory(model: mujoco.MjModel, num_envs: int):
