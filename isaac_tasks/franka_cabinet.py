@@ -43,7 +43,7 @@ class Drive(NamedTuple):
     stiffness: float
     damping: float
     armature: float
-    """inertia of the motor: with less, contacts hardly stop a joint that is damped so much"""
+    """inertia of the motor: with less, joints damped so much bounce off what they touch"""
 
 
 ARM = (
@@ -85,7 +85,7 @@ ROBOT, FIXED = dict(contype=1, conaffinity=0), dict(contype=0, conaffinity=1)  #
 HANDLE_BOX = (0.273, -0.0835, -0.003), (0.312, 0.0835, 0.0214)  # the hull of bar and stems
 STIFF = (2 * Task.time_step, 1), (0.99, 0.999)  # MuJoCo's solref and solimp of limits and contacts
 SHOULDER, WRIST = Drive(87, 2.175, 400, 80, 0.4), Drive(12, 2.61, 400, 80, 0.2)
-FINGER = Drive(200, 0.2, 1e5, 1000, 5.0)
+FINGER = Drive(200, 0.2, 1e5, 1000, 20)
 DRIVES = [SHOULDER] * 4 + [WRIST] * 3 + [FINGER] * 2
 
 
