@@ -110,7 +110,6 @@ class AllegroHand(Task):
     def spec(self) -> mujoco.MjSpec:
         spec = mujoco.MjSpec()
         self.set_options(spec)
-        spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST  # stable here, and fast
         spec.compiler.degree = False
         contact = spec.default.geom  # pushes out slowly what fast fingers make overlap
         contact.solref, contact.solimp[:2] = (0.02, 2), (0.95, 0.99)
@@ -159,8 +158,6 @@ class AllegroHand(Task):
         """A hinge about z and a spring and damper to its target angle, of limited torque."""
         joint = body.add_joint(name=body.name, range=limits, armature=self.armature)
         joint.damping[2] = self.torque / self.joint_speed**3  # all the drive's torque at that speed
-        joint.solref_limit = (2 * self.time_step, 1)
-        joint.solimp_limit[:2] = 0.99, 0.999
         drive = spec.add_actuator(name=body.name, target=body.name)
         drive.trntype = mujoco.mjtTrn.mjTRN_JOINT
         drive.set_to_position(kp=self.stiffness, kv=self.damping)

@@ -124,8 +124,7 @@ class Anymal(Task):
 
     def add_drive(self, spec: mujoco.MjSpec, body: mujoco.MjsBody, axis, limits):
         """A hinge, and a spring and damper to its target angle, of limited torque."""
-        joint = body.add_joint(name=body.name, axis=axis, range=limits)
-        joint.solref_limit, joint.solimp_limit[:2] = (2 * self.time_step, 1), (0.99, 0.999)
+        body.add_joint(name=body.name, axis=axis, range=limits)
         drive = spec.add_actuator(name=body.name, target=body.name)
         drive.trntype = mujoco.mjtTrn.mjTRN_JOINT
         drive.set_to_position(kp=self.stiffness, kv=self.damping)

@@ -1010,7 +1010,7 @@ def test_energy_does_not_grow_in_free_flight(name, variant):
 @pytest.mark.slow
 @every_task
 def test_stress(name, variant):
-    """Random, bang-bang and adversarial actions, for 16 s each: nothing breaks.
+    """Random, bang-bang and adversarial actions, each in a third of the environments.
 
     Adversarial: each joint is pushed the way it moves, which excites it at its resonance. Contacts
     are soft: a foot that hits the floor at 25 m/s sinks into it for some steps.
@@ -1026,7 +1026,7 @@ def test_stress(name, variant):
     centres = torch.from_numpy(physics.batch.bind("xipos"))
     driven = [*model.actuator_trnid[:, 0]] if len(joints) else []
     generator = torch.Generator().manual_seed(0)
-    for _ in range(1000):
+    for _ in range(2000 if name in GRAVITY else 200):  # the others' files have one of their own
         action = 2 * torch.rand(64, simulator.act_dim, generator=generator) - 1
         action[21:] = action[21:].sign()
         if len(driven) == simulator.act_dim:
@@ -1036,7 +1036,8 @@ def test_stress(name, variant):
             assert values.isfinite().all()
         assert reward.abs().max() < 1000
         q = physics.qpos[:, positions]
-        assert (torch.maximum(q - high, low - q) < allowed).all()
+        beyond = torch.maximum(q - high, low - q)[simulator.progress > 0]  # or they start there
+        assert (beyond < allowed).all()
         assert centres[:, 1:, 2].min() > -0.2
 
 

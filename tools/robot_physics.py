@@ -1,4 +1,6 @@
-"""What the physics of a robot task does with it: python tools/robot_physics.py Ant Humanoid
+"""What the physics of a robot task does with it.
+
+python tools/robot_physics.py Ant Humanoid
 
 Prints for both variants: the return of doing nothing, the height of the robot's lowest point after
 3 s of that, and what 64 environments do in 1,000 steps of actions that push each joint the way it
@@ -6,11 +8,14 @@ moves: how far joints go beyond their limits, how fast, and how many environment
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import mujoco
 import numpy as np
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from isaac_tasks import TASKS, make_simulator
@@ -54,8 +59,14 @@ def pushed(task: str, variant: str) -> tuple[float, float, int]:
     return np.degrees(overshoot), speed, diverged
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
+@dataclass
+class Options:
+    tasks: Annotated[tuple[Literal["Ant", "Humanoid"], ...], tyro.conf.Positional]
+    """robots with a free root and a motor for each joint"""
+
+
+def main():
+    for name in tyro.cli(Options, description=__doc__.split("\n\n")[0]).tasks:
         for variant in TASKS[name].variants:
             nothing, lowest = return_of_doing_nothing(name, variant), lowest_point(name, variant)
             overshoot, speed, diverged = pushed(name, variant)
@@ -63,3 +74,7 @@ if __name__ == "__main__":
                 f"{name} {variant}: doing nothing {nothing:.0f}, lowest point {lowest:.2f} mm, "
                 f"overshoot {overshoot:.1f} degrees, {speed:.0f} rad/s, diverged {diverged}"
             )
+
+
+if __name__ == "__main__":
+    main()
