@@ -498,11 +498,6 @@ def stress(variant, steps):
         assert (simulator.physics.qpos[:, 18] > 0.2).all()
 
 
-@every_variant
-def test_short_stress(variant):
-    stress(variant, 60)
-
-
 @pytest.mark.slow
 @every_variant
 def test_stress(variant):

@@ -391,11 +391,6 @@ def stress(variant, steps):
         assert (simulator.physics.qvel[:, 6:].abs() <= 20).all()
 
 
-@every_variant
-def test_short_stress(variant):
-    stress(variant, 60)
-
-
 @pytest.mark.slow
 @every_variant
 def test_stress(variant):

@@ -429,6 +429,7 @@ class Controller:
             self.phase = "pull"
 
 
+@pytest.mark.slow
 @every_variant
 def test_a_controller_opens_the_drawer(variant):
     """By gripping and pulling the handle; with open fingers it doesn't move. Fingers don't rattle
@@ -483,10 +484,10 @@ def deepest_contacts(simulator):
 
 
 @every_variant
-@pytest.mark.parametrize("steps", [100, pytest.param(2000, marks=pytest.mark.slow)])
-def test_stress(variant, steps):
+@pytest.mark.slow
+def test_stress(variant):
     """Nothing diverges, passes limits or floor, or gets through the drawer's 27 mm front."""
-    n, depths = 64 if steps == 100 else 16, []
+    n, steps, depths = 16, 2000, []
     simulator = make_simulator(variant, num_envs=4 * n, threads=2)
     beyond = torch.zeros(10, dtype=torch.float64)
     low, high = torch.tensor(simulator.model.jnt_range).T

@@ -1112,6 +1112,7 @@ def test_rollouts_depend_on_the_seed_only(name, variant):
     assert not torch.equal(simulator.reset(seed=5), simulator.reset())
 
 
+@pytest.mark.slow
 @every_task
 def test_batch_equals_single_environments(name, variant):
     batch = make_simulator(name, variant, num_envs=3)

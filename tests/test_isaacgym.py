@@ -382,6 +382,7 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, mo
     resumed_is_the_whole_run(finished, tmp_path)
 
 
+@pytest.mark.slow
 def test_broken_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, monkeypatch):
     """It goes on from its last checkpoint, in the middle of episodes, with other threads."""
     step = TrainingEnvs.step
