@@ -4,14 +4,11 @@
     obs = simulator.reset()
     obs, reward, terminated, truncated, final_obs = simulator.step(action)
 
-`simulator.Simulator` says what these are, `task.Task` how to add a task.
+`interface.Simulator` says what these are, `task.Task` what a task is, `make.TASKS` lists them.
+Imports go one way: interface <- simulators and tasks <- make <- training.
 """
 
-from isaac_tasks.ant import Ant
-from isaac_tasks.humanoid import Humanoid
-from isaac_tasks.ingenuity import Ingenuity
-from isaac_tasks.simulator import Simulator, SimulatorError, make_simulator
+from isaac_tasks.interface import Simulator, SimulatorError
+from isaac_tasks.make import TASKS, make_simulator
 
 __all__ = ["TASKS", "Simulator", "SimulatorError", "make_simulator"]
-
-TASKS = {"Ant": Ant, "Humanoid": Humanoid, "Ingenuity": Ingenuity}

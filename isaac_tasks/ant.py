@@ -21,6 +21,7 @@ class Ant(Locomotion):
     angular_scale, velocity_scale, sensor_scale = 1.0, 0.2, 0.1
     action_cost = 0.005
     fallen_height, fallen_reward = 0.31, -2.0
+    max_spin = 64.0
     feet = tuple(f"{leg}_foot" for leg in LEGS)
 
     def __init__(self, variant: str = "oige", **kwargs):
@@ -44,7 +45,7 @@ class Ant(Locomotion):
         for joint, limits in zip(spec.joints[1:], self.ranges, strict=True):
             joint.range, joint.armature, joint.damping[0] = limits, 0.01, 0.1
         for geom in spec.geoms:  # Isaac averages the friction of ant (1.5) and floor (1.0)
-            geom.friction[0] = 1.25
+            geom.friction[0], geom.margin = 1.25, 0
         spec.geom("floor").size = (0, 0, 1)  # without end
         self.add_motors(spec)
         self.add_foot_sensors(spec)

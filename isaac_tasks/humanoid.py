@@ -43,6 +43,7 @@ class Humanoid(Locomotion):
     alive = 2.0
     action_cost = 0.01
     fallen_height, fallen_reward = 0.8, -1.0
+    max_spin = 100.0
 
     def __init__(self, variant: str = "oige", **kwargs):
         oige = variant == "oige"

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isaac_tasks.simulator import SimulatorError
+from isaac_tasks.interface import SimulatorError
 
 
 class IsaacGymSimulator:
@@ -18,6 +18,7 @@ class IsaacGymSimulator:
     """
 
     exact_resume = False
+    diverged = 0  # it doesn't say
     one_per_process = True
     fps = 60
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isaac_tasks.simulator import SimulatorError
+from isaac_tasks.interface import SimulatorError
 
 NEEDED = "Isaac Lab 3.0 or newer is needed: older ones hide an episode's final observation"
 # Isaac Lab's physics stays open until the process ends, as closing it may end the process.
@@ -19,6 +19,7 @@ class IsaacLabSimulator:
 
     valid = None
     exact_resume = False
+    diverged = 0  # it doesn't say
     one_per_process = True
     fps = 60
 

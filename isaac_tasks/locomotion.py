@@ -40,6 +40,8 @@ class Locomotion(Task):
     energy_cost = 0.05
     fallen_height: float
     fallen_reward: float
+    max_spin: float
+    """rad/s, of the torso and of each joint"""
     feet: tuple[str, ...]
     """bodies with a force sensor, in the order of the observation"""
 
@@ -77,6 +79,15 @@ class Locomotion(Task):
         qvel = torch.cat([root.new_zeros(n, 6), uniform(-0.1, 0.1, self.act_dim)], -1)
         sensors = root.new_zeros(n, self.sensor_count)
         return State(qpos, qvel, sensors, root.new_zeros(n, 0))
+
+    def limit(self, state: State) -> State:
+        """PhysX limits the angular velocity of the torso and of joints."""
+        linear, angular, joints = state.qvel.split([3, 3, self.act_dim], -1)
+        speed = angular.norm(dim=-1, keepdim=True)
+        angular = angular * (self.max_spin / speed.clamp(min=self.max_spin))
+        joints = joints.clamp(-self.max_spin, self.max_spin)
+        qvel = torch.cat([linear, angular, joints], -1)
+        return State(state.qpos, qvel, state.sensors, state.memory)
 
     def joint_positions(self, state: State) -> Tensor:
         """q~ (N, A): joint positions scaled to [-1, 1] between their limits."""
@@ -173,7 +184,12 @@ def progress(before: Tensor, after: Tensor, target: Tensor) -> Tensor:
 
 
 def add_joint_wrench(spec: mujoco.MjSpec, body: mujoco.MjsBody):
-    """Sensors of force and torque (6) that the parent exerts on the body at its first joint."""
+    """Sensors of force and torque (6) that the parent exerts on the body at its first joint.
+
+    In the body's own axes. OmniIsaacGymEnvs reads them in the axes of the joint, whose rotation
+    against the body its robot file has and nobody publishes: the same numbers, turned by a
+    constant rotation for each foot.
+    """
     site = body.add_site(name=f"{body.name}_joint", pos=body.joints[0].pos)
     for kind in (mujoco.mjtSensor.mjSENS_FORCE, mujoco.mjtSensor.mjSENS_TORQUE):
         spec.add_sensor(type=kind, objtype=mujoco.mjtObj.mjOBJ_SITE, objname=site.name)

@@ -5,8 +5,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isaac_tasks.interface import SimulatorError
 from isaac_tasks.physics import CpuPhysics, WarpPhysics
-from isaac_tasks.simulator import SimulatorError
 from isaac_tasks.task import State, Task
 
 
@@ -17,8 +17,9 @@ class MujocoSimulator:
     """
 
     valid = None
-    exact_resume = True
+    diverged = 0
     one_per_process = False
+    fastest = 1e3  # m/s, rad/s: beyond it the physics is taken to have broken down
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class MujocoSimulator:
     ):
         self.device = torch.device(device)
         cuda = self.device.type == "cuda"
+        self.exact_resume = not cuda  # Warp's contacts come in another order each time
         dtype = WarpPhysics.dtype if cuda else CpuPhysics.dtype
         self.task = task(variant, device=self.device, dtype=dtype)
         model = self.task.spec().compile()
@@ -63,26 +65,41 @@ class MujocoSimulator:
             self._capture()
         before = self._replay(0) if self.graphs else self._before()
         self.physics.step(self.task.substeps)
-        return self._replay(1) if self.graphs else self._after(*before)
+        *result, valid = self._replay(1) if self.graphs else self._after(*before)
+        self.diverged = self.num_envs - int(valid.sum())
+        self.valid = valid if self.diverged else None
+        return tuple(result)
 
     def _before(self) -> tuple[State, State]:
         """Writes controls and memory; returns copies of the state and fresh first states."""
         fresh = self.task.initial(self._uniform)
         self.memory.copy_(self.task.before_step(self._state(), self.progress, fresh))
-        self.physics.ctrl.copy_(self.task.control(self.action))
+        control, memory = self.task.act(self._state(), self.action)
+        self.physics.ctrl.copy_(control)
+        self.memory.copy_(memory)
         return self._state().clone(), fresh
 
-    def _after(self, before: State, fresh: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _after(self, before: State, fresh: State) -> tuple[Tensor, ...]:
+        """What `step` returns, and valid (N,)."""
         self.progress += 1
+        sound = self._sound(self._state())
         state = self.task.limit(self._state())  # `_start` writes it
         reward = self.task.reward(before, state, self.action).float()
-        terminated = self.task.failed(state)
-        truncated = (self.progress >= self.max_steps) & ~terminated
         final_obs = self._observe(state, self.action)
+        valid = sound & reward.isfinite() & final_obs.isfinite().all(-1)
+        terminated = self.task.failed(state) & valid
+        truncated = (self.progress >= self.max_steps) & ~terminated & valid
         done = terminated | truncated
-        first_obs = self._start(done, state, fresh)
-        obs = torch.where(done[:, None], first_obs, final_obs)
-        return obs, reward, terminated, truncated, final_obs
+        first_obs = self._start(done | ~valid, state, fresh)
+        obs = torch.where((done | ~valid)[:, None], first_obs, final_obs)
+        final_obs = torch.where(valid[:, None], final_obs, first_obs)
+        reward = reward.where(valid, 0.0)
+        return obs, reward, terminated, truncated, final_obs, valid
+
+    def _sound(self, state: State) -> Tensor:
+        """(N,) bool: where the physics gave numbers, and no absurd ones."""
+        speed = state.qvel.abs().amax(-1)
+        return state.qpos.isfinite().all(-1) & (speed < self.fastest)
 
     def _start(self, mask: Tensor, state: State, fresh: State) -> Tensor:
         """Starts new episodes where mask (N,) is set; returns the observations of `fresh`."""

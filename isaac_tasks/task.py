@@ -72,7 +72,7 @@ class Task:
     def set_options(self, spec: mujoco.MjSpec):
         """The options that all models share."""
         spec.option.timestep = self.time_step
-        spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+        spec.option.integrator = mujoco.mjtIntegrator.mjINT_DISCRETE
         spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a NaN stays visible
 
     def spec(self) -> mujoco.MjSpec:
@@ -82,6 +82,13 @@ class Task:
     def control(self, action: Tensor) -> Tensor:
         """Action (N, A) in [-1, 1] to the model's controls (N, nu)."""
         return action
+
+    def act(self, state: State, action: Tensor) -> tuple[Tensor, Tensor]:
+        """The controls (N, nu) of an action, and the memory (N, memory_dim) that it leaves.
+
+        For tasks whose actions add up, such as steps of a joint's target.
+        """
+        return self.control(action), state.memory
 
     def initial(self, uniform: Uniform) -> State:
         """First states of N episodes."""

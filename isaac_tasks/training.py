@@ -14,7 +14,8 @@ from harness.args import RunArgs
 from harness.envs import Evaluator, check_finite, derive_seed
 from harness.files import RunError, UsageError
 from harness.replay import check_memory, split_batch
-from isaac_tasks import Simulator, SimulatorError, make_simulator
+from isaac_tasks.interface import Simulator, SimulatorError
+from isaac_tasks.make import make_simulator
 
 Simulators = Literal["auto", "isaacgym", "isaaclab", "mujoco"]
 
@@ -107,7 +108,7 @@ class TrainingEnvs:
     def __init__(self, args: IsaacArgs, device: torch.device):
         self.simulator = make_envs(args, args.num_envs, derive_seed(args.seed, 0), device)
         self.env_id, self.num_envs = args.env_id, args.num_envs
-        self.steps, self.last_return = 0, math.nan
+        self.steps, self.last_return, self.diverged = 0, math.nan, 0
         self.obs_dim, self.act_dim = self.simulator.obs_dim, self.simulator.act_dim
         self.norm = ObservationNorm(self.obs_dim, device)
         zeros = torch.zeros(args.num_envs, device=device)
@@ -133,39 +134,48 @@ class TrainingEnvs:
         self.norm.update(self.obs)
         valid = self.simulator.valid
         self.returns += reward
-        self.lengths += 1 if valid is None else valid
+        self.lengths += 1
         done = terminated | truncated
+        self.diverged += self.simulator.diverged
         self.ended += torch.stack([done.sum(), self.returns[done].sum(), self.lengths[done].sum()])
-        self.returns.masked_fill_(done, 0)
-        self.lengths.masked_fill_(done, 0)
+        new = done if valid is None else done | ~valid
+        self.returns.masked_fill_(new, 0)
+        self.lengths.masked_fill_(new, 0)
         return action, reward, terminated, truncated, final_obs, self.obs, valid
 
     def episode_metrics(self, due: bool) -> dict[str, float]:
-        """When due, mean return and length of the episodes that ended since it last was."""
+        """When due, mean return and length of the episodes that ended since it last was.
+
+        charts/diverged: environments whose physics broke down since the run began.
+        """
         if not due:
             return {}
         number, returns, lengths = self.ended.tolist()
         self.ended.zero_()
+        metrics = {"charts/diverged": float(self.diverged), "charts/episodes": number}
         if not number:
-            return {"charts/episodes": 0.0}
+            return metrics
         self.last_return = returns / number
-        metrics = {"charts/episodes": number, "charts/episodic_return": self.last_return}
+        metrics["charts/episodic_return"] = self.last_return
         return metrics | {"charts/episodic_length": lengths / number}
 
     def state_dict(self) -> dict:
         tensors = {
             name: getattr(self, name).cpu() for name in ("obs", "returns", "lengths", "ended")
         }
-        numbers = {"steps": self.steps, "last_return": self.last_return}
+        numbers = {name: getattr(self, name) for name in ("steps", "last_return", "diverged")}
         return tensors | numbers | {"simulator": self.simulator.state_dict()}
 
     def load_state_dict(self, state: dict):
-        self.steps, self.last_return = state["steps"], state["last_return"]
-        if not self.simulator.exact_resume:
+        for name in ("steps", "last_return", "diverged"):
+            setattr(self, name, state[name])
+        if not state["simulator"]:
             text = "this simulator can't restore its environments: their episodes start anew"
             print(f"warning: {text}", file=sys.stderr)
             self.reset()
             return
+        if not self.simulator.exact_resume:
+            print("note: on a GPU a resumed run goes on, but not bit for bit", file=sys.stderr)
         self.simulator.load_state_dict(state["simulator"])
         for name in ("returns", "lengths", "ended"):
             getattr(self, name).copy_(state[name])
@@ -196,7 +206,10 @@ class VectorReplayBuffer:
         self.capacity, self.num_envs, self.max_steps, self.added = capacity, num_envs, max_steps, 0
         slots, blocks = capacity + 1, capacity // max_steps + 2
         need = 4 * num_envs * (slots * (obs_dim + act_dim + 3) + blocks * obs_dim)
-        check_memory(capacity, need, device)
+        try:
+            check_memory(capacity, need, device)
+        except UsageError as error:
+            raise UsageError(f"--num-envs {num_envs}, {error}") from None
         self.obs = torch.empty(slots, num_envs, obs_dim, device=device)
         # action | reward | terminated | truncated
         self.rows = torch.empty(slots, num_envs, act_dim + 3, device=device)
@@ -303,9 +316,13 @@ class SimulatorEnvs:
 
     @simulator_errors()
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """obs (n, S), reward (n,), ended (n,); what follows an end is another episode's."""
+        """obs (n, S), reward (n,), ended (n,); what follows an end is another episode's.
+
+        An episode whose physics breaks down ends there.
+        """
         obs, reward, terminated, truncated, _ = self.simulator.step(action)
-        return obs, reward, terminated | truncated
+        ended, valid = terminated | truncated, self.simulator.valid
+        return obs, reward, ended if valid is None else ended | ~valid
 
     def render(self) -> np.ndarray:
         """An image (H, W, 3) of environment 0."""

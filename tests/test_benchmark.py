@@ -264,6 +264,7 @@ GPUS = [(None, "3", "0 1 2"), (None, "2", "0 1"), (None, "4", "0 0 1 2"), (None,
 GPUS += [("2,GPU-1b", "", "2 GPU-1b"), ("", "2", " "), ("-1", "", " ".join(["-1"] * CORES))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "workers", "devices"), GPUS)
 def test_each_run_has_its_gpu(bench, given, workers, devices):
     """At no time are there more runs than workers, nor two on a GPU while there are enough."""

@@ -1,5 +1,6 @@
 """Adapters to Isaac Gym and Isaac Lab on stand-ins for both, and what all simulators promise."""
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from isaac_tasks import SimulatorError, make_simulator
+import isaac_tasks
+from isaac_tasks import TASKS, SimulatorError, make_simulator
 from isaac_tasks.ingenuity import Ingenuity
-from isaac_tasks.simulator import choose_simulator
+from isaac_tasks.make import choose_simulator
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 PACKAGES = {path.name for path in STAND_INS.iterdir()}
@@ -237,7 +239,9 @@ def refusal(name, env_id) -> str:
 
 def test_missing_packages(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    assert "Anymal needs isaacgym, and isaacgymenvs is not installed" in refusal("auto", "Anymal")
+    assert "ShadowHand needs isaacgym, and isaacgymenvs is not installed" in refusal(
+        "auto", "ShadowHand"
+    )
     assert "isaaclab_tasks is not installed" in refusal("auto", "Isaac-Ant-Direct-v0")
 
 
@@ -253,7 +257,7 @@ def test_refusals_of_isaac_gym(monkeypatch):
     del sys.modules["isaacgym"]
     monkeypatch.setenv("STRICT_IMPORT_ORDER", "1")
     assert "can't import Isaac Gym (its import must come before torch's)" in refusal(
-        "auto", "Anymal"
+        "auto", "ShadowHand"
     )
 
 
@@ -301,11 +305,52 @@ def test_an_isaac_lab_without_launch_simulation_starts_by_its_app_launcher(monke
 
 
 @pytest.mark.parametrize(
+    ("name", "env_id", "options", "message"),
+    [
+        ("mujoco", "Bee", {}, f"no task Bee; the embedded tasks are {', '.join(TASKS)}"),
+        ("isaac", "Ant", {}, "simulator isaac: must be one of auto, isaacgym, isaaclab, mujoco"),
+        ("mujoco", "Ant", {"variant": "isaac"}, "variant isaac: must be one of oige, ige"),
+        ("mujoco", "Ant", {"num_envs": 0}, "0 environments: must be at least 1"),
+        ("mujoco", "Ant", {"num_envs": 10**9}, "1000000000 environments need "),
+        ("mujoco", "Ant", {"device": "cuda"}, "device cuda: there is no usable GPU here"),
+    ],
+)
+def test_bad_input(monkeypatch, name, env_id, options, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SimulatorError) as info:
+        make_simulator(name, env_id, **({"num_envs": 2, "seed": 1} | options))
+    assert message in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def test_imports_go_one_way():
+    """interface <- simulators and tasks <- make <- training, anywhere in a file."""
+    package = Path(isaac_tasks.__file__).parent
+    imported = {}
+    for file in package.glob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text()))
+        names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        names = [name.partition(".") for name in names]
+        ours = {inner for package, _, inner in names if package == "isaac_tasks"}
+        imported[file.stem] = ours
+        assert "" not in ours, f"{file.name} imports from the package itself"
+    done = set()
+    while ready := {name for name, needs in imported.items() if needs <= done} - done:
+        done |= ready
+    assert done == set(imported), f"a circle: {set(imported) - done}"
+    assert imported["interface"] == imported["task"] == set()
+    for name in ("physics", "mujoco_simulator", "isaacgym_simulator", "isaaclab_simulator"):
+        assert not imported[name] & {"make", "training"}
+    for task in TASKS.values():  # a task knows no simulator
+        assert not imported[task.__module__.split(".")[1]] & {"make", "training", "physics"}
+
+
+@pytest.mark.parametrize(
     ("name", "env_id", "chosen"),
     [
         ("auto", "Ant", "mujoco"),
         ("auto", "Ingenuity", "mujoco"),
-        ("auto", "Anymal", "isaacgym"),
+        ("auto", "ShadowHand", "isaacgym"),
         ("auto", "Isaac-Ant-Direct-v0", "isaaclab"),
         ("auto", "Isaac-Ant-Direct", "isaaclab"),
         ("isaacgym", "Ant", "isaacgym"),

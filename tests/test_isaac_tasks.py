@@ -22,7 +22,11 @@ from isaac_tasks.task import State
 
 CASES = [(name, variant) for name in TASKS for variant in ("oige", "ige")]
 every_task = pytest.mark.parametrize(("name", "variant"), CASES)
-every_runner = pytest.mark.parametrize(("name", "variant"), CASES[:4])
+RUNNERS = [case for case in CASES if case[0] in ("Ant", "Humanoid")]
+every_runner = pytest.mark.parametrize(("name", "variant"), RUNNERS)
+# Tests with tables of these three; the others take up each task of TASKS.
+FREE = [*RUNNERS, ("Ingenuity", "oige"), ("Ingenuity", "ige")]
+every_free_task = pytest.mark.parametrize(("name", "variant"), FREE)
 every_variant = pytest.mark.parametrize("variant", ["oige", "ige"])
 
 GRAVITY = {"Ant": 9.81, "Humanoid": 9.81, "Ingenuity": 3.721}
@@ -306,7 +310,7 @@ def test_ant_model(variant):
     inner = 4 * capsule_mass(RADIUS, 0.2 * math.sqrt(2), 5)
     assert_allclose(model.body("torso").mass, 5 * 4 / 3 * math.pi * 0.25**3 + inner)
     assert_allclose(model.body("torso").inertia, (0.0136, 0.0111, 0.0111), atol=5e-5)
-    assert np.all(model.geom_margin == 0.01)
+    assert np.all(model.geom_margin == 0)
     assert task.feet == tuple(ANT_FEET)
 
 
@@ -354,7 +358,7 @@ def test_ingenuity_model(variant):
     assert np.all(model.dof_armature == 0)
 
 
-@every_task
+@every_free_task
 def test_options(name, variant):
     task, model = compiled(name, variant)
     copter = name == "Ingenuity"
@@ -558,7 +562,7 @@ def test_ingenuity_observations(variant):
     assert obs.shape == (13,)
 
 
-@every_task
+@every_free_task
 def test_clipping_of_observations(name, variant):
     simulator = MujocoSimulator(TASKS[name], 1, 0, variant=variant)
     simulator.reset()
@@ -856,7 +860,7 @@ def test_both_kinds_of_foot_sensors_agree(name):
 # --- Physics ---
 
 
-@every_task
+@every_free_task
 def test_conservation_in_free_fall(name, variant):
     """Without contacts, limits, damping, springs and motors: p, L, energy and the parabola."""
     task, model = compiled(name, variant)
@@ -900,27 +904,6 @@ def test_without_action_the_ant_stands_and_the_humanoid_falls(name, variant):
 
 
 @every_runner
-def test_overshoot_at_joint_limits(name, variant):
-    """Under full random torque no more than of the critically damped springs that limits are.
-
-    A joint arriving at speed w gets w dt past its limit until the spring acts, then
-    w t exp(-t / T) <= w T / e further: T = 20 ms is MuJoCo's time constant.
-    """
-    task, model = compiled(name, variant)
-    low, high = RANGES[name].T
-    rng = np.random.default_rng(0)
-    data = forward(model, make_state(task, model, (0, 0, 1.3)))
-    overshoot, speed = np.zeros((2, task.act_dim))
-    for _ in range(200):
-        data.ctrl[:] = rng.choice([-1, 1], task.act_dim)
-        for _ in range(task.substeps):
-            mujoco.mj_step(model, data)
-            overshoot = np.maximum(overshoot, np.maximum(data.qpos[7:] - high, low - data.qpos[7:]))
-            speed = np.maximum(speed, abs(data.qvel[6:]))
-    assert np.all(overshoot < speed * (task.time_step + 0.02 / math.e) + math.radians(3))
-
-
-@every_runner
 def test_joints_rest_at_their_limits(name, variant):
     """Within 2 degrees under full steady torque, floating."""
     task, model = compiled(name, variant)
@@ -929,11 +912,133 @@ def test_joints_rest_at_their_limits(name, variant):
     low, high = RANGES[name].T
     names = [model.joint(i).name for i in range(1, model.njnt)]
     single = ["shoulder" not in joint for joint in names]  # shoulders: two joints push each other
-    for sign in (1, -1):
-        data = forward(model, make_state(task, model), sign)
-        mujoco.mj_step(model, data, 400)
-        at_limit = high if sign > 0 else low
-        assert np.degrees(abs(data.qpos[7:] - at_limit)[single]).max() < 2
+    physics = CpuPhysics(model, 2, 1)
+    physics.qpos[:] = make_state(task, model).qpos
+    physics.ctrl[:] = torch.tensor([[1.0], [-1.0]])
+    physics.step(400)
+    ends = np.stack([high, low])
+    assert np.degrees(abs(physics.qpos[:, 7:].numpy() - ends))[:, single].max() < 2
+
+
+@pytest.mark.parametrize("speed", [1.0, 10.0, 40.0])
+def test_a_joint_stops_at_its_limit(speed):
+    """A fast one and a slow one, without torque: at the limit, neither before nor behind it."""
+    task, model = compiled("Ant", "oige")
+    model = without_contacts(model)
+    model.opt.gravity[:] = 0
+    model.dof_damping[:] = 0
+    low, high = RANGES["Ant"].T
+    physics = CpuPhysics(model, 2, 1)
+    physics.qpos[:] = make_state(task, model).qpos
+    hips = [7, 9, 11, 13]
+    physics.qvel[0, 6:14:2], physics.qvel[1, 6:14:2] = speed, -speed
+    nearest, beyond = np.full(2, np.inf), 0.0
+    for _ in range(150):
+        physics.step(1)
+        q = physics.qpos[:, hips].numpy()
+        distance = np.minimum(q - low[0], high[0] - q)
+        nearest = np.minimum(nearest, abs(distance).min(1))
+        beyond = max(beyond, -distance.min())
+    assert np.degrees(beyond) < 0.5
+    assert np.degrees(nearest).max() < 1
+
+
+@every_variant
+def test_a_limit_acts_on_outward_motion_only(variant):
+    """Joints at their limits leave them as if there were none."""
+    task, model = compiled("Ant", variant)
+    model = without_contacts(model)
+    low, high = RANGES["Ant"].T
+    rows = []
+    for disable in (False, True):
+        free = copy.copy(model)
+        if disable:
+            free.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_LIMIT.value
+        physics = CpuPhysics(free, 2, 1)
+        physics.qpos[:] = make_state(task, model).qpos
+        physics.qpos[0, 7:], physics.qpos[1, 7:] = torch.tensor(low), torch.tensor(high)
+        physics.qvel[0, 6:], physics.qvel[1, 6:] = 3.0, -3.0
+        physics.step(1)
+        rows.append(physics.qvel.clone())
+    assert_allclose(rows[0], rows[1], atol=1e-6)
+
+
+def lowest_point(model, data):
+    """Of all capsules and spheres of the robot, m above the floor."""
+    heights = []
+    for geom in np.flatnonzero(model.geom_bodyid > 0):
+        radius, half, _ = model.geom_size[geom]
+        axis = abs(data.geom_xmat[geom].reshape(3, 3)[2, 2])
+        heights.append(data.geom_xpos[geom, 2] - radius - half * axis)
+    return min(heights)
+
+
+@every_variant
+def test_the_ant_rests_on_its_feet(variant):
+    """Neither hovers above the floor nor sinks into it by more than 1 mm."""
+    simulator = make_simulator("Ant", variant, num_envs=1)
+    for _ in range(180):
+        simulator.step(torch.zeros(1, 8))
+    data = simulator.physics.data(0)
+    mujoco.mj_forward(simulator.model, data)
+    assert abs(data.qvel).max() < 0.05
+    assert abs(lowest_point(simulator.model, data)) < 1e-3
+
+
+@every_free_task
+def test_energy_does_not_grow_in_free_flight(name, variant):
+    """With the simulator's own integrator and step, without action: within 1 % for 60 steps."""
+    task, model = compiled(name, variant)
+    model = without_contacts(model)
+    model.opt.gravity[:] = 0
+    model.opt.enableflags |= mujoco.mjtEnableBit.mjENBL_ENERGY.value
+    physics = CpuPhysics(model, 4, 1)
+    for i in range(4):
+        state = random_state(task, model, seed=i)
+        physics.qpos[i], physics.qvel[i] = state.qpos[0], state.qvel[0]
+    energies = []
+    for _ in range(60):
+        physics.step(task.substeps)
+        worlds = [physics.data(i) for i in range(4)]
+        for data in worlds:
+            mujoco.mj_forward(model, data)
+        energies.append([data.energy.sum() for data in worlds])
+    start, later = energies[0], np.array(energies)
+    assert np.all(later < np.array(start) * 1.01)
+
+
+@pytest.mark.slow
+@every_task
+def test_stress(name, variant):
+    """Random, bang-bang and adversarial actions, each in a third of the environments.
+
+    Adversarial: each joint is pushed the way it moves, which excites it at its resonance. Contacts
+    are soft: a foot that hits the floor at 25 m/s sinks into it for some steps.
+    """
+    simulator = MujocoSimulator(TASKS[name], 64, 0, variant=variant)
+    simulator.reset()
+    model, physics = simulator.model, simulator.physics
+    joints = np.flatnonzero(model.jnt_limited)
+    positions = model.jnt_qposadr[joints]
+    low, high = torch.tensor(model.jnt_range[joints]).unbind(-1)
+    slide = torch.tensor(model.jnt_type[joints] == mujoco.mjtJoint.mjJNT_SLIDE)
+    allowed = torch.where(slide, 0.003, math.radians(3))
+    centres = torch.from_numpy(physics.batch.bind("xipos"))
+    driven = [*model.actuator_trnid[:, 0]] if len(joints) else []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000 if name in GRAVITY else 200):  # the others' files have one of their own
+        action = 2 * torch.rand(64, simulator.act_dim, generator=generator) - 1
+        action[21:] = action[21:].sign()
+        if len(driven) == simulator.act_dim:
+            action[42:] = physics.qvel[42:, model.jnt_dofadr[driven]].sign()
+        obs, reward, _, _, final_obs = simulator.step(action)
+        for values in (obs, final_obs, reward, physics.qpos, physics.qvel):
+            assert values.isfinite().all()
+        assert reward.abs().max() < 1000
+        q = physics.qpos[:, positions]
+        beyond = torch.maximum(q - high, low - q)[simulator.progress > 0]  # or they start there
+        assert (beyond < allowed).all()
+        assert centres[:, 1:, 2].min() > -0.2
 
 
 # --- The simulator ---
@@ -999,7 +1104,7 @@ def test_rollouts_depend_on_the_seed_only(name, variant):
     assert {t.dtype for t in (obs, reward, final_obs)} == {torch.float32}
     assert {t.dtype for t in (terminated, truncated)} == {torch.bool}
     assert torch.equal(obs[~truncated & ~terminated], final_obs[~truncated & ~terminated])
-    assert simulator.fps == (100 if name == "Ingenuity" else 60)
+    assert simulator.fps == {"Ant": 60, "Humanoid": 60, "Ingenuity": 100}.get(name, simulator.fps)
     assert truncated.any(0).all()  # each environment has been reset
     assert same(rollouts[0], rollouts[1])
     assert not torch.equal(rollouts[0][0], rollouts[2][0])
@@ -1007,6 +1112,7 @@ def test_rollouts_depend_on_the_seed_only(name, variant):
     assert not torch.equal(simulator.reset(seed=5), simulator.reset())
 
 
+@pytest.mark.slow
 @every_task
 def test_batch_equals_single_environments(name, variant):
     batch = make_simulator(name, variant, num_envs=3)
@@ -1106,7 +1212,7 @@ def fail(simulator, world):
     simulator.physics.qvel[world] = 0
 
 
-@every_task
+@every_free_task
 @pytest.mark.parametrize("end", ["failure", "time-out", "failure in the last step"])
 def test_end_of_an_episode(name, variant, end):
     """final_obs is the true last observation, obs the first one of the next episode."""
@@ -1117,13 +1223,15 @@ def test_end_of_an_episode(name, variant, end):
         fail(simulator, 1)
     if end != "failure":
         simulator.progress[1] = simulator.max_steps - 1
-    world, action = physics.data(1), next(actions(simulator, 1))
+    action = next(actions(simulator, 1))
     before = simulator._state().clone()  # of all worlds
-    world.ctrl[:] = task.control(action[1:2].double())[0]
-    mujoco.mj_step(simulator.model, world, task.substeps)  # what the episode's last step does
+    world = CpuPhysics(simulator.model, 1, 1)  # what the episode's last step does
+    for field in STATE:
+        getattr(world, field)[0] = getattr(physics, field)[1]
+    world.ctrl[:] = task.control(action[1:2].double())
+    world.step(task.substeps)
     target = before.memory[1]
-    row = (world.qpos, world.qvel, world.sensordata, target)
-    last = State(*(torch.tensor(np.array([x])) for x in row))
+    last = task.limit(State(world.qpos, world.qvel, world.sensordata, target[None]))
 
     obs, reward, terminated, truncated, final_obs = simulator.step(action)
     assert terminated.tolist() == [False, end != "time-out", False]
@@ -1152,10 +1260,11 @@ def test_end_of_an_episode(name, variant, end):
 
 
 @every_task
-def test_time_outs_come_after_l_minus_1_steps(monkeypatch, name, variant):
-    assert make_simulator(name, variant).max_steps == TASKS[name].episode_length - 1
-    monkeypatch.setattr(TASKS[name], "episode_length", 6)
+def test_time_outs_come_after_l_minus_1_steps(name, variant):
+    simulator = make_simulator(name, variant)
+    assert simulator.max_steps == simulator.task.episode_length - 1
     simulator = make_simulator(name, variant, num_envs=2)
+    simulator.max_steps = 5
     ends = []
     for action in actions(simulator, 15):
         if name == "Ingenuity":
@@ -1183,6 +1292,24 @@ def test_new_targets(variant):
     assert ((simulator.memory[:, 2] >= 1) & (simulator.memory[:, 2] <= 2)).all()
     simulator.step(torch.zeros(8, 6))
     assert (simulator.memory[0] != old[0]).all()  # its progress was 500 by then
+
+
+@every_runner
+def test_speed_limit_of_the_runners(name, variant):
+    """64 or 100 rad/s for the torso, its direction kept, and for each joint; like PhysX's."""
+    task, model = compiled(name, variant)
+    limit = 64.0 if name == "Ant" else 100.0
+    state = random_state(task, model)
+    state.qvel[0, :3] = 200.0
+    for factor in (0.9, 1.1):
+        state.qvel[0, 3:6] = factor * limit * torch.tensor([0.0, -0.6, 0.8])
+        state.qvel[0, 6:] = -factor * limit
+        cut = task.limit(state)
+        factor = min(factor, 1)
+        assert (cut.qvel[0, :3] == 200).all()
+        assert_allclose(cut.qvel[0, 3:6], factor * limit * np.array([0, -0.6, 0.8]), rtol=1e-6)
+        assert_allclose(cut.qvel[0, 6:], -factor * limit)
+        assert torch.equal(cut.qpos, state.qpos)
 
 
 @every_variant
@@ -1224,19 +1351,44 @@ def test_resume(name, variant):
     assert same(rollout(simulator), expected)
 
 
+class BrokenPhysics(CpuPhysics):
+    """Whose second world breaks down: `number` stands in `field` after each step while set."""
+
+    number, field = None, "qpos"
+
+    def step(self, substeps):
+        super().step(substeps)
+        if self.number is not None:
+            getattr(self, self.field)[1, 2] = self.number
+
+
 @every_task
-def test_nan_stays_visible(monkeypatch, tmp_path, name, variant):
-    """MuJoCo would put such a world back to its first state; the other worlds don't notice."""
-    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log
-    broken, sound = (make_simulator(name, variant, num_envs=3) for _ in range(2))
-    broken.physics.qpos[1, 2] = math.nan
-    for action in actions(broken, 3):
-        obs, reward, terminated, truncated, _ = broken.step(action)
-        assert obs[1, [0, 2]].isnan().any()
-        assert reward[1].isnan()
-        assert not (terminated | truncated).any()
-        expected, *_ = sound.step(action)
-        assert torch.equal(obs[[0, 2]], expected[[0, 2]])
+@pytest.mark.parametrize(
+    ("field", "number"), [("qpos", math.nan), ("qvel", math.inf), ("qvel", -1e5)]
+)
+def test_a_diverged_environment_starts_anew(monkeypatch, name, variant, field, number):
+    """It is not valid and says nothing about the task; the others don't notice."""
+    sound = make_simulator(name, variant, num_envs=3)
+    monkeypatch.setattr("isaac_tasks.mujoco_simulator.CpuPhysics", BrokenPhysics)
+    broken = make_simulator(name, variant, num_envs=3)
+    kept = torch.tensor([0, 2])
+    for step, action in enumerate(actions(broken, 4)):
+        broken.physics.field = field
+        broken.physics.number = number if step == 1 else None
+        rows, expected = broken.step(action), sound.step(action)
+        assert same([t[kept] for t in rows], [t[kept] for t in expected])
+        assert all(t.isfinite().all() for t in rows)
+        if step == 1:
+            obs, reward, terminated, truncated, final_obs = rows
+            assert broken.valid.tolist() == [True, False, True]
+            assert (reward[1], terminated[1], truncated[1]) == (0, False, False)
+            assert torch.equal(obs[1], final_obs[1])
+            assert broken.progress[1] == 0
+            assert (broken._state().qpos[1] != sound._state().qpos[1]).any()
+        else:
+            assert broken.valid is None
+        assert broken.diverged == (step == 1)
+    assert broken.progress.tolist() == [4, 2, 4]
 
 
 class NoHostNumbers(TorchFunctionMode):
@@ -1304,7 +1456,7 @@ def test_marker_hovers_above_the_target():
 
 
 @pytest.mark.slow
-@every_task
+@every_free_task
 def test_warp_agrees_with_mujoco(name, variant):
     """One control step from the same states, in the air and on the floor, on Warp's CPU device.
 

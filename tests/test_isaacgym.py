@@ -382,6 +382,7 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, mo
     resumed_is_the_whole_run(finished, tmp_path)
 
 
+@pytest.mark.slow
 def test_broken_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, monkeypatch):
     """It goes on from its last checkpoint, in the middle of episodes, with other threads."""
     step = TrainingEnvs.step
@@ -438,7 +439,12 @@ BAD = [
     (dict(env_id="Bee"), 2, "--env-id Bee"),
     (dict(env_id="Isaac-Ant-Direct-v0"), 2, "isaaclab_tasks is not installed"),
     (dict(simulator="isaacgym"), 2, "isaacgymenvs is not installed"),
-    (dict(num_envs=10**10), 2, "10000000000 environments on 1 thread(s) don't fit into memory"),
+    (dict(num_envs=10**10), 2, "10000000000 environments need"),
+    (
+        dict(num_envs=10**6, buffer_size=10**6, total_timesteps=10**6),
+        2,
+        "--num-envs 1000000, --buf",
+    ),
     (dict(buffer_size=10**9, total_timesteps=10**9), 2, "--buffer-size 1000000000: the replay"),
 ]
 
@@ -464,6 +470,13 @@ def test_counts_are_positive(script, name, tmp_path, capsys):
     assert f"--{name.replace('_', '-')} 0: must be at least 1" in capsys.readouterr().err
 
 
+def test_a_policy_of_another_task_is_refused(finished, tmp_path, capsys):
+    script, run = finished
+    words = ["--evaluate", run, "--env-id", "Ant"]
+    needle = "was made with other settings: --env-id Ingenuity"
+    one_sentence(command(script, words, tmp_path), 2, needle, capsys)
+
+
 def test_runs_of_the_other_script_are_refused(finished, tmp_path, capsys):
     script, run = finished
     (other,) = set(BOTH) - {script}
@@ -478,20 +491,27 @@ def test_a_diverging_update_stops_the_run(script, tmp_path, capsys):
 
 
 @both_scripts
-def test_a_nan_from_an_environment_stops_the_run_and_names_it(
-    script, monkeypatch, tmp_path, capsys
-):
-    """World 2 of the physics is broken by hand before step 5."""
-    step = TrainingEnvs.step
+def test_a_diverged_environment_is_counted_and_never_learned_from(script, monkeypatch, tmp_path):
+    """World 2 breaks down at steps 5 and 30: no such row in the buffer, the run goes on."""
+    step, valids = TrainingEnvs.step, []
 
     def broken(self, action):
-        if self.steps == 5:
+        if self.steps in (5, 30):
             self.simulator.physics.qpos[2, 0] = math.nan
-        return step(self, action)
+        result = step(self, action)
+        valids.append(result[-1])
+        if self.steps in (6, 31):
+            assert (self.returns[2], self.lengths[2]) == (0, 0)
+        return result
 
     monkeypatch.setattr(TrainingEnvs, "step", broken)
-    code = command(script, quick(), tmp_path)
-    one_sentence(code, 1, "Ingenuity: observation[2, 0] = nan at step 5", capsys)
+    assert command(script, quick(eval_frequency=100, total_timesteps=40), tmp_path) == 0
+    run = only_run(tmp_path)
+    assert [i for i, valid in enumerate(valids) if valid is not None] == [5, 30]
+    counts = {step: float(v) for step, name, v in metrics(run) if name == "charts/diverged"}
+    assert (counts[5], counts[10], counts[30], counts[35]) == (0, 1, 1, 2)
+    replay = load(run)["replay"]
+    assert replay["invalid"].nonzero().tolist() == [[5, 2], [30, 2]]
 
 
 # --- NVIDIA's simulators, played by the stand-ins of tests/stand_ins ------------------------------

@@ -4,9 +4,12 @@
     python tools/authors_code.py --repository meow --seed 1 --out authors_1.csv
 
 Needs an environment of its own: torch 2.13.0, gymnasium 0.29.1, mujoco 2.3.7, numpy < 2,
-stable-baselines3 2.3.2, tyro, tensorboard. Their script is imported and not changed, but for two
-names: `RescaleAction` leaves vector environments alone (it can't wrap them, and these actions lie
-in [-1, 1] already), and `evaluate`, on the same ten seeds as theirs, writes what it measures.
+stable-baselines3 2.3.2, tyro, tensorboard. For the physics of ours put mujoco 4.0.0 before it, from
+`pip install --target DIR --no-deps mujoco==4.0.0 mujoco-core==4.0.0` with DIR in PYTHONPATH.
+
+Their script is imported and not changed, but for two names: `RescaleAction` leaves vector
+environments alone (it can't wrap them, and these actions lie in [-1, 1] already), and `evaluate`,
+on the same ten seeds as theirs, writes what it measures.
 """
 
 import sys

@@ -1,6 +1,8 @@
-"""The seam between the scripts and a simulator of many environments at once."""
+"""What a simulator of many environments at once offers to the scripts, and its error.
 
-import importlib.util
+Nothing here knows a simulator: they import this module, and `make` imports them.
+"""
+
 from typing import Literal, Protocol
 
 import numpy as np
@@ -32,10 +34,12 @@ class Simulator(Protocol):
     """an environment's time-outs are at least so many steps apart"""
     valid: Tensor | None
     """(N,) bool: rows of the last step that belong to the task. The others were spent on a late
-    reset: their flags are False, their reward is 0, and they must not be learned from.
-    None: all are valid"""
+    reset, or their physics broke down and a new episode was started: their flags are False, their
+    reward is 0, and they must not be learned from. None: all are valid"""
+    diverged: int
+    """environments whose physics broke down in the last step"""
     exact_resume: bool
-    """`load_state_dict` restores the environments; if not, episodes start anew"""
+    """after `load_state_dict` the same actions have the same results, bit for bit"""
     one_per_process: bool
     """a second simulator can't exist beside this one, not even for evaluation"""
 
@@ -57,53 +61,7 @@ class Simulator(Protocol):
     def render(self) -> np.ndarray:
         """An image (H, W, 3), uint8, of environment 0. Raises: SimulatorError."""
 
-    def state_dict(self) -> dict: ...
+    def state_dict(self) -> dict:
+        """Empty where the environments can't be saved: then their episodes start anew."""
 
     def load_state_dict(self, state: dict): ...
-
-
-def choose_simulator(name: str, env_id: str) -> str:
-    """What "auto" means: the embedded tasks on MuJoCo, ids Isaac-... on Isaac Lab."""
-    from isaac_tasks import TASKS
-
-    if name != "auto":
-        return name
-    if env_id in TASKS:
-        return "mujoco"
-    return "isaaclab" if env_id.startswith(("Isaac-", "IsaacContrib-")) else "isaacgym"
-
-
-def make_simulator(
-    name: str,
-    env_id: str,
-    num_envs: int,
-    seed: int,
-    device: torch.device | str = "cpu",
-    threads: int = 1,
-    variant: str = "oige",
-) -> Simulator:
-    """The simulator `name` (of NAMES) with `num_envs` environments of the task `env_id`.
-
-    threads: of the CPU (mujoco); variant: which task's constants (mujoco). Raises: SimulatorError.
-    """
-    from isaac_tasks import TASKS
-
-    chosen = choose_simulator(name, env_id)
-    if chosen == "mujoco":
-        if env_id not in TASKS:
-            known = ", ".join(TASKS)
-            raise SimulatorError(f"the embedded simulator has no task {env_id}; it has {known}")
-        from isaac_tasks.mujoco_simulator import MujocoSimulator
-
-        return MujocoSimulator(TASKS[env_id], num_envs, seed, device, threads, variant)
-    package = {"isaacgym": "isaacgymenvs", "isaaclab": "isaaclab_tasks"}[chosen]
-    if importlib.util.find_spec(package) is None:
-        known = f"the embedded tasks are {', '.join(TASKS)}"
-        raise SimulatorError(f"{env_id} needs {chosen}, and {package} is not installed; {known}")
-    if chosen == "isaacgym":
-        from isaac_tasks.isaacgym_simulator import IsaacGymSimulator
-
-        return IsaacGymSimulator(env_id, num_envs, seed, device)
-    from isaac_tasks.isaaclab_simulator import IsaacLabSimulator
-
-    return IsaacLabSimulator(env_id, num_envs, seed, device)
