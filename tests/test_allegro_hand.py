@@ -415,6 +415,7 @@ def test_end_of_an_episode(variant, end):
     assert simulator.max_steps == 599
 
 
+@pytest.mark.slow
 @every_variant
 def test_cube_stays_in_a_cupped_hand_and_falls_from_an_open_one(variant):
     """60 steps are 2 s; a lost cube is on the hand again at once."""

@@ -105,6 +105,7 @@ def test_only_the_floor_is_touched():
     assert data.ncon >= 4
 
 
+@pytest.mark.slow
 @every_variant
 def test_zero_action_stands(variant):
     """For six seconds: no fall, and hardly any creep."""
@@ -391,6 +392,7 @@ def stress(variant, steps):
         assert (simulator.physics.qvel[:, 6:].abs() <= 20).all()
 
 
+@pytest.mark.slow
 @every_variant
 @pytest.mark.parametrize(("scale", "depth"), [(0.2, 0.006), (1.0, 0.02)])
 def test_feet_stay_above_the_floor(variant, scale, depth):

@@ -201,6 +201,7 @@ def test_failures_are_named(bench):
     assert "no-such-python" in text.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_progress(bench):
     """Every 30 seconds (here after two) the counts and the last line of each log."""
     process = bench.gated(*ONE, "--seeds", "1-3", "--workers", "2", runs=2, SECONDS="28")
@@ -211,6 +212,7 @@ def test_progress(bench):
     assert lines[2] == "  runs/logs/Hopper-v4__meow__2.log: 45% | 135/300\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "to_all"), [(2, False), (15, False), (2, True), (15, True)])
 def test_a_signal_stops_with_checkpoints(bench, number, to_all):
     """Each run gets it once, even if it goes to all: a second one would end it before it saves."""

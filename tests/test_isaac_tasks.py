@@ -887,6 +887,7 @@ def test_conservation_in_free_fall(name, variant):
     assert abs(spin).max() > 1e-3
 
 
+@pytest.mark.slow
 @every_runner
 def test_without_action_the_ant_stands_and_the_humanoid_falls(name, variant):
     simulator = make_simulator(name, variant)

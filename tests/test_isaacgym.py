@@ -364,6 +364,7 @@ def resumed_is_the_whole_run(finished, tmp_path, *words):
         assert same(load(only_run(tmp_path), name), load(whole, name)), name
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, monkeypatch):
     """SIGTERM in the middle of a step: the run ends that step, saves, and later goes on."""
     step = TrainingEnvs.step
@@ -541,6 +542,7 @@ def stored(run):
     return {tuple(row) for row in torch.cat([place, terminated], -1).long().unique(dim=0).tolist()}
 
 
+@pytest.mark.slow
 @both_scripts
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(("simulator", "env_id"), NVIDIA)

@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import tokenize
+from functools import cache
 from itertools import combinations
 
 import pytest
@@ -41,6 +42,7 @@ LINES |= {module: 260 for module in HARNESS}
 LINES |= {"benchmark.sh": 100, "tools/compare.py": 350, "sb3_baselines.py": 220, "README.md": 200}
 
 
+@cache
 def read(path: str) -> str:
     return (ROOT / path).read_text()
 
@@ -49,6 +51,7 @@ def walk(path: str):
     return ast.walk(ast.parse(read(path)))
 
 
+@cache
 def definitions(path: str) -> dict[str, ast.AST]:
     """Functions, classes, methods (Class.method) and constants of a file."""
     found = {}
@@ -83,6 +86,7 @@ def substance(node: ast.AST) -> str:
     return ast.unparse(node)
 
 
+@cache
 def substances(path: str) -> dict[str, str]:
     """Names of functions and classes by their substance, those of a line or two left out."""
     found = {n: substance(d) for n, d in definitions(path).items() if not isinstance(d, ast.Assign)}

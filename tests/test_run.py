@@ -287,6 +287,7 @@ def test_an_option_without_its_value_is_explained(tmp_path, words):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_is_no_error(tmp_path):
     """`--help | head` ends quietly; `true` reads nothing at all."""
     words = f"set -o pipefail; {sys.executable} {SCRIPT} --help | true"

@@ -76,6 +76,7 @@ def test_a_failed_run_is_one_sentence(trees):
         assert words in error
 
 
+@pytest.mark.slow
 def test_the_table_of_one_environment(tmp_path):
     """Every row beside Stable-Baselines3's SAC, which learns after the Zoo's 10,000 steps."""
     (tmp_path / "tools").mkdir()
