@@ -162,7 +162,7 @@ class EvaluationEnvs:
 
 
 class Evaluator:
-    """Plays an episode in each of envs; policy(obs (n, S), noise (n, A)) -> actions (n, A)."""
+    """Plays an episode in each env; policy(obs (n, S), noise (n, A) or 0s) -> actions (n, A)."""
 
     def __init__(self, args: RunArgs, envs, policy):
         self.args, self.envs, self.policy = args, envs, policy

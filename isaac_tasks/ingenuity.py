@@ -6,7 +6,7 @@ import mujoco
 import torch
 from torch import Tensor
 
-from isaac_tasks.task import State, Task, Uniform, rotation_matrix
+from isaac_tasks.task import State, Task, Uniform, rotation_matrix, shorten
 
 ROTORS = {"lower_rotor": 0.0, "upper_rotor": 0.025}  # m above the chassis' centre
 
@@ -90,9 +90,8 @@ class Ingenuity(Task):
     def limit(self, state: State) -> State:
         """Isaac limits the angular velocity to 4 pi rad/s."""
         linear, angular = state.qvel.split([3, 3], -1)
-        speed = angular.norm(dim=-1, keepdim=True)
-        angular = angular * (self.max_spin / speed.clamp(min=self.max_spin))
-        return State(state.qpos, torch.cat([linear, angular], -1), state.sensors, state.memory)
+        qvel = torch.cat([linear, shorten(angular, self.max_spin)], -1)
+        return State(state.qpos, qvel, state.sensors, state.memory)
 
     def observe(self, state: State, action: Tensor) -> Tensor:
         position, quat = state.qpos.split([3, 4], -1)

@@ -1,6 +1,7 @@
 """What Ant and Humanoid share: run towards a target 1 km away along +x and stay upright."""
 
 import math
+from abc import abstractmethod
 
 import gymnasium
 import mujoco
@@ -14,6 +15,7 @@ from isaac_tasks.task import (
     normalize_angle,
     roll_and_yaw,
     rotation_matrix,
+    shorten,
     to_body,
 )
 
@@ -83,10 +85,8 @@ class Locomotion(Task):
     def limit(self, state: State) -> State:
         """PhysX limits the angular velocity of the torso and of joints."""
         linear, angular, joints = state.qvel.split([3, 3, self.act_dim], -1)
-        speed = angular.norm(dim=-1, keepdim=True)
-        angular = angular * (self.max_spin / speed.clamp(min=self.max_spin))
         joints = joints.clamp(-self.max_spin, self.max_spin)
-        qvel = torch.cat([linear, angular, joints], -1)
+        qvel = torch.cat([linear, shorten(angular, self.max_spin), joints], -1)
         return State(state.qpos, qvel, state.sensors, state.memory)
 
     def joint_positions(self, state: State) -> Tensor:
@@ -144,9 +144,9 @@ class Locomotion(Task):
         ]
         return torch.cat(parts, -1)
 
+    @abstractmethod
     def limit_cost(self, state: State) -> Tensor:
         """(N,) cost of joints at their limits."""
-        raise NotImplementedError
 
     def motor_strength(self) -> Tensor | float:
         """rho (A,) or (): the weight of each motor in the energy cost."""

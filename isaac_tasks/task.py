@@ -4,6 +4,7 @@ Shapes: N environments, S observation, A action. Units: metres, radians, seconds
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class State:
         return State(*(t.clone() for t in vars(self).values()))
 
 
-class Task:
+class Task(ABC):
     """One robot task; subclasses fill in the class attributes and the methods below.
 
     All functions are pure, batched and run on any device: state in, tensors out.
@@ -75,9 +76,9 @@ class Task:
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_DISCRETE
         spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a NaN stays visible
 
+    @abstractmethod
     def spec(self) -> mujoco.MjSpec:
         """The model: one control per number that `control` returns."""
-        raise NotImplementedError
 
     def control(self, action: Tensor) -> Tensor:
         """Action (N, A) in [-1, 1] to the model's controls (N, nu)."""
@@ -90,9 +91,9 @@ class Task:
         """
         return self.control(action), state.memory
 
+    @abstractmethod
     def initial(self, uniform: Uniform) -> State:
         """First states of N episodes."""
-        raise NotImplementedError
 
     def before_step(self, state: State, progress: Tensor, fresh: State) -> Tensor:
         """The memory (N, memory_dim) for the coming step.
@@ -105,23 +106,23 @@ class Task:
         """The state after a physics step, where the simulator limits it (e.g. speeds)."""
         return state
 
+    @abstractmethod
     def observe(self, state: State, action: Tensor) -> Tensor:
         """Observations (N, S); action (N, A): the one just applied, zero after a reset."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
         """The addends (N,) of the reward by name, for a step without failure."""
-        raise NotImplementedError
 
+    @abstractmethod
     def failed(self, state: State) -> Tensor:
         """(N,) bool: where the episode terminates."""
-        raise NotImplementedError
 
     def reward(self, before: State, state: State, action: Tensor) -> Tensor:
         """(N,) rewards of the step from `before` to `state` with `action`."""
         return sum(self.reward_terms(before, state, action).values())
 
-    def show(self, data: mujoco.MjData, memory: Tensor):
+    def show(self, data: mujoco.MjData, memory: Tensor):  # noqa: B027 (most have nothing to do)
         """Prepares an image: data and memory (memory_dim,) of one environment."""
 
 
@@ -147,6 +148,11 @@ def roll_and_yaw(quat: Tensor) -> tuple[Tensor, Tensor]:
     roll = torch.atan2(2 * (w * x + y * z), w * w - x * x - y * y + z * z)
     yaw = torch.atan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)
     return roll % (2 * math.pi), yaw % (2 * math.pi)
+
+
+def shorten(vector: Tensor, most: float) -> Tensor:
+    """Vectors (N, 3) of at most this length."""
+    return vector * (most / vector.norm(dim=-1, keepdim=True).clamp(min=most))
 
 
 def normalize_angle(angle: Tensor) -> Tensor:

@@ -155,3 +155,17 @@ def make_random_flow():
         return flow
 
     return make
+
+
+def stress_actions(act_dim: int, longest: int, steps: int):
+    """For 64 environments (64, A): random ones, extreme ones, signs that flip after 1 to `longest`.
+
+    Each kind has a third of the environments; half of the flipping ones alternate the joints.
+    """
+    generator = torch.Generator().manual_seed(0)
+    number, joint = torch.arange(64)[:, None], torch.arange(act_dim)
+    for step in range(steps):
+        random = 2 * torch.rand(64, act_dim, generator=generator) - 1
+        flips = (-1.0) ** (step // (1 + number // 3 % longest) + joint * (number % 2))
+        action = torch.where(number % 3 == 0, random, random.sign())
+        yield torch.where(number % 3 == 2, flips, action)

@@ -11,6 +11,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from conftest import stress_actions
 from numpy.testing import assert_allclose
 
 from isaac_tasks.allegro_hand import AllegroHand
@@ -478,17 +479,12 @@ def test_free_fall(variant):
     assert_allclose(physics.qvel[0, 19:], spin * math.exp(-0.5 * seconds), rtol=1e-3)
 
 
-def stress(variant, steps):
-    """64 environments: random actions, extreme ones, and signs that flip at resonance."""
+@pytest.mark.slow
+@every_variant
+def test_stress(variant):
+    """sqrt(k / I) of the joints is 35 to 55 rad/s: signs flip after 2 to 3 steps at resonance."""
     simulator = make_simulator(variant, 64)
-    generator = torch.Generator().manual_seed(0)
-    kind, number, joint = torch.arange(64) % 3, torch.arange(64)[:, None], torch.arange(16)
-    half_period = 1 + number // 3 % 4  # sqrt(k / I) of the joints is 35 to 55 rad/s: 2 to 3 steps
-    for step in range(steps):
-        random = 2 * torch.rand(64, 16, generator=generator) - 1
-        flips = (-1.0) ** (step // half_period + joint * (number % 2))
-        action = torch.where((kind == 0)[:, None], random, random.sign())
-        action = torch.where((kind == 2)[:, None], flips, action)
+    for action in stress_actions(16, 4, 2000):
         _, reward, _, _, final_obs = simulator.step(action)
         assert final_obs.isfinite().all()
         assert reward.abs().max() < 1000
@@ -497,12 +493,6 @@ def stress(variant, steps):
         beyond[simulator.progress <= 3, 12] = 0  # thumb_0 starts below its limit
         assert np.degrees(beyond.max()) < 3
         assert (simulator.physics.qpos[:, 18] > 0.2).all()
-
-
-@pytest.mark.slow
-@every_variant
-def test_stress(variant):
-    stress(variant, 2000)
 
 
 def test_thumb_starts_below_its_limit_and_is_there_at_once():

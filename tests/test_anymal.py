@@ -9,6 +9,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from conftest import stress_actions
 from numpy.testing import assert_allclose
 
 from isaac_tasks.anymal import Anymal
@@ -371,27 +372,6 @@ def test_time_out(variant, last):
 # --- Physics ---
 
 
-def stress(variant, steps):
-    """64 environments: random actions, extreme ones, and signs that flip at each joint's period."""
-    simulator = make_simulator(variant, 64)
-    generator = torch.Generator().manual_seed(0)
-    kind, number, joint = torch.arange(64) % 3, torch.arange(64)[:, None], torch.arange(12)
-    half_period = 1 + number // 3 % 12  # 1 to 12 steps: sqrt(k / I) is 6 to 70 rad/s
-    low, high = LIMITS.T
-    for step in range(steps):
-        random = 2 * torch.rand(64, 12, generator=generator) - 1
-        flips = (-1.0) ** (step // half_period + joint * (number % 2))
-        action = torch.where((kind == 0)[:, None], random, random.sign())
-        action = torch.where((kind == 2)[:, None], flips, action)
-        _, reward, _, _, final_obs = simulator.step(action)
-        assert final_obs.isfinite().all()
-        assert reward.abs().max() < 1000
-        joints = simulator.physics.qpos[:, 7:].numpy()
-        assert np.degrees(np.maximum(joints - high, low - joints).max()) < 3
-        assert (simulator.physics.qpos[:, 2] > 0.05).all()
-        assert (simulator.physics.qvel[:, 6:].abs() <= 20).all()
-
-
 @pytest.mark.slow
 @every_variant
 @pytest.mark.parametrize(("scale", "depth"), [(0.2, 0.006), (1.0, 0.02)])
@@ -412,7 +392,17 @@ def test_feet_stay_above_the_floor(variant, scale, depth):
 @pytest.mark.slow
 @every_variant
 def test_stress(variant):
-    stress(variant, 2000)
+    """sqrt(k / I) of the joints is 6 to 70 rad/s: signs flip after 1 to 12 steps at resonance."""
+    simulator = make_simulator(variant, 64)
+    low, high = LIMITS.T
+    for action in stress_actions(12, 12, 2000):
+        _, reward, _, _, final_obs = simulator.step(action)
+        assert final_obs.isfinite().all()
+        assert reward.abs().max() < 1000
+        joints = simulator.physics.qpos[:, 7:].numpy()
+        assert np.degrees(np.maximum(joints - high, low - joints).max()) < 3
+        assert (simulator.physics.qpos[:, 2] > 0.05).all()
+        assert (simulator.physics.qvel[:, 6:].abs() <= 20).all()
 
 
 @pytest.mark.slow
