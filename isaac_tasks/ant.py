@@ -4,7 +4,7 @@ import mujoco
 from torch import Tensor
 
 from isaac_tasks.locomotion import ASSETS, Locomotion
-from isaac_tasks.task import State
+from isaac_tasks.task import State, stand_on_floor
 
 LEGS = ("front_left", "front_right", "left_back", "right_back")  # joints 1 to 4
 
@@ -47,6 +47,7 @@ class Ant(Locomotion):
         for geom in spec.geoms:  # Isaac averages the friction of ant (1.5) and floor (1.0)
             geom.friction[0], geom.margin = 1.25, 0
         spec.geom("floor").size = (0, 0, 1)  # without end
+        stand_on_floor(spec, friction=1.25)
         self.add_motors(spec)
         self.add_foot_sensors(spec)
         return spec

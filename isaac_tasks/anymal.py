@@ -6,7 +6,7 @@ import mujoco
 import torch
 from torch import Tensor
 
-from isaac_tasks.task import State, Task, Uniform, rotation_matrix, to_body
+from isaac_tasks.task import State, Task, Uniform, rotation_matrix, stand_on_floor, to_body
 
 # Leg: its side along x (1 front, -1 hind) and y (1 left, -1 right), in the order of the joints.
 LEGS = {"LF": (1, 1), "LH": (-1, 1), "RF": (1, -1), "RH": (-1, -1)}
@@ -71,7 +71,7 @@ class Anymal(Task):
         super().__init__(variant, **kwargs)
         oige = variant == "oige"
         self.memory_dim = 40 if oige else 3
-        self.time_step, self.substeps = 0.0025, 8  # PhysX 0.01, 2: feet would sink in by 16 cm
+        self.time_step, self.substeps = 0.005, 4  # PhysX: 0.01, 2
         self.episode_length = 3000 if oige else 2500
         self.dt = 1 / 60 if oige else 0.02  # s, in the reward
         self.stiffness, self.damping, self.torque = (1000, 100, 1000) if oige else (85, 2, 80)
@@ -91,11 +91,7 @@ class Anymal(Task):
     def spec(self) -> mujoco.MjSpec:
         spec = mujoco.MjSpec()
         self.set_options(spec)
-        spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
-        spec.option.impratio = 10  # with it and the hard contacts feet don't creep
         spec.compiler.degree = False
-        contact = spec.default.geom
-        contact.solref[0], contact.solimp[:2] = 2 * self.time_step, (0.99, 0.999)
         world = spec.worldbody
         world.add_light(pos=(0, 0, 10), type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
         plane = dict(type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0, 0, 1), rgba=(0.3, 0.35, 0.4, 1))
@@ -117,6 +113,7 @@ class Anymal(Task):
             radius, place = FOOT
             sphere = dict(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(radius, 0, 0))
             body.add_geom(name=f"{leg}_FOOT", pos=mirror(place, side), conaffinity=0, **sphere)
+        stand_on_floor(spec, friction=1.0)
         if self.variant == "ige":
             for name in ("base", *(f"{leg}_THIGH" for leg in LEGS)):
                 add_contact_force(spec, name)

@@ -4,7 +4,7 @@ import mujoco
 from torch import Tensor
 
 from isaac_tasks.locomotion import ASSETS, Locomotion
-from isaac_tasks.task import State
+from isaac_tasks.task import State, stand_on_floor
 
 # Joint: range (degrees), spring k (N m/rad), damping b (N m s/rad), armature (kg m^2), gear (N m).
 LEG = {
@@ -83,6 +83,7 @@ class Humanoid(Locomotion):
             if geom.name != "floor":
                 geom.friction[0], geom.condim = 1.0, 1
                 geom.solref[:], geom.solimp[:3] = (0.015, 1), (0.9, 0.99, 0.003)
+        stand_on_floor(spec, friction=1.0)
         self.add_motors(spec)
         self.add_foot_sensors(spec)
         return spec

@@ -6,7 +6,7 @@ import mujoco
 import torch
 from torch import Tensor
 
-from isaac_tasks.task import State, Task, Uniform, rotation_matrix, shorten
+from isaac_tasks.task import State, Task, Uniform, rotation_matrix, shorten, stand_on_floor
 
 ROTORS = {"lower_rotor": 0.0, "upper_rotor": 0.025}  # m above the chassis' centre
 
@@ -64,6 +64,7 @@ class Ingenuity(Task):
                 thrust.gear = (*direction, 0, 0, 0)
                 if self.variant == "oige":  # along the world's axes, else along the rotor's
                     thrust.refsite = "world"
+        stand_on_floor(spec, friction=1.0)
         return spec
 
     def control(self, action: Tensor) -> Tensor:

@@ -6,85 +6,21 @@ Both classes show their worlds as torch tensors that share the simulator's memor
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import mujoco
-import numpy as np
 import psutil
 import torch
 from mujoco.batch import Batch, SimulationError
 from torch import Tensor
 
 from isaac_tasks.interface import SimulatorError
+from isaac_tasks.limits import Limits
 
 STATE = ("qpos", "qvel", "qacc_warmstart", "ctrl")
 
 
-class JointLimits:
-    """Stops joints at their limits although steps are long: looks one step ahead, as PhysX does.
-
-    MuJoCo's limits act on a joint once it is beyond them: at 50 rad/s and 120 Hz by 24 degrees.
-    `update` lets them act on joints that the coming step might bring there. It writes, for each
-    environment, from where a limit acts (`jnt_margin`), its stiffness (`jnt_solref`) and the share
-    of other accelerations that it takes away (`jnt_solimp`); see "Solver parameters" in MuJoCo's
-    documentation. Only for the integrator mjINT_DISCRETE, where a step ends as its limits say.
-    """
-
-    zone = 0.1
-    """share of a joint's range: what motors and collisions may at most move it within a step"""
-    hardness = 0.98
-    """largest share of other accelerations that a limit takes away from a joint not yet there"""
-    push_back = 0.2
-    """share of its way back that a joint beyond its limit goes in a step"""
-    tolerance = (0.04, 0.002)
-    """rad, m: nothing moves a joint further beyond its limit"""
-
-    def __init__(self, model: mujoco.MjModel, margin: Tensor, solref: Tensor, solimp: Tensor):
-        """(N, joints), (N, joints, 2), (N, joints, 5): the parameters of the same names."""
-        slide = model.jnt_type == mujoco.mjtJoint.mjJNT_SLIDE
-        hinge = model.jnt_type == mujoco.mjtJoint.mjJNT_HINGE
-        implicit = model.opt.integrator == mujoco.mjtIntegrator.mjINT_DISCRETE
-        joints = np.flatnonzero(model.jnt_limited * implicit & (slide | hinge))
-        indices = joints, model.jnt_qposadr[joints], model.jnt_dofadr[joints]
-        self.joints, self.q, self.v = (places(i, margin.device) for i in indices)
-        self.margin, self.solref, self.solimp = margin, solref, solimp
-        self.step = model.opt.timestep
-        lower, upper = torch.from_numpy(model.jnt_range[joints]).to(margin).unbind(-1)
-        self.middle, self.range = (lower + upper) / 2, upper - lower
-        tolerance = np.where(slide[joints], self.tolerance[1], self.tolerance[0])
-        beyond = torch.from_numpy(tolerance).to(margin)
-        self.lowest, self.highest = lower - beyond, upper + beyond
-        solref[:, self.joints] = 0
-
-    def update(self, qpos: Tensor, qvel: Tensor):
-        """Before each step, from the positions (N, nq) and velocities (N, nv)."""
-        if not len(self.range):
-            return
-        offset = qpos[:, self.q] - self.middle
-        distance = self.range / 2 - offset.abs()  # to the nearer limit
-        way = self.step * offset.sign() * qvel[:, self.v]  # towards it, if nothing accelerates
-        target = distance.where(distance > 0, self.push_back * distance)  # the way to go
-        room, zone = target - way, self.zone * self.range
-        hardness = (1 - room / zone).clamp(1e-4, self.hardness)
-        # A spring of stiffness k / step^2 that is shortened by `length` turns `way` into
-        # (way - k length) / (1 + k): into `target`, and fast ones near the limit into less.
-        fast = (4 * way / zone).abs().clamp(max=1)
-        stiffness = (-room).clamp(min=0) / target.clamp(min=1e-3 * zone) + hardness * fast
-        length = -target.clamp(max=-1e-6 * zone)
-        self.margin[:, self.joints] = (distance + length).where(room < zone, 0.0)
-        self.solref[:, self.joints, 0] = -stiffness * hardness / self.step**2
-        self.solimp[:, self.joints, 0] = hardness
-        self.solimp[:, self.joints, 1] = hardness
-
-    def clamp(self, qpos: Tensor):
-        """After each step: puts the rare joint beyond the tolerance there."""
-        qpos[:, self.q] = qpos[:, self.q].clamp(self.lowest, self.highest)
-
-
-def places(indices: np.ndarray, device: torch.device) -> slice | Tensor:
-    """What selects columns: a slice, which is faster, where they follow one another."""
-    if len(indices) and np.all(np.diff(indices) == 1):
-        return slice(int(indices[0]), int(indices[-1]) + 1)
-    return torch.tensor(indices, device=device).long()
+LIMITS = ("margin", "solref", "solimp")
 
 
 def check_memory(model: mujoco.MjModel, num_envs: int):
@@ -97,6 +33,14 @@ def check_memory(model: mujoco.MjModel, num_envs: int):
         raise SimulatorError(text)
 
 
+def without_forces(model: mujoco.MjModel) -> mujoco.MjModel:
+    """A copy that only moves: cheap to ask where bodies are."""
+    copied, flags = copy.copy(model), mujoco.mjtDisableBit
+    for flag in (flags.mjDSBL_CONSTRAINT, flags.mjDSBL_CONTACT, flags.mjDSBL_SENSOR):
+        copied.opt.disableflags |= flag.value
+    return copied
+
+
 class CpuPhysics:
     """mujoco.batch: a C++ thread pool; the results don't depend on the number of threads."""
 
@@ -107,7 +51,9 @@ class CpuPhysics:
         check_memory(model, num_envs)
         try:
             self.batch = Batch(model, num_envs, threads)
-            limits = [self.batch.expand(f"jnt_{name}") for name in ("margin", "solref", "solimp")]
+            joints = [self.batch.expand(f"jnt_{name}") for name in LIMITS]
+            pairs = [self.batch.expand(f"pair_{name}") for name in (*LIMITS, "dim")]
+            self.poses = Batch(without_forces(model), num_envs, threads)
         except (MemoryError, TypeError, ValueError):  # for one, threads beyond what the system has
             text = f"{num_envs} environments on {threads} thread(s) don't fit into memory"
             raise SimulatorError(text) from None
@@ -115,16 +61,36 @@ class CpuPhysics:
             warnings.filterwarnings("ignore", message=".*not writable.*")
             for name in (*STATE, "sensordata"):
                 setattr(self, name, torch.from_numpy(self.batch.bind(name)))
-        self.limits = JointLimits(model, *map(torch.from_numpy, limits))
+            names = ("geom_xpos", "cvel", "subtree_com")
+            self.seen = [torch.from_numpy(self.poses.bind(name)) for name in names]
+        self.limits = Limits(model, *([*map(torch.from_numpy, x)] for x in (joints, pairs)))
 
     def step(self, substeps: int):
+        limits, floor = self.limits, self.limits.floor
         try:
+            if floor:
+                self._look()
             for _ in range(substeps):
-                self.limits.update(self.qpos, self.qvel)
+                limits.update(self.qpos, self.qvel)
                 self.batch.step()
-                self.limits.clamp(self.qpos)
+                limits.joints.clamp(self.qpos)
+                if floor:
+                    self._look()
+                    floor.lift(self.qpos)
         except SimulationError as error:
             raise SimulatorError(str(error)) from None
+
+    def _look(self):
+        """Computes the poses of those environments whose state has changed since the last look."""
+        changed = torch.zeros(len(self.qpos), dtype=torch.bool)
+        for name in ("qpos", "qvel"):
+            new, old = getattr(self, name), torch.from_numpy(self.poses.bind(name))
+            changed |= (new != old).any(-1)
+            old.copy_(new)
+        if changed.any():
+            stage = mujoco.mjtStage.mjSTAGE_VEL.value
+            self.poses.forward(changed.nonzero()[:, 0].numpy(), stage)
+            self.limits.floor.look(*self.seen)
 
     def data(self, world: int) -> mujoco.MjData:
         """The state of one world, e.g. to render it."""
@@ -157,7 +123,7 @@ class WarpPhysics:
         except ModuleNotFoundError as error:
             hint = f"pip install mujoco-warp=={mujoco.__version__}"
             raise SimulatorError(f"simulating on a GPU needs {error.name}: {hint}") from None
-        self.model, self.device, self.graph = model, device, None
+        self.model, self.device, self.graphs = model, device, {}
         self.warp, self.mujoco_warp = warp, mujoco_warp
         warp.config.quiet = True
         with warp.ScopedDevice(device):
@@ -173,44 +139,62 @@ class WarpPhysics:
                 raise SimulatorError(text) from None
         for name in (*STATE, "sensordata"):
             setattr(self, name, warp.to_torch(getattr(self.warp_data, name)))
-        self.limits = JointLimits(model, *self._limits(num_envs))
+        names = ("geom_xpos", "cvel", "subtree_com")
+        self.seen = [warp.to_torch(getattr(self.warp_data, name)) for name in names]
+        self.limits = Limits(model, *(self._limits(kind, num_envs) for kind in ("jnt", "pair")))
 
-    def _limits(self, num_envs: int) -> list[Tensor]:
+    def _limits(self, kind: str, num_envs: int) -> list[Tensor]:
         """The model's parameters of the limits, one row for each environment."""
         limits, vec5 = [], self.warp.types.vector(length=5, dtype=float)
-        for name, dtype in (("margin", None), ("solref", self.warp.vec2), ("solimp", vec5)):
-            shared = torch.from_numpy(getattr(self.model, f"jnt_{name}")).to(self.qpos)
+        for name, dtype in zip(LIMITS, (None, self.warp.vec2, vec5), strict=True):
+            shared = torch.from_numpy(getattr(self.model, f"{kind}_{name}")).to(self.qpos)
             limits.append(shared.expand(num_envs, *shared.shape).contiguous())
-            setattr(self.warp_model, f"jnt_{name}", self.warp.from_torch(limits[-1], dtype=dtype))
+            own = self.warp.from_torch(limits[-1], dtype=dtype)
+            setattr(self.warp_model, f"{kind}_{name}", own)
         return limits
 
     def step(self, substeps: int):
+        limits, floor = self.limits, self.limits.floor
+        if floor:
+            self._run(self._poses)
+            floor.look(*self.seen)
         for _ in range(substeps):
-            self.limits.update(self.qpos, self.qvel)
-            self._step()
-            self.limits.clamp(self.qpos)
+            limits.update(self.qpos, self.qvel)
+            self._run(self._step)
+            limits.joints.clamp(self.qpos)
+            if floor:
+                self._run(self._poses)
+                floor.look(*self.seen)
+                floor.lift(self.qpos)
 
     def _step(self):
+        self.mujoco_warp.step(self.warp_model, self.warp_data)
+
+    def _poses(self):
+        for part in ("kinematics", "com_pos", "com_vel"):
+            getattr(self.mujoco_warp, part)(self.warp_model, self.warp_data)
+
+    def _run(self, function: Callable[[], None]):
         if self.qpos.device.type == "cpu":
-            self._launch()
+            self._launch(function)
             return
-        if self.graph is None:
-            self.graph = self._capture()
+        if function not in self.graphs:
+            self.graphs[function] = self._capture(function)
         stream = self.warp.stream_from_torch(torch.cuda.current_stream(self.qpos.device))
-        self.warp.capture_launch(self.graph, stream=stream)
+        self.warp.capture_launch(self.graphs[function], stream=stream)
 
-    def _launch(self):
+    def _launch(self, function: Callable[[], None]):
         with self.warp.ScopedDevice(self.device):
-            self.mujoco_warp.step(self.warp_model, self.warp_data)
+            function()
 
-    def _capture(self):
-        """A graph of one step; compiling it leaves the state as it was."""
+    def _capture(self, function: Callable[[], None]):
+        """A graph of one call; compiling it leaves the state as it was."""
         saved = self.state_dict()
         torch.cuda.synchronize(self.qpos.device)
-        self._launch()
+        self._launch(function)
         try:
             with self.warp.ScopedDevice(self.device), self.warp.ScopedCapture() as capture:
-                self._launch()
+                function()
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             text = f"can't record a step on {self.device} as a CUDA graph: {reason}"

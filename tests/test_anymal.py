@@ -341,13 +341,10 @@ def test_contacts_that_end_an_episode(part):
     data.qpos[2] = 5
     mujoco.mj_forward(model, data)
     lowest = data.body(part).xpos[2] - 5
-    floor = model.geom("floor")
-    for _ in range(2):  # a floor that only this body reaches
-        for geom in range(model.ngeom):
-            if geom != floor.id and model.geom_bodyid[geom] != model.body(part).id:
-                model.geom_contype[geom] = 0
-        data.qpos[2] = -lowest
-        mujoco.mj_forward(model, data)
+    others = model.geom_bodyid[model.pair_geom2] != model.body(part).id
+    model.pair_margin[others] = -100  # a floor that only this body reaches
+    data.qpos[2] = -lowest
+    mujoco.mj_forward(model, data)
     forces = torch.from_numpy(data.sensordata.reshape(1, 15).copy())
     touched = (forces.unflatten(-1, (5, 3)).norm(dim=-1) > 1)[0].tolist()
     assert touched == [name == part for name in names]

@@ -234,12 +234,17 @@ def random_action(task, n=1, seed=0, scale=1.0):
 def shapes(model, body):
     """Sorted rows (radius, end, end) of a body's capsules and spheres, in body axes."""
     rows = []
-    for geom in np.flatnonzero(model.geom_bodyid == model.body(body).id):
+    for geom in np.flatnonzero(own_shapes(model) & (model.geom_bodyid == model.body(body).id)):
         radius, half, _ = model.geom_size[geom]
         axis = np.zeros(3)
         mujoco.mju_rotVecQuat(axis, np.array([0, 0, half]), model.geom_quat[geom])
         rows.append((radius, model.geom_pos[geom] - axis, model.geom_pos[geom] + axis))
     return sort_shapes(rows)
+
+
+def own_shapes(model):
+    """Which geoms are the robot's own, not the spheres that touch the floor in their stead."""
+    return (model.geom_bodyid > 0) & ~np.isin(np.arange(model.ngeom), model.pair_geom2)
 
 
 def sort_shapes(rows):
@@ -317,7 +322,7 @@ def test_ant_model(variant):
 @every_variant
 def test_humanoid_contacts(variant):
     _, model = compiled("Humanoid", variant)
-    body = model.geom_bodyid > 0
+    body = own_shapes(model)
     assert np.all(model.geom_condim[body] == 1)
     assert_allclose(model.geom_solref[body], [(0.015, 1)] * body.sum())
     assert_allclose(model.geom_solimp[body, :3], [(0.9, 0.99, 0.003)] * body.sum())
