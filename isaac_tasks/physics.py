@@ -9,18 +9,17 @@ import warnings
 from collections.abc import Callable
 
 import mujoco
+import numpy as np
 import psutil
 import torch
 from mujoco.batch import Batch, SimulationError
 from torch import Tensor
 
 from isaac_tasks.interface import SimulatorError
-from isaac_tasks.limits import Limits
+from isaac_tasks.limits import FIELDS, Limits
 
+POSES = ("geom_xpos", "cvel", "subtree_com")
 STATE = ("qpos", "qvel", "qacc_warmstart", "ctrl")
-
-
-LIMITS = ("margin", "solref", "solimp")
 
 
 def check_memory(model: mujoco.MjModel, num_envs: int):
@@ -51,9 +50,10 @@ class CpuPhysics:
         check_memory(model, num_envs)
         try:
             self.batch = Batch(model, num_envs, threads)
-            joints = [self.batch.expand(f"jnt_{name}") for name in LIMITS]
-            pairs = [self.batch.expand(f"pair_{name}") for name in (*LIMITS, "dim")]
+            joints = [self.batch.expand(f"jnt_{name}") for name in FIELDS]
+            pairs = [self.batch.expand(f"pair_{name}") for name in FIELDS]
             self.poses = Batch(without_forces(model), num_envs, threads)
+            self.seen = [self.poses.bind(name) for name in POSES]  # filled by the coming calls
         except (MemoryError, TypeError, ValueError):  # for one, threads beyond what the system has
             text = f"{num_envs} environments on {threads} thread(s) don't fit into memory"
             raise SimulatorError(text) from None
@@ -61,35 +61,33 @@ class CpuPhysics:
             warnings.filterwarnings("ignore", message=".*not writable.*")
             for name in (*STATE, "sensordata"):
                 setattr(self, name, torch.from_numpy(self.batch.bind(name)))
-            names = ("geom_xpos", "cvel", "subtree_com")
-            self.seen = [torch.from_numpy(self.poses.bind(name)) for name in names]
-        self.limits = Limits(model, *([*map(torch.from_numpy, x)] for x in (joints, pairs)))
+        self.limits = Limits(model, joints, pairs)
 
     def step(self, substeps: int):
         limits, floor = self.limits, self.limits.floor
+        qpos, qvel = self.batch.bind("qpos"), self.batch.bind("qvel")
         try:
             if floor:
                 self._look()
             for _ in range(substeps):
-                limits.update(self.qpos, self.qvel)
+                limits.update(qpos, qvel)
                 self.batch.step()
-                limits.joints.clamp(self.qpos)
+                limits.joints.clamp(qpos)
                 if floor:
                     self._look()
-                    floor.lift(self.qpos)
+                    floor.lift(qpos)
         except SimulationError as error:
             raise SimulatorError(str(error)) from None
 
     def _look(self):
         """Computes the poses of those environments whose state has changed since the last look."""
-        changed = torch.zeros(len(self.qpos), dtype=torch.bool)
+        changed = False
         for name in ("qpos", "qvel"):
-            new, old = getattr(self, name), torch.from_numpy(self.poses.bind(name))
-            changed |= (new != old).any(-1)
-            old.copy_(new)
+            new, seen = self.batch.bind(name), self.poses.bind(name)
+            changed |= (new != seen).any(-1)
+            seen[:] = new
         if changed.any():
-            stage = mujoco.mjtStage.mjSTAGE_VEL.value
-            self.poses.forward(changed.nonzero()[:, 0].numpy(), stage)
+            self.poses.forward(np.flatnonzero(changed), mujoco.mjtStage.mjSTAGE_VEL.value)
             self.limits.floor.look(*self.seen)
 
     def data(self, world: int) -> mujoco.MjData:
@@ -139,14 +137,13 @@ class WarpPhysics:
                 raise SimulatorError(text) from None
         for name in (*STATE, "sensordata"):
             setattr(self, name, warp.to_torch(getattr(self.warp_data, name)))
-        names = ("geom_xpos", "cvel", "subtree_com")
-        self.seen = [warp.to_torch(getattr(self.warp_data, name)) for name in names]
+        self.seen = [warp.to_torch(getattr(self.warp_data, name)) for name in POSES]
         self.limits = Limits(model, *(self._limits(kind, num_envs) for kind in ("jnt", "pair")))
 
     def _limits(self, kind: str, num_envs: int) -> list[Tensor]:
         """The model's parameters of the limits, one row for each environment."""
         limits, vec5 = [], self.warp.types.vector(length=5, dtype=float)
-        for name, dtype in zip(LIMITS, (None, self.warp.vec2, vec5), strict=True):
+        for name, dtype in zip(FIELDS, (None, self.warp.vec2, vec5), strict=True):
             shared = torch.from_numpy(getattr(self.model, f"{kind}_{name}")).to(self.qpos)
             limits.append(shared.expand(num_envs, *shared.shape).contiguous())
             own = self.warp.from_torch(limits[-1], dtype=dtype)

@@ -128,14 +128,12 @@ class Task(ABC):
 
 
 def rotation_matrix(quat: Tensor) -> Tensor:
-    """R (N, 3, 3), body to world, of unit quaternions w,x,y,z (N, 4)."""
-    w, x, y, z = quat.unbind(-1)
-    rows = [
-        torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], -1),
-        torch.stack([2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)], -1),
-        torch.stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1),
-    ]
-    return torch.stack(rows, -2)
+    """R (..., 3, 3), body to world, of unit quaternions w,x,y,z (..., 4)."""
+    w, v = quat[..., None, :1], quat[..., None, 1:].expand(*quat.shape[:-1], 3, 3)
+    unit = torch.eye(3, dtype=quat.dtype, device=quat.device)
+    across = 2 * torch.linalg.cross(v, unit.expand_as(v))
+    columns = unit + w * across + torch.linalg.cross(v, across)  # R e = e + 2 w v x e + 2 v x v x e
+    return columns.transpose(-1, -2)
 
 
 def to_body(rotation: Tensor, vector: Tensor) -> Tensor:
@@ -170,9 +168,8 @@ def stand_on_floor(spec: mujoco.MjSpec, friction: float):
     model = spec.compile()
     floor = spec.geom("floor")
     floor.contype = floor.conaffinity = 0
-    shape = dict(
-        type=mujoco.mjtGeom.mjGEOM_SPHERE, mass=0, contype=0, conaffinity=0, group=4, margin=0
-    )
+    kind = mujoco.mjtGeom.mjGEOM_SPHERE
+    shape = dict(type=kind, mass=0, contype=0, conaffinity=0, margin=0, group=4)  # not drawn
     for i, (body, place, radius) in enumerate(touching_spheres(model)):
         sphere = spec.body(model.body(body).name).add_geom(name=f"touch_{i}", **shape)
         sphere.pos, sphere.size[0] = place, radius
@@ -225,10 +222,9 @@ def ends(model: mujoco.MjModel, geom: int) -> list[tuple[np.ndarray, float]]:
         offsets = np.array(list(itertools.product((-1, 1), repeat=3))) * (size - radius)
     elif kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
         radius, angles = size[:2].min(), np.arange(8) * math.pi / 4
-        ring = (size[0] - radius) * np.stack([np.cos(angles), np.sin(angles), 0 * angles], -1)
-        offsets = [
-            point + [0, 0, z] for point in ring for z in (radius - size[1], size[1] - radius)
-        ]
+        x, y = (size[0] - radius) * np.array([np.cos(angles), np.sin(angles)])
+        rims = radius - size[1], size[1] - radius
+        offsets = [(x[i], y[i], z) for i in range(8) for z in rims]
     else:
         raise ValueError(f"{model.geom(geom).name}: no sphere, capsule, box or cylinder")
     return [(model.geom_pos[geom] + rotation @ offset, float(radius)) for offset in offsets]
