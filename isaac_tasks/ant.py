@@ -3,8 +3,9 @@
 import mujoco
 from torch import Tensor
 
+from isaac_tasks.floor import stand_on_floor
 from isaac_tasks.locomotion import ASSETS, Locomotion
-from isaac_tasks.task import State, stand_on_floor
+from isaac_tasks.task import State
 
 LEGS = ("front_left", "front_right", "left_back", "right_back")  # joints 1 to 4
 

@@ -6,7 +6,8 @@ import mujoco
 import torch
 from torch import Tensor
 
-from isaac_tasks.task import State, Task, Uniform, rotation_matrix, stand_on_floor, to_body
+from isaac_tasks.floor import stand_on_floor
+from isaac_tasks.task import State, Task, Uniform, rotation_matrix, to_body
 
 # Leg: its side along x (1 front, -1 hind) and y (1 left, -1 right), in the order of the joints.
 LEGS = {"LF": (1, 1), "LH": (-1, 1), "RF": (1, -1), "RH": (-1, -1)}

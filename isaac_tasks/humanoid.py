@@ -3,8 +3,9 @@
 import mujoco
 from torch import Tensor
 
+from isaac_tasks.floor import stand_on_floor
 from isaac_tasks.locomotion import ASSETS, Locomotion
-from isaac_tasks.task import State, stand_on_floor
+from isaac_tasks.task import State
 
 # Joint: range (degrees), spring k (N m/rad), damping b (N m s/rad), armature (kg m^2), gear (N m).
 LEG = {

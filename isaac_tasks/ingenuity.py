@@ -6,7 +6,8 @@ import mujoco
 import torch
 from torch import Tensor
 
-from isaac_tasks.task import State, Task, Uniform, rotation_matrix, shorten, stand_on_floor
+from isaac_tasks.floor import stand_on_floor
+from isaac_tasks.task import State, Task, Uniform, rotation_matrix, shorten
 
 ROTORS = {"lower_rotor": 0.0, "upper_rotor": 0.025}  # m above the chassis' centre
 

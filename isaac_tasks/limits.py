@@ -94,6 +94,8 @@ class Floor:
     """of a sphere that touches, times the step"""
     tolerance = 0.004
     """m: a robot that is deeper in the floor is lifted"""
+    far = 1e3
+    """m: the height of spheres that need no look"""
 
     def __init__(self, model: mujoco.MjModel, margin: Array, solref: Array, solimp: Array):
         """(N, spheres), (N, spheres, 2), (N, spheres, 5): the model's pair_* of the same names."""
@@ -101,6 +103,7 @@ class Floor:
         self.geoms, self.bodies = places(geoms, margin), places(model.geom_bodyid[geoms], margin)
         self.root = int(model.body_rootid[model.geom_bodyid[geoms]].max(initial=0))
         self.radius = as_array(model.geom_size[geoms, 0], margin)
+        self.reach = 0.5 + max((distance_to_root(model, geom) for geom in geoms), default=0)
         self.zone = np.full(len(geoms), self.thickness)
         self.margin, self.solref, self.solimp = margin, solref, solimp
         self.step = model.opt.timestep
@@ -112,11 +115,11 @@ class Floor:
         """Where the spheres are: the geoms' positions (N, geoms, 3), and the bodies' velocities
         (N, bodies, 6: angular, linear) at the centres of mass of their trees (N, bodies, 3).
         """
-        position, velocity = xpos[:, self.geoms], cvel[:, self.bodies]
-        from_centre = position - centre[:, [self.root]]
-        spin = velocity[..., 0] * from_centre[..., 1] - velocity[..., 1] * from_centre[..., 0]
-        self.height = position[..., 2] - self.radius
-        self.way = -self.step * (velocity[..., 5] + spin)
+        x, y, z = (xpos[..., i][:, self.geoms] for i in range(3))
+        centre_x, centre_y = (centre[:, [self.root], i] for i in (0, 1))
+        spin_x, spin_y, speed = (cvel[..., i][:, self.bodies] for i in (0, 1, 5))
+        self.height = z - self.radius
+        self.way = -self.step * (speed + spin_x * (y - centre_y) - spin_y * (x - centre_x))
 
     def act(self, margin: Array, stiffness: Array, share: Array):
         self.margin[:] = margin
@@ -158,6 +161,16 @@ class Limits:
 def looks_ahead(model: mujoco.MjModel) -> bool:
     """Whether the model's integrator lets constraints act so; with others MuJoCo's own act."""
     return model.opt.integrator == mujoco.mjtIntegrator.mjINT_DISCRETE
+
+
+def distance_to_root(model: mujoco.MjModel, geom: int) -> float:
+    """The most that any point of a sphere can be away from the robot's root, m."""
+    body, distance = model.geom_bodyid[geom], model.geom_size[geom, 0]
+    distance += np.linalg.norm(model.geom_pos[geom])
+    while model.body_parentid[body] > 0:
+        distance += np.linalg.norm(model.body_pos[body])
+        body = model.body_parentid[body]
+    return distance
 
 
 def as_array(values: np.ndarray, like: Array) -> Array:

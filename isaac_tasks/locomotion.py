@@ -97,15 +97,14 @@ class Locomotion(Task):
         """Scaled joint velocities (N, A)."""
         return self.velocity_scale * state.qvel[:, 6:]
 
-    def up_and_heading(self, state: State) -> tuple[Tensor, Tensor]:
+    def up_and_heading(self, state: State, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """Projections (N,) of the torso's z axis on the world's, of its x axis on the target."""
-        rotation = rotation_matrix(state.qpos[:, 3:7])
         to_target = torch.nn.functional.normalize(self.target - state.qpos[:, :2], dim=-1)
         return rotation[:, 2, 2], (rotation[:, :2, 0] * to_target).sum(-1)
 
-    def angles(self, state: State) -> Tensor:
+    def angles(self, state: State, rotation: Tensor) -> Tensor:
         """Yaw, roll and angle to the target (N, 3). As in the original, the last is z over x."""
-        roll, yaw = roll_and_yaw(state.qpos[:, 3:7])
+        roll, yaw = roll_and_yaw(rotation)
         to_target = torch.atan2(-state.qpos[:, 2], TARGET[0] - state.qpos[:, 0]) - yaw
         angles = torch.stack([yaw, roll, to_target], -1)
         return normalize_angle(angles) if self.normalize_angles else angles
@@ -134,8 +133,8 @@ class Locomotion(Task):
             state.qpos[:, 2:3],
             to_body(rotation, state.qvel[:, :3]),
             self.angular_scale * state.qvel[:, 3:6],
-            self.angles(state),
-            torch.stack(self.up_and_heading(state), -1),
+            self.angles(state, rotation),
+            torch.stack(self.up_and_heading(state, rotation), -1),
             self.joint_positions(state),
             self.joint_velocities(state),
             self.joint_forces(state, action),
@@ -153,7 +152,7 @@ class Locomotion(Task):
         return 1.0
 
     def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
-        up, heading = self.up_and_heading(state)
+        up, heading = self.up_and_heading(state, rotation_matrix(state.qpos[:, 3:7]))
         power = (self.motor_strength() * action * self.joint_velocities(state)).abs()
         return {
             "progress": progress(before.qpos[:, :2], state.qpos[:, :2], self.target) / self.dt,

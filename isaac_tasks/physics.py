@@ -80,15 +80,18 @@ class CpuPhysics:
             raise SimulatorError(str(error)) from None
 
     def _look(self):
-        """Computes the poses of those environments whose state has changed since the last look."""
+        """Computes the poses of robots near the floor that have moved since the last look."""
+        floor, high = self.limits.floor, self.batch.bind("qpos")[:, 2] > self.limits.floor.reach
         changed = False
         for name in ("qpos", "qvel"):
             new, seen = self.batch.bind(name), self.poses.bind(name)
             changed |= (new != seen).any(-1)
             seen[:] = new
         if changed.any():
-            self.poses.forward(np.flatnonzero(changed), mujoco.mjtStage.mjSTAGE_VEL.value)
-            self.limits.floor.look(*self.seen)
+            near = np.flatnonzero(changed & ~high)
+            self.poses.forward(near, mujoco.mjtStage.mjSTAGE_VEL.value)
+            floor.look(*self.seen)
+            floor.height[high] = floor.far
 
     def data(self, world: int) -> mujoco.MjData:
         """The state of one world, e.g. to render it."""

@@ -3,7 +3,6 @@
 Shapes: N environments, S observation, A action. Units: metres, radians, seconds, newtons; z is up.
 """
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -75,7 +74,10 @@ class Task(ABC):
         """The options that all models share."""
         spec.option.timestep = self.time_step
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_DISCRETE
-        spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a NaN stays visible
+        flags = mujoco.mjtDisableBit
+        spec.option.disableflags |= flags.mjDSBL_AUTORESET  # a NaN stays visible
+        for useless in (flags.mjDSBL_ISLAND, flags.mjDSBL_WARMSTART):  # for one small robot
+            spec.option.disableflags |= useless
 
     @abstractmethod
     def spec(self) -> mujoco.MjSpec:
@@ -141,11 +143,10 @@ def to_body(rotation: Tensor, vector: Tensor) -> Tensor:
     return (rotation.transpose(-1, -2) @ vector[..., None])[..., 0]
 
 
-def roll_and_yaw(quat: Tensor) -> tuple[Tensor, Tensor]:
-    """Euler angles in [0, 2 pi) of quaternions w,x,y,z (N, 4) -> (N,), (N,)."""
-    w, x, y, z = quat.unbind(-1)
-    roll = torch.atan2(2 * (w * x + y * z), w * w - x * x - y * y + z * z)
-    yaw = torch.atan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)
+def roll_and_yaw(rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Euler angles in [0, 2 pi) of R, body to world (N, 3, 3) -> (N,), (N,)."""
+    roll = torch.atan2(rotation[:, 2, 1], rotation[:, 2, 2])
+    yaw = torch.atan2(rotation[:, 1, 0], rotation[:, 0, 0])
     return roll % (2 * math.pi), yaw % (2 * math.pi)
 
 
@@ -157,88 +158,3 @@ def shorten(vector: Tensor, most: float) -> Tensor:
 def normalize_angle(angle: Tensor) -> Tensor:
     """To (-pi, pi]."""
     return torch.atan2(torch.sin(angle), torch.cos(angle))
-
-
-def stand_on_floor(spec: mujoco.MjSpec, friction: float):
-    """Lets the robot, whose root is free, touch the geom "floor" (z = 0) with spheres alone.
-
-    On a plane a capsule is the two spheres at its ends, a box its corners. Each sphere and the
-    floor become a contact pair of the model, on which `Floor` in limits.py acts.
-    """
-    model = spec.compile()
-    floor = spec.geom("floor")
-    floor.contype = floor.conaffinity = 0
-    kind = mujoco.mjtGeom.mjGEOM_SPHERE
-    shape = dict(type=kind, mass=0, contype=0, conaffinity=0, margin=0, group=4)  # not drawn
-    for i, (body, place, radius) in enumerate(touching_spheres(model)):
-        sphere = spec.body(model.body(body).name).add_geom(name=f"touch_{i}", **shape)
-        sphere.pos, sphere.size[0] = place, radius
-        pair = spec.add_pair(geomname1=floor.name, geomname2=sphere.name, condim=3)
-        pair.friction[:2] = friction
-
-
-def touching_spheres(model: mujoco.MjModel) -> list[tuple[int, np.ndarray, float]]:
-    """Body, place in it (3,) and radius of each sphere with which a robot can touch a plane.
-
-    Spheres inside another shape of the same body are left out, and those that stay together with
-    a sphere of another body, such as at a knee.
-    """
-    solid = model.geom_contype | model.geom_conaffinity
-    geoms = [g for g in np.flatnonzero(solid) if model.geom_bodyid[g] > 0]
-    spheres = []
-    for geom in geoms:
-        others = [g for g in geoms if model.geom_bodyid[g] == model.geom_bodyid[geom] and g != geom]
-        for place, radius in ends(model, geom):
-            if not any(inside(model, other, place, radius) for other in others):
-                spheres.append((int(model.geom_bodyid[geom]), place, radius))
-    data, different = mujoco.MjData(model), []
-    poses = []
-    for seed in range(2):
-        rng = np.random.default_rng(seed)
-        mujoco.mj_integratePos(model, data.qpos, rng.standard_normal(model.nv), 1)
-        mujoco.mj_kinematics(model, data)
-        poses.append([data.xpos[b] + data.xmat[b].reshape(3, 3) @ p for b, p, _ in spheres])
-    rows = np.concatenate([*poses, [[r] * 3 for _, _, r in spheres]], -1)
-    for i, row in enumerate(rows):
-        if not any(np.allclose(row, rows[j]) for j in different):
-            different.append(i)
-    return [spheres[i] for i in different]
-
-
-def ends(model: mujoco.MjModel, geom: int) -> list[tuple[np.ndarray, float]]:
-    """Centres (3,), in the body, and radii of the spheres whose hull is a geom.
-
-    The hull of a sphere or capsule exactly, of a box with corners rounded by a millimetre, of a
-    cylinder with eight places of each rim, rounded.
-    """
-    kind, size = model.geom_type[geom], model.geom_size[geom]
-    rotation = rotation_matrix(torch.from_numpy(model.geom_quat[geom])[None])[0].numpy()
-    if kind == mujoco.mjtGeom.mjGEOM_SPHERE:
-        radius, offsets = size[0], [(0, 0, 0)]
-    elif kind == mujoco.mjtGeom.mjGEOM_CAPSULE:
-        radius, offsets = size[0], [(0, 0, -size[1]), (0, 0, size[1])]
-    elif kind == mujoco.mjtGeom.mjGEOM_BOX:
-        radius = 1e-3
-        offsets = np.array(list(itertools.product((-1, 1), repeat=3))) * (size - radius)
-    elif kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
-        radius, angles = size[:2].min(), np.arange(8) * math.pi / 4
-        x, y = (size[0] - radius) * np.array([np.cos(angles), np.sin(angles)])
-        rims = radius - size[1], size[1] - radius
-        offsets = [(x[i], y[i], z) for i in range(8) for z in rims]
-    else:
-        raise ValueError(f"{model.geom(geom).name}: no sphere, capsule, box or cylinder")
-    return [(model.geom_pos[geom] + rotation @ offset, float(radius)) for offset in offsets]
-
-
-def inside(model: mujoco.MjModel, geom: int, place: np.ndarray, radius: float) -> bool:
-    """Whether a sphere lies in a sphere, capsule or box of the same body."""
-    size = model.geom_size[geom]
-    rotation = rotation_matrix(torch.from_numpy(model.geom_quat[geom])[None])[0].numpy()
-    local = rotation.T @ (place - model.geom_pos[geom])
-    if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_CYLINDER:
-        return False
-    if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_BOX:
-        return bool(np.all(abs(local) + radius <= size))
-    length = size[1] * (model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_CAPSULE)
-    nearest = np.array([0, 0, np.clip(local[2], -length, length)])
-    return bool(np.linalg.norm(local - nearest) + radius <= size[0])

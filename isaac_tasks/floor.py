@@ -1,0 +1,88 @@
+"""How a robot whose root is free touches the floor: with spheres, one contact pair each."""
+
+import itertools
+import math
+
+import mujoco
+import numpy as np
+
+GEOM = mujoco.mjtGeom
+
+
+def stand_on_floor(spec: mujoco.MjSpec, friction: float):
+    """Lets the robot touch the geom "floor" (z = 0) with spheres, on which `limits.Floor` acts.
+
+    On a plane a capsule is the two spheres at its ends, a box its corners.
+    """
+    model = spec.compile()
+    floor = spec.geom("floor")
+    geoms = [geom for geom in spec.geoms if geom.name != floor.name]
+    if not any(a.contype & b.conaffinity for a in geoms for b in geoms):  # only with the floor
+        for geom in geoms:
+            geom.contype = geom.conaffinity = 0
+    floor.contype = floor.conaffinity = 0
+    shape = dict(type=GEOM.mjGEOM_SPHERE, mass=0, contype=0, conaffinity=0, margin=0)
+    for i, (body, place, radius) in enumerate(touching_spheres(model)):
+        sphere = spec.body(model.body(body).name).add_geom(name=f"touch_{i}", **shape)
+        sphere.pos, sphere.size[0], sphere.group = place, radius, 4  # not drawn
+        pair = spec.add_pair(geomname1=floor.name, geomname2=sphere.name, condim=3)
+        pair.friction[:2] = friction
+
+
+def touching_spheres(model: mujoco.MjModel) -> list[tuple[int, np.ndarray, float]]:
+    """Body, place in it (3,) and radius of each sphere with which a robot can touch a plane.
+
+    Left out are those that the others of a body keep off every plane, and those that are always
+    where another body has one, such as at a knee.
+    """
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((3, 5000))
+    directions /= np.linalg.norm(directions, axis=0)
+    poses = [mujoco.MjData(model) for _ in range(2)]
+    for data in poses:
+        data.qpos[7:] = rng.uniform(*model.jnt_range[1:].T)
+        mujoco.mj_kinematics(model, data)
+    solid = (model.geom_contype | model.geom_conaffinity) > 0
+    spheres, seen = [], []
+    for body in range(1, model.nbody):
+        geoms = np.flatnonzero(solid & (model.geom_bodyid == body))
+        rows = [row for geom in geoms for row in ends(model, geom)]
+        if not rows:
+            continue
+        heights = [place @ directions + radius for place, radius in rows]
+        for i in np.unique(np.argmax(heights, 0)):  # those that some plane touches first
+            place, radius = rows[i]
+            places = [d.xpos[body] + d.xmat[body].reshape(3, 3) @ place for d in poses]
+            here = np.append(places, radius)
+            if not any(np.allclose(here, other) for other in seen):
+                spheres.append((body, place, radius))
+                seen.append(here)
+    return spheres
+
+
+def ends(model: mujoco.MjModel, geom: int) -> list[tuple[np.ndarray, float]]:
+    """Centres (3,), in the body, and radii of the spheres whose hull is the geom.
+
+    The hull of a sphere or capsule exactly, of a box with corners rounded by a millimetre, of a
+    cylinder with eight places of each rim, rounded.
+    """
+    kind, size = model.geom_type[geom], model.geom_size[geom]
+    radius = size[0]
+    if kind == GEOM.mjGEOM_SPHERE:
+        places = [(0, 0, 0)]
+    elif kind == GEOM.mjGEOM_CAPSULE:
+        places = [(0, 0, -size[1]), (0, 0, size[1])]
+    elif kind == GEOM.mjGEOM_BOX:
+        radius = 1e-3
+        places = np.array([*itertools.product((-1, 1), repeat=3)]) * (size - radius)
+    elif kind == GEOM.mjGEOM_CYLINDER:
+        radius = size[:2].min()
+        r, z = size[:2] - radius
+        turns = [i * math.pi / 4 for i in range(8)]
+        places = [(r * math.cos(t), r * math.sin(t), side * z) for t in turns for side in (-1, 1)]
+    else:
+        raise ValueError(f"{model.geom(geom).name}: no sphere, capsule, box or cylinder")
+    turned = np.zeros((len(places), 3))
+    for row, place in zip(turned, places, strict=True):
+        mujoco.mju_rotVecQuat(row, np.array(place, float), model.geom_quat[geom])
+    return [(model.geom_pos[geom] + row, float(radius)) for row in turned]
