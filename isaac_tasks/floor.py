@@ -64,7 +64,7 @@ def ends(model: mujoco.MjModel, geom: int) -> list[tuple[np.ndarray, float]]:
     """Centres (3,), in the body, and radii of the spheres whose hull is the geom.
 
     The hull of a sphere or capsule exactly, of a box with corners rounded by a millimetre, of a
-    cylinder with eight places of each rim, rounded.
+    cylinder with 24 places of each rim, rounded as much.
     """
     kind, size = model.geom_type[geom], model.geom_size[geom]
     radius = size[0]
@@ -76,9 +76,9 @@ def ends(model: mujoco.MjModel, geom: int) -> list[tuple[np.ndarray, float]]:
         radius = 1e-3
         places = np.array([*itertools.product((-1, 1), repeat=3)]) * (size - radius)
     elif kind == GEOM.mjGEOM_CYLINDER:
-        radius = size[:2].min()
+        radius = 1e-3
         r, z = size[:2] - radius
-        turns = [i * math.pi / 4 for i in range(8)]
+        turns = [i * math.pi / 12 for i in range(24)]
         places = [(r * math.cos(t), r * math.sin(t), side * z) for t in turns for side in (-1, 1)]
     else:
         raise ValueError(f"{model.geom(geom).name}: no sphere, capsule, box or cylinder")

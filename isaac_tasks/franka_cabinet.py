@@ -97,7 +97,8 @@ class FrankaCabinet(Task):
     Differences from the originals: the links are boxes; the cubes in the drawer are a part of its
     mass; the cabinet's doors and bottom drawer don't open. Nothing that can move feels gravity:
     the arm doesn't in IsaacGymEnvs, the drawer slides level. The speed limits of the joints are
-    damping (see `Drive`). The fingers' stiffness lies between the originals' (oige 1e4, ige 1e6).
+    damping (see `Drive`); the links' angular damping of 0.5 1/s is left out. The fingers' stiffness
+    lies between the originals' (oige 1e4, ige 1e6).
     OmniIsaacGymEnvs reads the left finger's pose for the right one too, so that its terms
     "around" and "fingers" are always zero; so are ours.
     """

@@ -92,7 +92,7 @@ class Floor:
     """m: up to this height a sphere touches"""
     damping = 0.8
     """of a sphere that touches, times the step"""
-    tolerance = 0.004
+    tolerance = 0.003
     """m: a robot that is deeper in the floor is lifted"""
     far = 1e3
     """m: the height of spheres that need no look"""

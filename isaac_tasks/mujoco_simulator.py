@@ -133,6 +133,14 @@ class MujocoSimulator:
 
     def _capture(self):
         """Records the two halves of a step as CUDA graphs; leaves the state as it was."""
+        try:
+            self._record()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            text = f"can't record a step on {self.device} as a CUDA graph: {reason}"
+            raise SimulatorError(text) from None
+
+    def _record(self):
         saved, halves, outputs = self.state_dict(), [], ()
         for function in (self._before, self._after):
             stream = torch.cuda.Stream(self.device)

@@ -25,7 +25,8 @@ STATE = ("qpos", "qvel", "qacc_warmstart", "ctrl")
 def check_memory(model: mujoco.MjModel, num_envs: int):
     """Raises SimulatorError if so many environments don't fit into the memory that is free."""
     state = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION)
-    numbers = 4 * state + 2 * model.nsensordata + 8 * model.njnt  # state: copies of a step, too
+    numbers = 5 * state + 2 * model.nsensordata + 8 * (model.njnt + model.npair)  # with copies
+    numbers += 3 * model.ngeom + 9 * model.nbody
     need, free = 8 * num_envs * numbers / 2**30, psutil.virtual_memory().available / 2**30
     if need > free:
         text = f"{num_envs} environments need {need:.1f} GiB of memory, and {free:.1f} are free"

@@ -157,15 +157,20 @@ def make_random_flow():
     return make
 
 
-def stress_actions(act_dim: int, longest: int, steps: int):
-    """For 64 environments (64, A): random ones, extreme ones, signs that flip after 1 to `longest`.
+def stress_actions(simulator, steps):
+    """For 192 environments: 64 random ones, 64 extreme ones, 64 adversarial ones.
 
-    Each kind has a third of the environments; half of the flipping ones alternate the joints.
+    Adversarial: a half pushes each joint the way that it moves, which excites it at its resonance;
+    in the other half signs flip together or alternating, after 1 to 16 steps, whatever resonates.
     """
+    act_dim, model = simulator.act_dim, simulator.model
     generator = torch.Generator().manual_seed(0)
-    number, joint = torch.arange(64)[:, None], torch.arange(act_dim)
+    number = torch.arange(32)[:, None]
+    joints = model.jnt_dofadr[model.actuator_trnid[:, 0]] if model.njnt > act_dim else []
     for step in range(steps):
-        random = 2 * torch.rand(64, act_dim, generator=generator) - 1
-        flips = (-1.0) ** (step // (1 + number // 3 % longest) + joint * (number % 2))
-        action = torch.where(number % 3 == 0, random, random.sign())
-        yield torch.where(number % 3 == 2, flips, action)
+        random, extreme = 2 * torch.rand(2, 64, act_dim, generator=generator) - 1
+        flips = (-1.0) ** (step // (1 + number // 2) + torch.arange(act_dim) * (number % 2))
+        pushes = flips
+        if len(joints) == act_dim:
+            pushes = simulator.physics.qvel[128:160, joints].sign().float()
+        yield torch.cat([random, extreme.sign(), pushes, flips])

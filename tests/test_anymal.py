@@ -9,7 +9,6 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from conftest import stress_actions
 from numpy.testing import assert_allclose
 
 from isaac_tasks.anymal import Anymal
@@ -367,39 +366,6 @@ def test_time_out(variant, last):
 
 
 # --- Physics ---
-
-
-@pytest.mark.slow
-@every_variant
-@pytest.mark.parametrize(("scale", "depth"), [(0.2, 0.006), (1.0, 0.02)])
-def test_feet_stay_above_the_floor(variant, scale, depth):
-    """But for the way they move in one physics step, 25 mm at 10 m/s: 99 of 100 sink in less."""
-    simulator = make_simulator(variant, 16)
-    generator = torch.Generator().manual_seed(11)
-    heights = []
-    for _ in range(100):
-        simulator.step(scale * (2 * torch.rand(16, 12, generator=generator) - 1))
-        for world in range(16):
-            data = simulator.physics.data(world)
-            mujoco.mj_kinematics(simulator.model, data)
-            heights.append(min(data.geom(f"{leg}_FOOT").xpos[2] for leg in LEGS) - 0.03)
-    assert np.quantile(heights, 0.01) > -depth
-
-
-@pytest.mark.slow
-@every_variant
-def test_stress(variant):
-    """sqrt(k / I) of the joints is 6 to 70 rad/s: signs flip after 1 to 12 steps at resonance."""
-    simulator = make_simulator(variant, 64)
-    low, high = LIMITS.T
-    for action in stress_actions(12, 12, 2000):
-        _, reward, _, _, final_obs = simulator.step(action)
-        assert final_obs.isfinite().all()
-        assert reward.abs().max() < 1000
-        joints = simulator.physics.qpos[:, 7:].numpy()
-        assert np.degrees(np.maximum(joints - high, low - joints).max()) < 3
-        assert (simulator.physics.qpos[:, 2] > 0.05).all()
-        assert (simulator.physics.qvel[:, 6:].abs() <= 20).all()
 
 
 @pytest.mark.slow

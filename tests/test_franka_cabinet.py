@@ -485,9 +485,9 @@ def deepest_contacts(simulator):
 
 @every_variant
 @pytest.mark.slow
-def test_stress(variant):
-    """Nothing diverges, passes limits or floor, or gets through the drawer's 27 mm front."""
-    n, steps, depths = 16, 2000, []
+def test_nothing_gets_through_floor_or_drawer(variant):
+    """Nor passes the limits; the drawer's front is 27 mm thick."""
+    n, steps, depths = 16, 800, []
     simulator = make_simulator(variant, num_envs=4 * n, threads=2)
     beyond = torch.zeros(10, dtype=torch.float64)
     low, high = torch.tensor(simulator.model.jnt_range).T

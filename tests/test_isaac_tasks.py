@@ -12,6 +12,8 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from conftest import stress_actions
+from mujoco.batch import Batch
 from numpy.testing import assert_allclose
 from torch.overrides import TorchFunctionMode
 
@@ -1015,15 +1017,105 @@ def test_energy_does_not_grow_in_free_flight(name, variant):
     assert np.all(later < np.array(start) * 1.01)
 
 
+def depths(model, batch):
+    """Of each world's lowest point below z = 0, m: an array (worlds,)."""
+    lowest = np.full(batch.nsim, np.inf)
+    own = own_shapes(model) & (model.body_mocapid[model.geom_bodyid] < 0)
+    for geom in np.flatnonzero(own):
+        size, kind = model.geom_size[geom], model.geom_type[geom]
+        up = abs(batch.geom_xmat.reshape(-1, model.ngeom, 3, 3)[:, geom, 2])
+        if kind == mujoco.mjtGeom.mjGEOM_BOX:
+            extent = up @ size
+        elif kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
+            extent = size[1] * up[:, 2] + size[0] * np.sqrt((1 - up[:, 2] ** 2).clip(0))
+        else:  # a sphere's second size is 0
+            extent = size[0] + size[1] * up[:, 2]
+        lowest = np.minimum(lowest, batch.geom_xpos[:, geom, 2] - extent)
+    return -lowest
+
+
+STANDING = {"Ant": 0.3, "Humanoid": 1.3, "Ingenuity": 0.1, "Anymal": 0.6}  # m, about
+every_stander = pytest.mark.parametrize("name", STANDING)
+
+
+@every_stander
+def test_spheres_at_the_floor_are_the_robot(name):
+    """In any pose its lowest point is that of a sphere, but for rounded corners and rims."""
+    _, model = compiled(name, "oige")
+    spheres, bodies = model.pair_geom2, Batch(model, 20, 1)
+    _ = bodies.geom_xpos, bodies.geom_xmat
+    rng = np.random.default_rng(0)
+    for row in bodies.qpos:
+        row[3:7] = rng.standard_normal(4)
+        row[7:] = rng.uniform(*model.jnt_range[1:].T)
+    bodies.forward(stage=mujoco.mjtStage.mjSTAGE_POS.value)
+    heights = bodies.geom_xpos[:, spheres, 2] - model.geom_size[spheres, 0]
+    assert_allclose(heights.min(1), -depths(model, bodies), atol=1.5e-3)
+    assert np.all(heights.argmin(1) != 0)  # many of them in turn
+
+
+def dropped(name, height, speed):
+    """CpuPhysics of one robot, its lowest sphere so high (m), moving down; without its motors."""
+    task, model = compiled(name, "oige")
+    model = copy.copy(model)
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ACTUATION.value
+    physics = CpuPhysics(model, 1, 1)
+    physics.qpos[:] = task.initial(lambda *range_and_n: torch.zeros(1, range_and_n[2])).qpos
+    physics.qpos[:, 2] = 0
+    physics._look()
+    physics.qpos[:, 2] = height - physics.limits.floor.height.min()
+    physics.qvel[:, 2] = -speed
+    physics._look()
+    return physics
+
+
+@every_stander
+@pytest.mark.parametrize("speed", [0.0, 1.0, 4.0])
+def test_a_robot_falls_freely_until_it_lands(name, speed):
+    """As without a floor while steps end 2 cm above it, and then not more than 3 mm into it."""
+    physics = dropped(name, 0.4, speed)
+    free = CpuPhysics(without_contacts(physics.model), 1, 1)
+    free.load_state_dict(physics.state_dict())
+    floor, steps = physics.limits.floor, 0
+    while (floor.height - floor.way).min() > 0.02:
+        physics.step(1)
+        free.step(1)
+        assert_allclose(physics.qpos, free.qpos, atol=1e-9)
+        steps += 1
+    assert steps > 3
+    heights = []
+    for _ in range(100):
+        physics.step(1)
+        heights.append(floor.height.min())
+    assert -0.003 - 1e-9 < min(heights) < 0.003
+
+
+def pulled(share):
+    """Speeds (10,) of a helicopter on the floor, each 0.1 s, under this share of its weight."""
+    physics = dropped("Ingenuity", 0.001, 0)
+    physics.step(50)
+    weight = physics.model.body_subtreemass[physics.model.body("chassis").id] * 3.721
+    chassis = physics.model.body("chassis").id
+    centre = physics.batch.xfrc_applied.reshape(-1, 6)[chassis]
+    speeds = []
+    for _ in range(10):
+        centre[0] = share * weight
+        physics.step(10)
+        speeds.append(physics.qvel[0, 0].item())
+    return np.array(speeds)
+
+
+def test_friction():
+    """Of 1: less than the weight doesn't move a body, more accelerates it by the difference."""
+    assert abs(pulled(0.8)).max() < 0.02
+    assert_allclose(np.diff(pulled(1.5)).mean(), 0.5 * 3.721 * 0.1, rtol=0.15)  # it wobbles
+
+
 @pytest.mark.slow
 @every_task
 def test_stress(name, variant):
-    """Random, bang-bang and adversarial actions, each in a third of the environments.
-
-    Adversarial: each joint is pushed the way it moves, which excites it at its resonance. Contacts
-    are soft: a foot that hits the floor at 25 m/s sinks into it for some steps.
-    """
-    simulator = MujocoSimulator(TASKS[name], 64, 0, variant=variant)
+    """Random, extreme and adversarial actions, 64 environments each (see `stress_actions`)."""
+    simulator = MujocoSimulator(TASKS[name], 192, 0, variant=variant)
     simulator.reset()
     model, physics = simulator.model, simulator.physics
     joints = np.flatnonzero(model.jnt_limited)
@@ -1031,22 +1123,24 @@ def test_stress(name, variant):
     low, high = torch.tensor(model.jnt_range[joints]).unbind(-1)
     slide = torch.tensor(model.jnt_type[joints] == mujoco.mjtJoint.mjJNT_SLIDE)
     allowed = torch.where(slide, 0.003, math.radians(3))
-    centres = torch.from_numpy(physics.batch.bind("xipos"))
-    driven = [*model.actuator_trnid[:, 0]] if len(joints) else []
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(2000 if name in GRAVITY else 200):  # the others' files have one of their own
-        action = 2 * torch.rand(64, simulator.act_dim, generator=generator) - 1
-        action[21:] = action[21:].sign()
-        if len(driven) == simulator.act_dim:
-            action[42:] = physics.qvel[42:, model.jnt_dofadr[driven]].sign()
+    settled = 3 if name == "AllegroHand" else 0  # its thumbs may start below their limits
+    bodies = Batch(model, 192, 1)
+    _ = bodies.geom_xpos, bodies.geom_xmat  # filled by `forward`
+    steps = 2000 if variant == "ige" else 400  # ige: the stronger motors, or the longer steps
+    for action in stress_actions(simulator, steps):
         obs, reward, _, _, final_obs = simulator.step(action)
+        assert simulator.diverged == 0
         for values in (obs, final_obs, reward, physics.qpos, physics.qvel):
             assert values.isfinite().all()
         assert reward.abs().max() < 1000
         q = physics.qpos[:, positions]
-        beyond = torch.maximum(q - high, low - q)[simulator.progress > 0]  # or they start there
+        beyond = torch.maximum(q - high, low - q)[simulator.progress > settled]
         assert (beyond < allowed).all()
-        assert centres[:, 1:, 2].min() > -0.2
+        if name not in ("AllegroHand", "FrankaCabinet"):  # the latter's file looks at its floor
+            bodies.qpos = physics.qpos.numpy()
+            bodies.forward(stage=mujoco.mjtStage.mjSTAGE_POS.value)
+            started = simulator.progress.numpy() == 0  # Ant ige's feet start in the floor
+            assert (depths(model, bodies)[~started] < 0.005).all()
 
 
 # --- The simulator ---

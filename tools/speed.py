@@ -3,6 +3,7 @@
     python tools/speed.py --env-id HalfCheetah-v4                 # MEow, SAC, SQL and SB3's SAC
     python tools/speed.py --env-id Ant --steps 300 --window 50    # robots: simulator and training
     python tools/speed.py --env-id Humanoid-v4 --tree OLD NEW     # two checkouts side by side
+    python tools/speed.py --env-id Ant --algo simulator --steps 300 --window 50 --tree OLD NEW
 
 Every number comes from a real run (environment, acting, replay buffer, update, logging): a script
 is started as a user would, and its speed read from its metrics.csv (charts/SPS; for robots
@@ -29,7 +30,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-ROBOTS = ("Ant", "Humanoid", "Ingenuity")
+ROBOTS = ("Ant", "Humanoid", "Ingenuity", "Anymal", "AllegroHand", "FrankaCabinet")
 SCRIPTS = {"meow": "meow_continuous_action.py", "sac": "sac_continuous_action.py"}
 SCRIPTS |= {"sql": "sql_continuous_action.py", "sb3": "sb3_baselines.py"}
 ROBOT_SCRIPTS = {"meow": "meow_isaacgym.py", "sac": "sac_isaacgym.py"}
@@ -59,11 +60,11 @@ class SpeedError(Exception):
 @dataclass
 class Options:
     env_id: str = "HalfCheetah-v4"
-    """Gymnasium environment, or a robot: Ant, Humanoid, Ingenuity"""
+    """Gymnasium environment, or a robot of isaac_tasks"""
     tree: tuple[Path, Path] | None = None
     """two checkouts, old and new, to compare instead of the table"""
-    algo: Literal["meow", "sac", "sql"] = "meow"
-    """whose script --tree compares"""
+    algo: Literal["meow", "sac", "sql", "simulator"] = "meow"
+    """whose script --tree compares, or a robot's simulator alone"""
     flags: str = ""
     """more options for our scripts, in one word, e.g. --flags=--no-compile"""
     rounds: int = 3
@@ -92,18 +93,21 @@ def read_windows(metrics: Path, name: str) -> list[float]:
     return [float(value) for step, key, value in rows if key == name and step > began]
 
 
-def run(words: list[str], threads: int, cwd: str):
-    """Runs a command to its end. Raises: SpeedError with its last line."""
+def run(words: list[str], threads: int, cwd: str) -> str:
+    """Runs a command to its end; returns what it prints. Raises: SpeedError with its last line."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=cwd)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise SpeedError(f"{' '.join(words[1:])}: {last}")
+    return done.stdout
 
 
 def measure(tree: Path, row: str, threads: int, options: Options) -> tuple[list[float], dict]:
     """Steps per second in each window of one run, and its args.json. row: name and options."""
     name, *flags = row.split()
+    if name == "simulator":
+        return measure_simulator(tree, threads, options), {}
     script = (ROBOT_SCRIPTS if options.robot else SCRIPTS)[name]
     starts = LEARNING_STARTS.get(name, WARM_UP[options.robot])
     total = starts + options.window + options.steps
@@ -133,22 +137,30 @@ def start_up(tree: Path, script: str) -> float:
     return time.perf_counter() - start
 
 
-def simulator_windows(options: Options, threads: int) -> list[float]:
+SIMULATE = """
+import json, sys, time
+env_id, n, threads, steps, window = sys.argv[1], *map(int, sys.argv[2:])
+sys.path.insert(0, "")
+import torch
+from isaac_tasks import make_simulator
+torch.set_num_threads(threads)
+simulator = make_simulator("mujoco", env_id, n, 1, "cpu", threads)
+simulator.reset()
+speeds = []
+for _ in range(1 + steps // window):
+    start = time.perf_counter()
+    for _ in range(window):
+        simulator.step(2 * torch.rand(n, simulator.act_dim) - 1)
+    speeds.append(window * n / (time.perf_counter() - start))
+print(json.dumps(speeds[1:]))  # the first one warms up
+"""
+
+
+def measure_simulator(tree: Path, threads: int, options: Options) -> list[float]:
     """The same for a robot's simulator alone on the CPU, with random actions."""
-    import torch
-
-    from isaac_tasks import make_simulator
-
-    torch.set_num_threads(threads)
-    n, speeds = options.num_envs, []
-    simulator = make_simulator("mujoco", options.env_id, n, 1, "cpu", threads)
-    simulator.reset()
-    for _ in range(1 + options.steps // options.window):
-        start = time.perf_counter()
-        for _ in range(options.window):
-            simulator.step(2 * torch.rand(n, simulator.act_dim) - 1)
-        speeds.append(options.window * n / (time.perf_counter() - start))
-    return speeds[1:]  # the first one warms up
+    numbers = options.num_envs, threads, options.steps, options.window
+    words = [sys.executable, "-c", SIMULATE, options.env_id, *map(str, numbers)]
+    return json.loads(run(words, threads, str(tree)))
 
 
 def span(values: list[float], digits: int = 0) -> str:
@@ -163,6 +175,8 @@ def say(text: str):
 
 def machine(about: dict) -> str:
     """What the numbers hold for, from a run's args.json."""
+    if not about:
+        return f"{os.cpu_count()} cores"
     versions = ", ".join(f"{k} {about['versions'][k]}" for k in ("torch", "mujoco"))
     return f"{about['cpu']}, {os.cpu_count()} cores, {versions}"
 
@@ -170,7 +184,8 @@ def machine(about: dict) -> str:
 def compare_trees(options: Options):
     """Prints speeds and start-up times of both checkouts and their ratios, new to old."""
     trees = dict(zip(("old", "new"), (path.resolve() for path in options.tree), strict=True))
-    script = (ROBOT_SCRIPTS if options.robot else SCRIPTS)[options.algo]
+    scripts = (ROBOT_SCRIPTS if options.robot else SCRIPTS) | {"simulator": ""}
+    script = scripts[options.algo]
     for threads in options.threads:
         speeds, seconds = {"old": [], "new": []}, {"old": [], "new": []}
         for i in range(options.rounds):
@@ -178,9 +193,10 @@ def compare_trees(options: Options):
                 say(f"round {i + 1}/{options.rounds}, {threads} thread(s): {name}")
                 measured, about = measure(trees[name], options.algo, threads, options)
                 speeds[name].append(measured)
-                seconds[name].append(start_up(trees[name], script))
-                say(f"  {span(measured)} steps/s; commit {about['git_commit'] or 'unknown'}")
-        print(f"\n{options.env_id}, {script} {options.flags}, threads: {threads}")
+                if script:
+                    seconds[name].append(start_up(trees[name], script))
+                say(f"  {span(measured)} steps/s; commit {about.get('git_commit', 'unknown')}")
+        print(f"\n{options.env_id}, {script or 'simulator'} {options.flags}, threads: {threads}")
         print(f"{machine(about)}\n")
         print("| | old | new | new / old |\n|---|---|---|---|")
         ratios = []
@@ -189,6 +205,8 @@ def compare_trees(options: Options):
             print(f"| steps/s, round {i + 1} | {span(old)} | {span(new)} | {ratios[-1]:.3f} |")
         old, new = (span([*chain(*speeds[name])]) for name in trees)
         print(f"| steps/s, all rounds | {old} | {new} | {statistics.median(ratios):.3f} |")
+        if not script:
+            continue
         medians = [statistics.median(seconds[name]) for name in trees]
         old, new = (span(seconds[name], 2) for name in trees)
         print(f"| seconds of --help | {old} | {new} | {medians[1] / medians[0]:.3f} |")
@@ -211,10 +229,7 @@ def make_table(options: Options):
     for i in range(options.rounds):
         for label, row, n in rows:
             say(f"round {i + 1}/{options.rounds}: {label}, threads: {n}")
-            if row == "simulator":
-                measured = simulator_windows(options, n)
-            else:
-                measured, about = measure(ROOT, row, n, options)
+            measured, about = measure(ROOT, row, n, options)
             speeds[label, n] += measured
     unit = f"environment steps/s, {options.num_envs} environments" if options.robot else "steps/s"
     print(f"\n{options.env_id}; {options.rounds} rounds of {options.steps} steps")
