@@ -129,7 +129,8 @@ class Floor:
 
     def lift(self, qpos: Array):
         """After each step: lifts the rare robot that is too deep in the floor."""
-        depth = (-self.tolerance - self.height).clip(min=0).max(-1)
+        depth = (-self.tolerance - self.height).clip(min=0)
+        depth = depth.max(-1) if isinstance(depth, np.ndarray) else depth.amax(-1)
         qpos[:, 2] += depth
         self.height += depth[:, None]
 

@@ -150,8 +150,9 @@ class WarpPhysics:
         for name, dtype in zip(FIELDS, (None, self.warp.vec2, vec5), strict=True):
             shared = torch.from_numpy(getattr(self.model, f"{kind}_{name}")).to(self.qpos)
             limits.append(shared.expand(num_envs, *shared.shape).contiguous())
-            own = self.warp.from_torch(limits[-1], dtype=dtype)
-            setattr(self.warp_model, f"{kind}_{name}", own)
+            if len(shared):
+                own = self.warp.from_torch(limits[-1], dtype=dtype)
+                setattr(self.warp_model, f"{kind}_{name}", own)
         return limits
 
     def step(self, substeps: int):

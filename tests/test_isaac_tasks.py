@@ -1574,19 +1574,19 @@ def test_warp_agrees_with_mujoco(name, variant):
     for i, state in enumerate(floor + air):
         cpu.qpos[i], cpu.qvel[i] = state.qpos[0], state.qvel[0]
     cpu.step(settle)
-    for i in range(4):
-        data = cpu.data(i)
-        mujoco.mj_forward(model, data)
-        assert (model.geom("floor").id in data.contact.geom) == (i < 2)
+    lowest = cpu.limits.floor.height.min(1)
+    assert np.all(lowest[:2] < cpu.limits.floor.touching)
+    assert np.all(lowest[2:] > 0.1)
     cpu.ctrl[:] = task.control(random_action(task, 4))
     cpu.qacc_warmstart[:] = 0
     warp.load_state_dict(cpu.state_dict())
     cpu.step(task.substeps)
     warp.step(task.substeps)
-    for field, tolerance in (("qpos", 2e-6), ("qvel", 2e-5), ("sensordata", 1e-4)):
+    for field, tolerance in (("qpos", 2e-6), ("qvel", 2e-5), ("sensordata", 3e-4)):
         expected = getattr(cpu, field)
         error = (getattr(warp, field).double() - expected).abs()
-        assert (error < tolerance * (1 + expected.norm(dim=-1, keepdim=True))).all()
+        allowed = tolerance * (1 + expected.norm(dim=-1, keepdim=True))
+        assert (error < allowed).all(), (field, (error / allowed).amax(-1))
 
 
 @pytest.mark.slow
