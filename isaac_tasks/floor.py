@@ -54,7 +54,7 @@ def touching_spheres(model: mujoco.MjModel) -> list[tuple[int, np.ndarray, float
             place, radius = rows[i]
             places = [d.xpos[body] + d.xmat[body].reshape(3, 3) @ place for d in poses]
             here = np.append(places, radius)
-            if not any(np.allclose(here, other) for other in seen):
+            if not seen or abs(np.array(seen) - here).max(1).min() > 1e-6:
                 spheres.append((body, place, radius))
                 seen.append(here)
     return spheres

@@ -116,7 +116,7 @@ class Floor:
         (N, bodies, 6: angular, linear) at the centres of mass of their trees (N, bodies, 3).
         """
         x, y, z = (xpos[..., i][:, self.geoms] for i in range(3))
-        centre_x, centre_y = (centre[:, [self.root], i] for i in (0, 1))
+        centre_x, centre_y = (centre[:, self.root : self.root + 1, i] for i in (0, 1))
         spin_x, spin_y, speed = (cvel[..., i][:, self.bodies] for i in (0, 1, 5))
         self.height = z - self.radius
         self.way = -self.step * (speed + spin_x * (y - centre_y) - spin_y * (x - centre_x))
