@@ -103,13 +103,18 @@ class Floor:
         self.geoms, self.bodies = places(geoms, margin), places(model.geom_bodyid[geoms], margin)
         self.root = int(model.body_rootid[model.geom_bodyid[geoms]].max(initial=0))
         self.radius = as_array(model.geom_size[geoms, 0], margin)
-        self.reach = 0.5 + max((distance_to_root(model, geom) for geom in geoms), default=0)
+        self.reach = 0.05 + max((distance_to_root(model, geom) for geom in geoms), default=0)
+        self.near = len(geoms) > 0
         self.zone = np.full(len(geoms), self.thickness)
         self.margin, self.solref, self.solimp = margin, solref, solimp
         self.step = model.opt.timestep
 
     def __len__(self) -> int:
         return len(self.zone)
+
+    def high(self, qpos: Array, qvel: Array) -> Array:
+        """(N,) bool: where the robot is too far above the floor to get there in this step."""
+        return qpos[:, 2] + 2 * self.step * qvel[:, 2].clip(max=0) > self.reach
 
     def look(self, xpos: Array, cvel: Array, centre: Array):
         """Where the spheres are: the geoms' positions (N, geoms, 3), and the bodies' velocities
@@ -149,13 +154,14 @@ class Limits:
         if not len(self.zone):
             return
         distance, way = self.joints.distance_and_way(qpos, qvel)
-        if len(self.floor):
+        if self.floor.near:
             cat = np.concatenate if isinstance(qpos, np.ndarray) else torch.cat
             distance = cat([distance, self.floor.height], -1)
             way = cat([way, self.floor.way], -1)
-        limits, n = look_ahead(distance, way, self.zone), len(self.joints.zone)
+        n = len(self.joints.zone)
+        limits = look_ahead(distance, way, self.zone[: distance.shape[-1]])
         self.joints.act(*(values[:, :n] for values in limits))
-        if len(self.floor):
+        if self.floor.near:
             self.floor.act(*(values[:, n:] for values in limits))
 
 

@@ -52,6 +52,7 @@ class Locomotion(Task):
         self.target = self.tensor(TARGET)
         self.start = self.tensor([0.0, 0.0, self.start_height, 1.0, 0.0, 0.0, 0.0])
         self.lower, self.upper = self.tensor(self.ranges).mul(math.pi / 180).unbind(-1)
+        self.middle, self.half_range = (self.lower + self.upper) / 2, (self.upper - self.lower) / 2
         self.neutral = self.tensor(0.0).clamp(self.lower, self.upper)
         model = self.spec().compile()
         self.sensor_count = model.nsensordata
@@ -91,7 +92,7 @@ class Locomotion(Task):
 
     def joint_positions(self, state: State) -> Tensor:
         """q~ (N, A): joint positions scaled to [-1, 1] between their limits."""
-        return (2 * state.qpos[:, 7:] - self.upper - self.lower) / (self.upper - self.lower)
+        return (state.qpos[:, 7:] - self.middle) / self.half_range
 
     def joint_velocities(self, state: State) -> Tensor:
         """Scaled joint velocities (N, A)."""

@@ -35,9 +35,9 @@ def check_memory(model: mujoco.MjModel, num_envs: int):
 
 def without_forces(model: mujoco.MjModel) -> mujoco.MjModel:
     """A copy that only moves: cheap to ask where bodies are."""
-    copied, flags = copy.copy(model), mujoco.mjtDisableBit
-    for flag in (flags.mjDSBL_CONSTRAINT, flags.mjDSBL_CONTACT, flags.mjDSBL_SENSOR):
-        copied.opt.disableflags |= flag.value
+    copied = copy.copy(model)
+    for name in ("CONSTRAINT", "CONTACT", "SENSOR", "SPRING", "DAMPER", "GRAVITY", "ACTUATION"):
+        copied.opt.disableflags |= getattr(mujoco.mjtDisableBit, f"mjDSBL_{name}").value
     return copied
 
 
@@ -62,11 +62,12 @@ class CpuPhysics:
             warnings.filterwarnings("ignore", message=".*not writable.*")
             for name in (*STATE, "sensordata"):
                 setattr(self, name, torch.from_numpy(self.batch.bind(name)))
+        self.states = [(self.batch.bind(x), self.poses.bind(x)) for x in ("qpos", "qvel")]
         self.limits = Limits(model, joints, pairs)
 
     def step(self, substeps: int):
         limits, floor = self.limits, self.limits.floor
-        qpos, qvel = self.batch.bind("qpos"), self.batch.bind("qvel")
+        qpos, qvel = (state for state, _ in self.states)
         try:
             if floor:
                 self._look()
@@ -82,17 +83,16 @@ class CpuPhysics:
 
     def _look(self):
         """Computes the poses of robots near the floor that have moved since the last look."""
-        floor, high = self.limits.floor, self.batch.bind("qpos")[:, 2] > self.limits.floor.reach
-        changed = False
-        for name in ("qpos", "qvel"):
-            new, seen = self.batch.bind(name), self.poses.bind(name)
-            changed |= (new != seen).any(-1)
-            seen[:] = new
+        floor, changed = self.limits.floor, False
+        for state, seen in self.states:
+            changed |= (state != seen).any(-1)
+            seen[:] = state
         if changed.any():
-            near = np.flatnonzero(changed & ~high)
-            self.poses.forward(near, mujoco.mjtStage.mjSTAGE_VEL.value)
+            high = floor.high(*(state for state, _ in self.states))
+            self.poses.forward(np.flatnonzero(changed & ~high), mujoco.mjtStage.mjSTAGE_VEL.value)
             floor.look(*self.seen)
             floor.height[high] = floor.far
+            floor.near = not high.all()
 
     def data(self, world: int) -> mujoco.MjData:
         """The state of one world, e.g. to render it."""

@@ -76,8 +76,8 @@ class Task(ABC):
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_DISCRETE
         flags = mujoco.mjtDisableBit
         spec.option.disableflags |= flags.mjDSBL_AUTORESET  # a NaN stays visible
-        for useless in (flags.mjDSBL_ISLAND, flags.mjDSBL_WARMSTART):  # for one small robot
-            spec.option.disableflags |= useless
+        for useless in (flags.mjDSBL_ISLAND, flags.mjDSBL_MIDPHASE, flags.mjDSBL_WARMSTART):
+            spec.option.disableflags |= useless  # for one small robot
 
     @abstractmethod
     def spec(self) -> mujoco.MjSpec:

@@ -155,22 +155,3 @@ def make_random_flow():
         return flow
 
     return make
-
-
-def stress_actions(simulator, steps):
-    """For 192 environments: 64 random ones, 64 extreme ones, 64 adversarial ones.
-
-    Adversarial: a half pushes each joint the way that it moves, which excites it at its resonance;
-    in the other half signs flip together or alternating, after 1 to 16 steps, whatever resonates.
-    """
-    act_dim, model = simulator.act_dim, simulator.model
-    generator = torch.Generator().manual_seed(0)
-    number = torch.arange(32)[:, None]
-    joints = model.jnt_dofadr[model.actuator_trnid[:, 0]] if model.njnt > act_dim else []
-    for step in range(steps):
-        random, extreme = 2 * torch.rand(2, 64, act_dim, generator=generator) - 1
-        flips = (-1.0) ** (step // (1 + number // 2) + torch.arange(act_dim) * (number % 2))
-        pushes = flips
-        if len(joints) == act_dim:
-            pushes = simulator.physics.qvel[128:160, joints].sign().float()
-        yield torch.cat([random, extreme.sign(), pushes, flips])

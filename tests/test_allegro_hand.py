@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from robot_stress import stress
 
 from isaac_tasks.allegro_hand import AllegroHand
 from isaac_tasks.mujoco_simulator import MujocoSimulator
@@ -476,6 +477,12 @@ def test_free_fall(variant):
     assert_allclose(physics.qpos[0, 16:19], place, atol=9.81 * seconds * simulator.task.time_step)
     assert_allclose(physics.qvel[0, 16:19], velocity.numpy() - [0, 0, 9.81 * seconds])
     assert_allclose(physics.qvel[0, 19:], spin * math.exp(-0.5 * seconds), rtol=1e-3)
+
+
+@pytest.mark.slow
+@every_variant
+def test_stress(variant):
+    stress("AllegroHand", variant, 2000 if variant == "ige" else 400)
 
 
 def test_thumb_starts_below_its_limit_and_is_there_at_once():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from robot_stress import stress
 
 from isaac_tasks.anymal import Anymal
 from isaac_tasks.mujoco_simulator import MujocoSimulator
@@ -366,6 +367,12 @@ def test_time_out(variant, last):
 
 
 # --- Physics ---
+
+
+@pytest.mark.slow
+@every_variant
+def test_stress(variant):
+    stress("Anymal", variant, 2000 if variant == "ige" else 400)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from robot_stress import stress
 
 from isaac_tasks import TASKS
 from isaac_tasks.mujoco_simulator import MujocoSimulator
@@ -483,11 +484,17 @@ def deepest_contacts(simulator):
     return max(depths[True]), max(depths[False])
 
 
+@pytest.mark.slow
+@every_variant
+def test_stress(variant):
+    stress("FrankaCabinet", variant, 2000 if variant == "ige" else 400)
+
+
 @every_variant
 @pytest.mark.slow
 def test_nothing_gets_through_floor_or_drawer(variant):
     """Nor passes the limits; the drawer's front is 27 mm thick."""
-    n, steps, depths = 16, 800, []
+    n, steps, depths = 16, 400, []
     simulator = make_simulator(variant, num_envs=4 * n, threads=2)
     beyond = torch.zeros(10, dtype=torch.float64)
     low, high = torch.tensor(simulator.model.jnt_range).T

@@ -12,9 +12,9 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from conftest import stress_actions
 from mujoco.batch import Batch
 from numpy.testing import assert_allclose
+from robot_stress import depths, own_shapes, stress
 from torch.overrides import TorchFunctionMode
 
 from isaac_tasks import TASKS, SimulatorError
@@ -244,11 +244,6 @@ def shapes(model, body):
     return sort_shapes(rows)
 
 
-def own_shapes(model):
-    """Which geoms are the robot's own, not the spheres that touch the floor in their stead."""
-    return (model.geom_bodyid > 0) & ~np.isin(np.arange(model.ngeom), model.pair_geom2)
-
-
 def sort_shapes(rows):
     """Sorted by radius and ends, the two ends of each row too: an array (geoms, 7)."""
     rows = [(r, *sorted(tuple(np.round(end, 9) + 0.0) for end in ends)) for r, *ends in rows]
@@ -374,7 +369,7 @@ def test_options(name, variant):
     step, substeps = (step, substeps) if copter else (0.0083, 2)
     assert (model.opt.timestep, task.time_step, task.substeps) == (step, step, substeps)
     flags = mujoco.mjtDisableBit
-    useless = flags.mjDSBL_ISLAND.value | flags.mjDSBL_WARMSTART.value
+    useless = flags.mjDSBL_ISLAND.value | flags.mjDSBL_MIDPHASE.value | flags.mjDSBL_WARMSTART.value
     assert model.opt.disableflags == flags.mjDSBL_AUTORESET.value | useless
     assert (task.episode_length, task.clip_obs) == ((2000, 5.0) if copter else (1000, math.inf))
 
@@ -1017,23 +1012,6 @@ def test_energy_does_not_grow_in_free_flight(name, variant):
     assert np.all(later < np.array(start) * 1.01)
 
 
-def depths(model, batch):
-    """Of each world's lowest point below z = 0, m: an array (worlds,)."""
-    lowest = np.full(batch.nsim, np.inf)
-    own = own_shapes(model) & (model.body_mocapid[model.geom_bodyid] < 0)
-    for geom in np.flatnonzero(own):
-        size, kind = model.geom_size[geom], model.geom_type[geom]
-        up = abs(batch.geom_xmat.reshape(-1, model.ngeom, 3, 3)[:, geom, 2])
-        if kind == mujoco.mjtGeom.mjGEOM_BOX:
-            extent = up @ size
-        elif kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
-            extent = size[1] * up[:, 2] + size[0] * np.sqrt((1 - up[:, 2] ** 2).clip(0))
-        else:  # a sphere's second size is 0
-            extent = size[0] + size[1] * up[:, 2]
-        lowest = np.minimum(lowest, batch.geom_xpos[:, geom, 2] - extent)
-    return -lowest
-
-
 STANDING = {"Ant": 0.3, "Humanoid": 1.3, "Ingenuity": 0.1, "Anymal": 0.6}  # m, about
 every_stander = pytest.mark.parametrize("name", STANDING)
 
@@ -1112,35 +1090,9 @@ def test_friction():
 
 
 @pytest.mark.slow
-@every_task
+@every_free_task
 def test_stress(name, variant):
-    """Random, extreme and adversarial actions, 64 environments each (see `stress_actions`)."""
-    simulator = MujocoSimulator(TASKS[name], 192, 0, variant=variant)
-    simulator.reset()
-    model, physics = simulator.model, simulator.physics
-    joints = np.flatnonzero(model.jnt_limited)
-    positions = model.jnt_qposadr[joints]
-    low, high = torch.tensor(model.jnt_range[joints]).unbind(-1)
-    slide = torch.tensor(model.jnt_type[joints] == mujoco.mjtJoint.mjJNT_SLIDE)
-    allowed = torch.where(slide, 0.003, math.radians(3))
-    settled = 3 if name == "AllegroHand" else 0  # its thumbs may start below their limits
-    bodies = Batch(model, 192, 1)
-    _ = bodies.geom_xpos, bodies.geom_xmat  # filled by `forward`
-    steps = 2000 if variant == "ige" else 400  # ige: the stronger motors, or the longer steps
-    for action in stress_actions(simulator, steps):
-        obs, reward, _, _, final_obs = simulator.step(action)
-        assert simulator.diverged == 0
-        for values in (obs, final_obs, reward, physics.qpos, physics.qvel):
-            assert values.isfinite().all()
-        assert reward.abs().max() < 1000
-        q = physics.qpos[:, positions]
-        beyond = torch.maximum(q - high, low - q)[simulator.progress > settled]
-        assert (beyond < allowed).all()
-        if name not in ("AllegroHand", "FrankaCabinet"):  # the latter's file looks at its floor
-            bodies.qpos = physics.qpos.numpy()
-            bodies.forward(stage=mujoco.mjtStage.mjSTAGE_POS.value)
-            started = simulator.progress.numpy() == 0  # Ant ige's feet start in the floor
-            assert (depths(model, bodies)[~started] < 0.005).all()
+    stress(name, variant, 2000 if variant == "ige" else 400)  # ige: stronger motors, longer steps
 
 
 # --- The simulator ---
