@@ -129,8 +129,9 @@ class WarpPhysics:
         self.warp, self.mujoco_warp = warp, mujoco_warp
         warp.config.quiet = True
         with warp.ScopedDevice(device):
-            accepted = copy.copy(model)  # it never resets by itself and refuses the flag
-            accepted.opt.disableflags &= ~mujoco.mjtDisableBit.mjDSBL_AUTORESET.value
+            accepted, flags = copy.copy(model), mujoco.mjtDisableBit
+            for never in (flags.mjDSBL_AUTORESET, flags.mjDSBL_MIDPHASE):  # refused, not needed
+                accepted.opt.disableflags &= ~never.value
             self.warp_model = mujoco_warp.put_model(accepted)
             sizes = dict(nconmax=contacts, njmax=constraints)
             try:
