@@ -26,6 +26,7 @@ import meow_isaacgym as meow
 import sac_isaacgym as sac
 from harness.files import RunError, UsageError
 from harness.runs import main
+from isaac_tasks import TASKS, make_simulator
 from isaac_tasks.ingenuity import Ingenuity
 from isaac_tasks.training import ObservationNorm, SimulatorEnvs, TrainingEnvs, VectorReplayBuffer
 
@@ -410,6 +411,37 @@ def test_evaluation_repeats_the_runs_last_one(finished, tmp_path, capsys):
     assert printed == pytest.approx(list(map(float, last)), abs=0.02, rel=1e-3)
     assert command(script, ["--evaluate", run, "--no-deterministic-eval"], tmp_path) == 0
     assert "2 stochastic episodes" in capsys.readouterr().out
+
+
+def test_what_a_robots_policy_does(finished, monkeypatch):
+    """Over the episodes of the run's last evaluation: targets are 0 to 3 m from the first place."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from robot_policy import play
+
+    script, run = finished
+    means = play(script, run / "policy_final.pt", 2)
+    last = [v for s, n, v in metrics(run) if s == 60 and n == "eval/return_mean"]
+    assert means["return"] == pytest.approx(float(last[0]), abs=0.02, rel=1e-3)
+    assert 0.1 < means["distance to the target"] < 3
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_is_said_of_each_robot(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from robot_policy import quantities
+
+    simulator = make_simulator("mujoco", name, 3, seed=1)
+    simulator.reset()
+    before = {k: v.clone() for k, v in quantities(simulator).items()}
+    rows = quantities(simulator)
+    for _ in range(5):
+        simulator.step(torch.ones(3, simulator.act_dim))
+    moved = False
+    for key, values in quantities(simulator).items():
+        assert values.shape == (3,)
+        assert torch.equal(rows[key], before[key])  # a copy
+        moved |= not torch.equal(values, before[key])
+    assert moved == (name != "FrankaCabinet")  # its drawer stays closed
 
 
 renders = pytest.mark.skipif(
