@@ -228,6 +228,9 @@ class AllegroHand(Task):
         """Where the cube has left the hand."""
         return self.distance(state) >= self.lost_distance
 
+    def measures(self, state: State) -> dict[str, Tensor]:
+        return {"angle to the goal, rad": self.angle_to_goal(state)}
+
     def show(self, data: mujoco.MjData, memory: Tensor):
         data.mocap_quat[0] = memory.cpu()
 

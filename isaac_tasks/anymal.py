@@ -199,6 +199,14 @@ class Anymal(Task):
             return state.qpos[:, 2] < 0.51
         return (state.sensors.unflatten(-1, (5, 3)).norm(dim=-1) > 1).any(-1)
 
+    def measures(self, state: State) -> dict[str, Tensor]:
+        velocity, command = self.velocities(state)[0][:, :2], state.memory[:, :2]
+        return {
+            "commanded speed, m/s": command.norm(dim=-1),
+            "speed, m/s": velocity.norm(dim=-1),
+            "error of the velocity, m/s": (command - velocity).norm(dim=-1),
+        }
+
 
 def mirror(vector: tuple[float, ...], side: tuple[int, int]) -> tuple[float, ...]:
     """A vector of the leg LF in the leg of this side."""

@@ -277,6 +277,9 @@ class FrankaCabinet(Task):
         """Where the drawer is open: an end, though not a failure."""
         return state.qpos[:, 0] > self.open_drawer
 
+    def measures(self, state: State) -> dict[str, Tensor]:
+        return {"opening of the drawer, m": state.qpos[:, 0]}
+
 
 def add_box(body: mujoco.MjsBody, box: Box, colour, **collides):
     low, high = np.array(box)

@@ -102,16 +102,19 @@ class Ingenuity(Task):
         parts = [(state.memory - position) / 3, quat, linear / 2, angular / math.pi]
         return torch.cat(parts, -1)
 
+    def distance(self, state: State) -> Tensor:
+        """(N,) m between helicopter and target."""
+        return (state.memory - state.qpos[:, :3]).norm(dim=-1)
+
     def angular_velocity(self, state: State) -> Tensor:
         """In world axes: (N, 3)."""
         rotation = rotation_matrix(state.qpos[:, 3:7])
         return (rotation @ state.qvel[:, 3:, None])[..., 0]
 
     def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
-        distance = (state.memory - state.qpos[:, :3]).norm(dim=-1)
         tilt = 1 - rotation_matrix(state.qpos[:, 3:7])[:, 2, 2]
         spin = self.angular_velocity(state)[:, 2]
-        near = 1 / (1 + self.position_weight * distance**2)
+        near = 1 / (1 + self.position_weight * self.distance(state) ** 2)
         return {
             "position": near,
             "upright": near * self.upright / (1 + self.upright_weight * tilt**2),
@@ -119,8 +122,10 @@ class Ingenuity(Task):
         }
 
     def failed(self, state: State) -> Tensor:
-        distance = (state.memory - state.qpos[:, :3]).norm(dim=-1)
-        return (distance > self.lost_distance) | (state.qpos[:, 2] < 0.5)
+        return (self.distance(state) > self.lost_distance) | (state.qpos[:, 2] < 0.5)
+
+    def measures(self, state: State) -> dict[str, Tensor]:
+        return {"distance to the target, m": self.distance(state)}
 
     def show(self, data: mujoco.MjData, memory: Tensor):
         data.mocap_pos[0] = memory.cpu() + torch.tensor([0, 0, 0.4])

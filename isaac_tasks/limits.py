@@ -171,11 +171,12 @@ def looks_ahead(model: mujoco.MjModel) -> bool:
 
 
 def distance_to_root(model: mujoco.MjModel, geom: int) -> float:
-    """The most that any point of a sphere can be away from the robot's root, m."""
+    """The most that any point of a sphere can be away from the robot's root, m; all are hinges."""
     body, distance = model.geom_bodyid[geom], model.geom_size[geom, 0]
     distance += np.linalg.norm(model.geom_pos[geom])
     while model.body_parentid[body] > 0:
-        distance += np.linalg.norm(model.body_pos[body])
+        anchors = model.jnt_pos[model.jnt_bodyid == body]
+        distance += np.linalg.norm(model.body_pos[body]) + 2 * np.linalg.norm(anchors, axis=1).sum()
         body = model.body_parentid[body]
     return distance
 

@@ -165,6 +165,9 @@ class Locomotion(Task):
             "limits": -self.limit_cost(state),
         }
 
+    def measures(self, state: State) -> dict[str, Tensor]:
+        return {"speed forwards, m/s": state.qvel[:, 0]}
+
     def failed(self, state: State) -> Tensor:
         return state.qpos[:, 2] < self.fallen_height
 

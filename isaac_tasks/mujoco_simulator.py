@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from isaac_tasks.interface import SimulatorError
-from isaac_tasks.physics import CpuPhysics, WarpPhysics
+from isaac_tasks.physics import CpuPhysics, WarpPhysics, recording
 from isaac_tasks.task import State, Task
 
 
@@ -133,25 +133,17 @@ class MujocoSimulator:
 
     def _capture(self):
         """Records the two halves of a step as CUDA graphs; leaves the state as it was."""
-        try:
-            self._record()
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            text = f"can't record a step on {self.device} as a CUDA graph: {reason}"
-            raise SimulatorError(text) from None
-
-    def _record(self):
         saved, halves, outputs = self.state_dict(), [], ()
         for function in (self._before, self._after):
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
+            with recording(self.device), torch.cuda.stream(stream):
                 for _ in range(3):  # let the libraries allocate before the capture
                     function(*outputs)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
+            with recording(self.device), torch.cuda.graph(graph):
                 outputs = function(*outputs)
             halves.append((graph, outputs))
         self.graphs = halves
@@ -161,6 +153,10 @@ class MujocoSimulator:
         graph, outputs = self.graphs[half]
         graph.replay()
         return tuple(t.clone() for t in outputs) if half == 1 else outputs
+
+    def measures(self) -> dict[str, Tensor]:
+        """What the task is about, now: see `Task.measures`."""
+        return self.task.measures(self._state().clone())
 
     def render(self) -> np.ndarray:
         """An image (480, 640, 3) of environment 0, uint8. Raises: SimulatorError."""

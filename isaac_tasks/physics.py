@@ -6,7 +6,8 @@ Both classes show their worlds as torch tensors that share the simulator's memor
 
 import copy
 import warnings
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
 
 import mujoco
 import numpy as np
@@ -16,7 +17,7 @@ from mujoco.batch import Batch, SimulationError
 from torch import Tensor
 
 from isaac_tasks.interface import SimulatorError
-from isaac_tasks.limits import FIELDS, Limits
+from isaac_tasks.limits import FIELDS, Array, Limits
 
 POSES = ("geom_xpos", "cvel", "subtree_com")
 STATE = ("qpos", "qvel", "qacc_warmstart", "ctrl")
@@ -41,7 +42,54 @@ def without_forces(model: mujoco.MjModel) -> mujoco.MjModel:
     return copied
 
 
-class CpuPhysics:
+@contextmanager
+def recording(device: torch.device | str):
+    """Around what is recorded as a CUDA graph: its errors become one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        text = f"can't record a step on {device} as a CUDA graph: {reason}"
+        raise SimulatorError(text) from None
+
+
+class Physics(ABC):
+    """What both have in common; qpos (N, nq) and the like are tensors."""
+
+    limits: Limits
+    state: tuple[Array, Array]
+    """positions (N, nq) and velocities (N, nv), which share the simulator's memory"""
+
+    @abstractmethod
+    def _step(self):
+        """One step of all worlds."""
+
+    @abstractmethod
+    def _look(self):
+        """Tells the floor where bodies are."""
+
+    def step(self, substeps: int):
+        qpos, qvel = self.state
+        limits, floor = self.limits, self.limits.floor
+        if floor:
+            self._look()
+        for _ in range(substeps):
+            limits.update(qpos, qvel)
+            self._step()
+            limits.joints.clamp(qpos)
+            if floor:
+                self._look()
+                floor.lift(qpos)
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).clone() for name in STATE}
+
+    def load_state_dict(self, state: dict):
+        for name in STATE:
+            getattr(self, name).copy_(state[name])
+
+
+class CpuPhysics(Physics):
     """mujoco.batch: a C++ thread pool; the results don't depend on the number of threads."""
 
     dtype = torch.float64
@@ -53,8 +101,8 @@ class CpuPhysics:
             self.batch = Batch(model, num_envs, threads)
             joints = [self.batch.expand(f"jnt_{name}") for name in FIELDS]
             pairs = [self.batch.expand(f"pair_{name}") for name in FIELDS]
-            self.poses = Batch(without_forces(model), num_envs, threads)
-            self.seen = [self.poses.bind(name) for name in POSES]  # filled by the coming calls
+            self.looker = Batch(without_forces(model), num_envs, threads)
+            self.poses = [self.looker.bind(name) for name in POSES]  # filled by the coming calls
         except (MemoryError, TypeError, ValueError):  # for one, threads beyond what the system has
             text = f"{num_envs} environments on {threads} thread(s) don't fit into memory"
             raise SimulatorError(text) from None
@@ -62,35 +110,27 @@ class CpuPhysics:
             warnings.filterwarnings("ignore", message=".*not writable.*")
             for name in (*STATE, "sensordata"):
                 setattr(self, name, torch.from_numpy(self.batch.bind(name)))
-        self.states = [(self.batch.bind(x), self.poses.bind(x)) for x in ("qpos", "qvel")]
+        self.state = self.batch.bind("qpos"), self.batch.bind("qvel")
+        self.seen = self.looker.bind("qpos"), self.looker.bind("qvel")
         self.limits = Limits(model, joints, pairs)
 
-    def step(self, substeps: int):
-        limits, floor = self.limits, self.limits.floor
-        qpos, qvel = (state for state, _ in self.states)
+    def _step(self):
         try:
-            if floor:
-                self._look()
-            for _ in range(substeps):
-                limits.update(qpos, qvel)
-                self.batch.step()
-                limits.joints.clamp(qpos)
-                if floor:
-                    self._look()
-                    floor.lift(qpos)
+            self.batch.step()
         except SimulationError as error:
             raise SimulatorError(str(error)) from None
 
     def _look(self):
-        """Computes the poses of robots near the floor that have moved since the last look."""
+        """Only at robots that have moved since the last look and are near the floor."""
         floor, changed = self.limits.floor, False
-        for state, seen in self.states:
-            changed |= (state != seen).any(-1)
-            seen[:] = state
+        for now, seen in zip(self.state, self.seen, strict=True):
+            changed |= (now != seen).any(-1)
+            seen[:] = now
         if changed.any():
-            high = floor.high(*(state for state, _ in self.states))
-            self.poses.forward(np.flatnonzero(changed & ~high), mujoco.mjtStage.mjSTAGE_VEL.value)
-            floor.look(*self.seen)
+            high = floor.high(*self.state)
+            near = np.flatnonzero(changed & ~high)
+            self.looker.forward(near, mujoco.mjtStage.mjSTAGE_VEL.value)
+            floor.look(*self.poses)
             floor.height[high] = floor.far
             floor.near = not high.all()
 
@@ -98,15 +138,8 @@ class CpuPhysics:
         """The state of one world, e.g. to render it."""
         return self.batch.get_data(world)
 
-    def state_dict(self) -> dict:
-        return {name: getattr(self, name).clone() for name in STATE}
 
-    def load_state_dict(self, state: dict):
-        for name in STATE:
-            getattr(self, name).copy_(state[name])
-
-
-class WarpPhysics:
+class WarpPhysics(Physics):
     """mujoco-warp: all worlds on one GPU; a step is a CUDA graph."""
 
     dtype = torch.float32
@@ -129,9 +162,8 @@ class WarpPhysics:
         self.warp, self.mujoco_warp = warp, mujoco_warp
         warp.config.quiet = True
         with warp.ScopedDevice(device):
-            accepted, flags = copy.copy(model), mujoco.mjtDisableBit
-            for never in (flags.mjDSBL_AUTORESET, flags.mjDSBL_MIDPHASE):  # refused, not needed
-                accepted.opt.disableflags &= ~never.value
+            accepted = copy.copy(model)  # it never resets by itself and refuses the flag
+            accepted.opt.disableflags &= ~mujoco.mjtDisableBit.mjDSBL_AUTORESET.value
             self.warp_model = mujoco_warp.put_model(accepted)
             sizes = dict(nconmax=contacts, njmax=constraints)
             try:
@@ -142,7 +174,8 @@ class WarpPhysics:
                 raise SimulatorError(text) from None
         for name in (*STATE, "sensordata"):
             setattr(self, name, warp.to_torch(getattr(self.warp_data, name)))
-        self.seen = [warp.to_torch(getattr(self.warp_data, name)) for name in POSES]
+        self.state = self.qpos, self.qvel
+        self.poses = [warp.to_torch(getattr(self.warp_data, name)) for name in POSES]
         self.limits = Limits(model, *(self._limits(kind, num_envs) for kind in ("jnt", "pair")))
 
     def _limits(self, kind: str, num_envs: int) -> list[Tensor]:
@@ -156,52 +189,36 @@ class WarpPhysics:
                 setattr(self.warp_model, f"{kind}_{name}", own)
         return limits
 
-    def step(self, substeps: int):
-        limits, floor = self.limits, self.limits.floor
-        if floor:
-            self._run(self._poses)
-            floor.look(*self.seen)
-        for _ in range(substeps):
-            limits.update(self.qpos, self.qvel)
-            self._run(self._step)
-            limits.joints.clamp(self.qpos)
-            if floor:
-                self._run(self._poses)
-                floor.look(*self.seen)
-                floor.lift(self.qpos)
-
     def _step(self):
-        self.mujoco_warp.step(self.warp_model, self.warp_data)
+        self._run("step")
 
-    def _poses(self):
-        for part in ("kinematics", "com_pos", "com_vel"):
-            getattr(self.mujoco_warp, part)(self.warp_model, self.warp_data)
+    def _look(self):
+        self._run("kinematics", "com_pos", "com_vel")
+        self.limits.floor.look(*self.poses)
 
-    def _run(self, function: Callable[[], None]):
+    def _run(self, *functions: str):
+        """Calls these functions of mujoco_warp, on a GPU by a graph of them."""
         if self.qpos.device.type == "cpu":
-            self._launch(function)
+            self._launch(functions)
             return
-        if function not in self.graphs:
-            self.graphs[function] = self._capture(function)
+        if functions not in self.graphs:
+            self.graphs[functions] = self._capture(functions)
         stream = self.warp.stream_from_torch(torch.cuda.current_stream(self.qpos.device))
-        self.warp.capture_launch(self.graphs[function], stream=stream)
+        self.warp.capture_launch(self.graphs[functions], stream=stream)
 
-    def _launch(self, function: Callable[[], None]):
+    def _launch(self, functions: tuple[str, ...]):
         with self.warp.ScopedDevice(self.device):
-            function()
+            for name in functions:
+                getattr(self.mujoco_warp, name)(self.warp_model, self.warp_data)
 
-    def _capture(self, function: Callable[[], None]):
-        """A graph of one call; compiling it leaves the state as it was."""
+    def _capture(self, functions: tuple[str, ...]):
+        """A graph of these calls; compiling it leaves the state as it was."""
         saved = self.state_dict()
         torch.cuda.synchronize(self.qpos.device)
-        self._launch(function)
-        try:
-            with self.warp.ScopedDevice(self.device), self.warp.ScopedCapture() as capture:
-                function()
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            text = f"can't record a step on {self.device} as a CUDA graph: {reason}"
-            raise SimulatorError(text) from None
+        self._launch(functions)
+        scoped = self.warp.ScopedDevice(self.device)
+        with recording(self.device), scoped, self.warp.ScopedCapture() as capture:
+            self._launch(functions)
         self.warp.synchronize_device(self.device)
         self.load_state_dict(saved)
         torch.cuda.synchronize(self.qpos.device)
@@ -211,5 +228,3 @@ class WarpPhysics:
         data = mujoco.MjData(self.model)
         data.qpos[:], data.qvel[:] = self.qpos[world].cpu(), self.qvel[world].cpu()
         return data
-
-    state_dict, load_state_dict = CpuPhysics.state_dict, CpuPhysics.load_state_dict

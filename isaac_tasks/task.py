@@ -74,10 +74,7 @@ class Task(ABC):
         """The options that all models share."""
         spec.option.timestep = self.time_step
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_DISCRETE
-        flags = mujoco.mjtDisableBit
-        spec.option.disableflags |= flags.mjDSBL_AUTORESET  # a NaN stays visible
-        for useless in (flags.mjDSBL_ISLAND, flags.mjDSBL_MIDPHASE, flags.mjDSBL_WARMSTART):
-            spec.option.disableflags |= useless  # for one small robot
+        spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a NaN stays visible
 
     @abstractmethod
     def spec(self) -> mujoco.MjSpec:
@@ -124,6 +121,10 @@ class Task(ABC):
     def reward(self, before: State, state: State, action: Tensor) -> Tensor:
         """(N,) rewards of the step from `before` to `state` with `action`."""
         return sum(self.reward_terms(before, state, action).values())
+
+    def measures(self, state: State) -> dict[str, Tensor]:
+        """What the task is about, by name and unit, (N,): for people, not for the learner."""
+        return {}
 
     def show(self, data: mujoco.MjData, memory: Tensor):  # noqa: B027 (most have nothing to do)
         """Prepares an image: data and memory (memory_dim,) of one environment."""

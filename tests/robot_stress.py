@@ -13,8 +13,11 @@ from isaac_tasks.mujoco_simulator import MujocoSimulator
 UNSTUCK = {"AllegroHand": 3}  # steps after which all joints are within their limits
 
 
-def stress(name: str, variant: str, steps: int):
-    """Random, extreme and adversarial actions, 64 environments each (see `stress_actions`)."""
+def stress(name: str, variant: str, check=None):
+    """2,000 steps of random, extreme and adversarial actions, 64 environments each.
+
+    check(simulator, step): what else must hold after each step.
+    """
     simulator = MujocoSimulator(TASKS[name], 192, 0, variant=variant)
     simulator.reset()
     model, physics = simulator.model, simulator.physics
@@ -25,7 +28,7 @@ def stress(name: str, variant: str, steps: int):
     allowed = torch.where(slide, 0.003, math.radians(3))
     bodies = Batch(model, 192, 1)
     _ = bodies.geom_xpos, bodies.geom_xmat  # filled by `forward`
-    for action in stress_actions(simulator, steps):
+    for step, action in enumerate(stress_actions(simulator, 2000)):
         obs, reward, _, _, final_obs = simulator.step(action)
         assert simulator.diverged == 0
         for values in (obs, final_obs, reward, physics.qpos, physics.qvel):
@@ -39,42 +42,43 @@ def stress(name: str, variant: str, steps: int):
             bodies.forward(stage=mujoco.mjtStage.mjSTAGE_POS.value)
             started = simulator.progress.numpy() == 0  # Ant ige's feet start in the floor
             assert (depths(model, bodies)[~started] < 0.005).all()
+        if check:
+            check(simulator, step)
 
 
 def stress_actions(simulator, steps):
     """For 192 environments: 64 random ones, 64 extreme ones, 64 adversarial ones.
 
-    Adversarial: a half pushes each joint the way that it moves, which excites it at its resonance;
-    in the other half signs flip together or alternating, after 1 to 16 steps, whatever resonates.
+    Adversarial: 24 push each joint the way that it moves, which excites it at its resonance; in 20
+    signs flip together or alternating, after 1 to 10 steps, whatever resonates; 20 push for 100.
     """
     act_dim, model = simulator.act_dim, simulator.model
     generator = torch.Generator().manual_seed(0)
-    number = torch.arange(32)[:, None]
-    joints = model.jnt_dofadr[model.actuator_trnid[:, 0]] if model.njnt > act_dim else []
+    number = torch.arange(20)[:, None]
+    driven = [*model.actuator_trnid[:, 0]]
+    joints = model.jnt_dofadr[driven] if len(driven) == act_dim and model.njnt > act_dim else []
     for step in range(steps):
         random, extreme = 2 * torch.rand(2, 64, act_dim, generator=generator) - 1
         flips = (-1.0) ** (step // (1 + number // 2) + torch.arange(act_dim) * (number % 2))
-        pushes = flips
-        if len(joints) == act_dim:
-            pushes = simulator.physics.qvel[128:160, joints].sign().float()
-        yield torch.cat([random, extreme.sign(), pushes, flips])
+        if step % 100 == 0:
+            held = extreme[:20].sign()
+        moving = held.repeat(2, 1)[:24]
+        if len(joints):
+            moving = simulator.physics.qvel[128:152, joints].sign().float()
+        yield torch.cat([random, extreme.sign(), moving, flips, held])
 
 
 def depths(model, batch):
     """Of each world's lowest point below z = 0, m: an array (worlds,)."""
-    lowest = np.full(batch.nsim, np.inf)
-    own = own_shapes(model) & (model.body_mocapid[model.geom_bodyid] < 0)
-    for geom in np.flatnonzero(own):
-        size, kind = model.geom_size[geom], model.geom_type[geom]
-        up = abs(batch.geom_xmat.reshape(-1, model.ngeom, 3, 3)[:, geom, 2])
-        if kind == mujoco.mjtGeom.mjGEOM_BOX:
-            extent = up @ size
-        elif kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
-            extent = size[1] * up[:, 2] + size[0] * np.sqrt((1 - up[:, 2] ** 2).clip(0))
-        else:  # a sphere's second size is 0
-            extent = size[0] + size[1] * up[:, 2]
-        lowest = np.minimum(lowest, batch.geom_xpos[:, geom, 2] - extent)
-    return -lowest
+    geoms = np.flatnonzero(own_shapes(model) & (model.body_mocapid[model.geom_bodyid] < 0))
+    kind, size = model.geom_type[geoms], model.geom_size[geoms]
+    up = abs(batch.geom_xmat.reshape(-1, model.ngeom, 3, 3)[:, geoms, 2])
+    # The extent of a box is up . size; that of the others, along their axis and across it:
+    axis, across = up[..., 2], np.sqrt((1 - up[..., 2] ** 2).clip(0))
+    box, cylinder = kind == mujoco.mjtGeom.mjGEOM_BOX, kind == mujoco.mjtGeom.mjGEOM_CYLINDER
+    round_ones = size[:, 1] * axis + size[:, 0] * np.where(cylinder, across, 1)  # sphere: 0 axis
+    extent = np.where(box, (up * size).sum(-1), round_ones)
+    return (extent - batch.geom_xpos[:, geoms, 2]).max(1)
 
 
 def own_shapes(model):

@@ -118,7 +118,7 @@ def test_zero_action_stands(variant):
         if step == 100:
             place = simulator.physics.qpos.clone()
     assert (abs(simulator.physics.qpos - place)[:, :3] < 0.01).all()
-    assert (simulator.physics.qpos[:, 2] > 0.48).all()  # ige's drives give way under the weight
+    assert (simulator.physics.qpos[:, 2] > 0.49).all()  # ige's drives give way under the weight
     assert (reward > (0.024 if variant == "oige" else 0.025)).all()
 
 
@@ -372,7 +372,13 @@ def test_time_out(variant, last):
 @pytest.mark.slow
 @every_variant
 def test_stress(variant):
-    stress("Anymal", variant, 2000 if variant == "ige" else 400)
+    """sqrt(k / I) of the joints is 6 to 70 rad/s."""
+
+    def check(simulator, _step):
+        assert (simulator.physics.qpos[:, 2] > 0.05).all()
+        assert (simulator.physics.qvel[:, 6:].abs() <= 20).all()
+
+    stress("Anymal", variant, check)
 
 
 @pytest.mark.slow

@@ -457,57 +457,27 @@ def test_a_controller_opens_the_drawer(variant):
 # --- Stress ---
 
 
-def stress_actions(steps, n):
-    """(steps, 4 n, 9): random, bang-bang, flips after 1 to n steps, full pushes for 100 steps.
-
-    The joints are overdamped and have no sharp resonance, so that many periods are tried.
-    """
-    generator = torch.Generator().manual_seed(0)
-    random = 2 * torch.rand(steps, n, 9, generator=generator) - 1
-    bang = (2 * torch.rand(steps, n, 9, generator=generator) - 1).sign()
-    signs = (2 * torch.rand(n, 9, generator=generator) - 1).sign()
-    half = torch.arange(steps)[:, None] // (1 + torch.arange(n))
-    flips = (1 - 2 * (half % 2))[..., None] * signs
-    pushes = bang[torch.arange(steps) // 100 * 100]
-    return torch.cat([random, bang, flips, pushes], 1)
-
-
 def deepest_contacts(simulator):
     """Metres by which a body is below the floor, and inside cabinet or drawer, in any world."""
-    model, depths = simulator.model, {True: [0.0], False: [0.0]}
-    floor = model.geom("floor").id
-    for world in range(simulator.num_envs):
-        data = simulator.physics.data(world)
-        mujoco.mj_forward(model, data)
-        for contact in data.contact:
-            depths[floor in contact.geom].append(-contact.dist)
-    return max(depths[True]), max(depths[False])
+    model, data, deepest = simulator.model, mujoco.MjData(simulator.model), np.zeros(2)
+    for qpos in simulator.physics.qpos.numpy():
+        data.qpos[:] = qpos
+        mujoco.mj_fwdPosition(model, data)
+        of_floor = (data.contact.geom == model.geom("floor").id).any(1)
+        for i, group in enumerate((of_floor, ~of_floor)):
+            deepest[i] = max(deepest[i], -data.contact.dist[group].min(initial=0))
+    return deepest
 
 
 @pytest.mark.slow
 @every_variant
 def test_stress(variant):
-    stress("FrankaCabinet", variant, 2000 if variant == "ige" else 400)
+    """With the floor, and the drawer's front, which is 27 mm thick and nothing gets through."""
 
+    def check(simulator, step):
+        if step % 20 == 19:
+            in_floor, in_cabinet = deepest_contacts(simulator)
+            assert in_floor < 0.005
+            assert in_cabinet < 0.03
 
-@every_variant
-@pytest.mark.slow
-def test_nothing_gets_through_floor_or_drawer(variant):
-    """Nor passes the limits; the drawer's front is 27 mm thick."""
-    n, steps, depths = 16, 400, []
-    simulator = make_simulator(variant, num_envs=4 * n, threads=2)
-    beyond = torch.zeros(10, dtype=torch.float64)
-    low, high = torch.tensor(simulator.model.jnt_range).T
-    for t, action in enumerate(stress_actions(steps, n)):
-        obs, reward, _, _, _ = simulator.step(action)
-        assert obs.isfinite().all()
-        assert (reward.abs() < 1000).all()
-        qpos = simulator.physics.qpos
-        beyond = torch.maximum(beyond, torch.maximum(qpos - high, low - qpos).max(0).values)
-        if t % 20 == 19:
-            depths.append(deepest_contacts(simulator))
-    in_floor, in_cabinet = np.max(depths, 0)
-    assert in_floor < 0.005
-    assert in_cabinet < 0.03
-    assert beyond[1:8].max() < math.radians(3)
-    assert beyond[[0, 8, 9]].max() < 0.003
+    stress("FrankaCabinet", variant, check)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from isaac_tasks import TASKS, SimulatorError
 from isaac_tasks.mujoco_simulator import MujocoSimulator
-from isaac_tasks.physics import STATE, CpuPhysics, WarpPhysics
+from isaac_tasks.physics import STATE, CpuPhysics, WarpPhysics, recording
 from isaac_tasks.task import State
 
 CASES = [(name, variant) for name in TASKS for variant in ("oige", "ige")]
@@ -369,7 +369,7 @@ def test_options(name, variant):
     step, substeps = (step, substeps) if copter else (0.0083, 2)
     assert (model.opt.timestep, task.time_step, task.substeps) == (step, step, substeps)
     flags = mujoco.mjtDisableBit
-    useless = flags.mjDSBL_ISLAND.value | flags.mjDSBL_MIDPHASE.value | flags.mjDSBL_WARMSTART.value
+    useless = flags.mjDSBL_ISLAND.value | flags.mjDSBL_WARMSTART.value
     assert model.opt.disableflags == flags.mjDSBL_AUTORESET.value | useless
     assert (task.episode_length, task.clip_obs) == ((2000, 5.0) if copter else (1000, math.inf))
 
@@ -1012,8 +1012,7 @@ def test_energy_does_not_grow_in_free_flight(name, variant):
     assert np.all(later < np.array(start) * 1.01)
 
 
-STANDING = {"Ant": 0.3, "Humanoid": 1.3, "Ingenuity": 0.1, "Anymal": 0.6}  # m, about
-every_stander = pytest.mark.parametrize("name", STANDING)
+every_stander = pytest.mark.parametrize("name", ["Ant", "Humanoid", "Ingenuity", "Anymal"])
 
 
 @every_stander
@@ -1030,6 +1029,9 @@ def test_spheres_at_the_floor_are_the_robot(name):
     heights = bodies.geom_xpos[:, spheres, 2] - model.geom_size[spheres, 0]
     assert_allclose(heights.min(1), -depths(model, bodies), atol=1.5e-3)
     assert np.all(heights.argmin(1) != 0)  # many of them in turn
+    from_root = bodies.geom_xpos[:, spheres] - bodies.qpos[:, None, :3]
+    farthest = (np.linalg.norm(from_root, axis=-1) + model.geom_size[spheres, 0]).max()
+    assert farthest < CpuPhysics(model, 1, 1).limits.floor.reach - 0.05
 
 
 def test_spheres_of_the_ant():
@@ -1057,6 +1059,28 @@ def test_the_way_of_spheres_is_that_of_the_coming_step(name):
     physics._look()
     assert_allclose(height - floor.height, way, atol=1e-9)
     assert abs(way).max() > 1e-6
+
+
+@every_stander
+def test_a_robot_far_above_the_floor_needs_no_look(name, monkeypatch):
+    """Only the lower one of two is looked at; with both high up nothing is."""
+    task, model = compiled(name, "oige")
+    physics = CpuPhysics(model, 2, 1)
+    state = random_state(task, model)
+    physics.qpos[:], physics.qvel[:] = state.qpos, state.qvel
+    physics.qpos[1, 2] = 0.1
+    looked, forward = [], physics.looker.forward
+    monkeypatch.setattr(physics.looker, "forward", lambda i, s: looked.append(i) or forward(i, s))
+    physics._look()
+    floor = physics.limits.floor
+    assert [*looked[0]] == [1]
+    assert np.all(floor.height[0] == floor.far)
+    assert np.all(floor.height[1] < 2)
+    assert floor.near
+    physics.qpos[1, 2] = 9
+    physics._look()
+    assert len(looked[1]) == 0
+    assert not floor.near
 
 
 def test_a_robot_in_the_floor_is_lifted():
@@ -1129,7 +1153,7 @@ def test_friction():
 @pytest.mark.slow
 @every_free_task
 def test_stress(name, variant):
-    stress(name, variant, 2000 if variant == "ige" else 400)  # ige: stronger motors, longer steps
+    stress(name, variant)
 
 
 # --- The simulator ---
@@ -1556,7 +1580,7 @@ def test_warp_agrees_with_mujoco(name, variant):
     task, model = compiled(name, variant)
     cpu = CpuPhysics(model, 4, 1)
     warp = WarpPhysics(model, 4, "cpu", task.contacts, task.constraints)
-    height, settle = {"Ant": (0.5, 30), "Humanoid": (1.285, 20), "Ingenuity": (0.07, 50)}[name]
+    height, settle = {"Ant": (0.5, 30), "Humanoid": (1.285, 25), "Ingenuity": (0.07, 50)}[name]
     neutral = np.clip(0, *model.jnt_range[1:].T)
     floor = [make_state(task, model, (i, 0, height), joints=neutral) for i in range(2)]
     air = [random_state(task, model, seed) for seed in range(2)]
@@ -1571,11 +1595,17 @@ def test_warp_agrees_with_mujoco(name, variant):
     warp.load_state_dict(cpu.state_dict())
     cpu.step(task.substeps)
     warp.step(task.substeps)
-    for field, tolerance in (("qpos", 2e-6), ("qvel", 2e-5), ("sensordata", 3e-4)):
+    for field, tolerance in (("qpos", 2e-6), ("qvel", 2e-5), ("sensordata", 1e-4)):
         expected = getattr(cpu, field)
         error = (getattr(warp, field).double() - expected).abs()
         allowed = tolerance * (1 + expected.norm(dim=-1, keepdim=True))
         assert (error < allowed).all(), (field, (error / allowed).amax(-1))
+
+
+def test_what_cannot_be_recorded_as_a_graph_is_one_sentence():
+    text = "^can't record a step on cuda:1 as a CUDA graph: no luck$"
+    with pytest.raises(SimulatorError, match=text), recording("cuda:1"):
+        raise RuntimeError("no luck\nat all")
 
 
 @pytest.mark.slow

@@ -418,29 +418,40 @@ def test_what_a_robots_policy_does(finished, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     from robot_policy import play
 
-    script, run = finished
-    means = play(script, run / "policy_final.pt", 2)
-    last = [v for s, n, v in metrics(run) if s == 60 and n == "eval/return_mean"]
-    assert means["return"] == pytest.approx(float(last[0]), abs=0.02, rel=1e-3)
-    assert 0.1 < means["distance to the target"] < 3
+    _, run = finished
+    means = play(run / "policy_final.pt", 2)
+    last = dict((n, float(v)) for s, n, v in metrics(run) if s == 60 and n.startswith("eval/"))
+    assert means["return"] == pytest.approx(last["eval/return_mean"], abs=0.02, rel=1e-3)
+    assert means["length"] == pytest.approx(last["eval/length_mean"])
+    mean, most = (means[f"{word}distance to the target, m"] for word in ("", "largest "))
+    assert 0.1 < mean < most < 3
+
+
+def test_tools_say_in_one_sentence_what_they_cannot_play(finished, tmp_path):
+    def tool(name, run):
+        words = [sys.executable, ROOT / "tools" / f"{name}.py", run]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        return done.stderr.splitlines()[-1]
+
+    assert "was trained on Ingenuity: strides are HalfCheetah's" in tool("stride", finished[1])
+    assert tool("robot_policy", tmp_path).startswith("error: [Errno 2]")
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_what_is_said_of_each_robot(name, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    from robot_policy import quantities
-
+def test_each_task_measures_what_it_is_about(name):
     simulator = make_simulator("mujoco", name, 3, seed=1)
     simulator.reset()
-    before = {k: v.clone() for k, v in quantities(simulator).items()}
-    rows = quantities(simulator)
+    before = simulator.measures()
+    kept = {key: values.clone() for key, values in before.items()}
     for _ in range(5):
         simulator.step(torch.ones(3, simulator.act_dim))
-    moved = False
-    for key, values in quantities(simulator).items():
+    after = simulator.measures()
+    assert before.keys() == after.keys() != set()
+    for key, values in after.items():
         assert values.shape == (3,)
-        assert torch.equal(rows[key], before[key])  # a copy
-        moved |= not torch.equal(values, before[key])
+        assert torch.equal(before[key], kept[key])  # copies
+    moved = any(not torch.equal(after[key], kept[key]) for key in after)
     assert moved == (name != "FrankaCabinet")  # its drawer stays closed
 
 

@@ -1,5 +1,6 @@
 """tools/speed.py on scripts that write made-up speeds, and once on real ones."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -63,6 +64,32 @@ def test_robots_are_measured_in_environment_steps(trees):
     assert "| 700 (700 to 700) | 1,050 (1,050 to 1,050) | 1.500 |" in done.stdout, done.stderr
 
 
+def test_robots_are_those_of_the_package():
+    """Named again, so that --help needs no torch."""
+    from isaac_tasks import TASKS
+
+    named = re.search(r"^ROBOTS = (\(.*\))$", SPEED.read_text(), re.MULTILINE)
+    assert ast.literal_eval(named[1]) == tuple(TASKS)
+
+
+def test_simulators_of_two_checkouts_side_by_side():
+    words = ["--rounds", "1", "--steps", "20", "--window", "10", "--num-envs", "4"]
+    done = speed("--env-id", "Ingenuity", "--algo", "simulator", *words, "--tree", ROOT, ROOT)
+    assert done.returncode == 0, done.stderr
+    row = r"\| steps/s, all rounds \| [\d,]+ \([\d,]+ to [\d,]+\) \| [\d,]+ \(.*\) \| \d+\.\d{3} \|"
+    assert re.search(row, done.stdout)
+    assert "seconds of --help" not in done.stdout
+    assert len(re.findall(r"steps/s; commit \w+", done.stderr)) == 2
+
+
+@pytest.mark.parametrize(("env_id", "algo"), [("Ant", "sql"), ("HalfCheetah-v4", "simulator")])
+def test_an_algorithm_that_an_environment_lacks_is_refused(env_id, algo, trees):
+    for words in ([], ["--tree", *trees]):
+        done = speed(*words, "--env-id", env_id, "--algo", algo)
+        assert done.returncode == 1
+        assert done.stderr.splitlines() == [f"error: --algo {algo}: there is none for {env_id}"]
+
+
 def test_a_failed_run_is_one_sentence(trees):
     """With the run's own last words; so is one that is too short to be measured."""
     for script, words in (("raise SystemExit('no oil')", "no oil"), (FAKE, "more --steps")):
@@ -103,3 +130,6 @@ def test_the_table_of_a_robot():
     done = speed("--env-id", "Ingenuity", *words, "--flags=--no-compile")
     rows = re.findall(r"\| (.*) \| 1 \| [\d,]+ \([\d,]+ to [\d,]+\) \|", done.stdout)
     assert rows[:3] == ["simulator alone", "MEow training", "SAC training"], done.stderr
+    done = speed("--env-id", "Ingenuity", *words, "--algo", "simulator")
+    rows = re.findall(r"\| (.*) \| 1 \| [\d,]+ \([\d,]+ to [\d,]+\) \|", done.stdout)
+    assert rows == ["simulator alone"], done.stderr

@@ -64,7 +64,7 @@ class Options:
     tree: tuple[Path, Path] | None = None
     """two checkouts, old and new, to compare instead of the table"""
     algo: Literal["meow", "sac", "sql", "simulator"] = "meow"
-    """whose script --tree compares, or a robot's simulator alone"""
+    """whose script --tree compares; simulator: a robot's simulator alone, with --tree or not"""
     flags: str = ""
     """more options for our scripts, in one word, e.g. --flags=--no-compile"""
     rounds: int = 3
@@ -107,7 +107,7 @@ def measure(tree: Path, row: str, threads: int, options: Options) -> tuple[list[
     """Steps per second in each window of one run, and its args.json. row: name and options."""
     name, *flags = row.split()
     if name == "simulator":
-        return measure_simulator(tree, threads, options), {}
+        return measure_simulator(tree, threads, options)
     script = (ROBOT_SCRIPTS if options.robot else SCRIPTS)[name]
     starts = LEARNING_STARTS.get(name, WARM_UP[options.robot])
     total = starts + options.window + options.steps
@@ -140,8 +140,8 @@ def start_up(tree: Path, script: str) -> float:
 SIMULATE = """
 import json, sys, time
 env_id, n, threads, steps, window = sys.argv[1], *map(int, sys.argv[2:])
-sys.path.insert(0, "")
 import torch
+from harness.files import describe_machine
 from isaac_tasks import make_simulator
 torch.set_num_threads(threads)
 simulator = make_simulator("mujoco", env_id, n, 1, "cpu", threads)
@@ -152,15 +152,17 @@ for _ in range(1 + steps // window):
     for _ in range(window):
         simulator.step(2 * torch.rand(n, simulator.act_dim) - 1)
     speeds.append(window * n / (time.perf_counter() - start))
-print(json.dumps(speeds[1:]))  # the first one warms up
+about = describe_machine(torch.device("cpu"))
+print(json.dumps([speeds[1:], about]))  # the first one warms up
 """
 
 
-def measure_simulator(tree: Path, threads: int, options: Options) -> list[float]:
-    """The same for a robot's simulator alone on the CPU, with random actions."""
+def measure_simulator(tree: Path, threads: int, options: Options) -> tuple[list[float], dict]:
+    """The same for a robot's simulator alone on the CPU, with random actions, in one process."""
     numbers = options.num_envs, threads, options.steps, options.window
     words = [sys.executable, "-c", SIMULATE, options.env_id, *map(str, numbers)]
-    return json.loads(run(words, threads, str(tree)))
+    speeds, about = json.loads(run(words, threads, str(tree)))
+    return speeds, about
 
 
 def span(values: list[float], digits: int = 0) -> str:
@@ -175,8 +177,6 @@ def say(text: str):
 
 def machine(about: dict) -> str:
     """What the numbers hold for, from a run's args.json."""
-    if not about:
-        return f"{os.cpu_count()} cores"
     versions = ", ".join(f"{k} {about['versions'][k]}" for k in ("torch", "mujoco"))
     return f"{about['cpu']}, {os.cpu_count()} cores, {versions}"
 
@@ -184,8 +184,7 @@ def machine(about: dict) -> str:
 def compare_trees(options: Options):
     """Prints speeds and start-up times of both checkouts and their ratios, new to old."""
     trees = dict(zip(("old", "new"), (path.resolve() for path in options.tree), strict=True))
-    scripts = (ROBOT_SCRIPTS if options.robot else SCRIPTS) | {"simulator": ""}
-    script = scripts[options.algo]
+    script = (ROBOT_SCRIPTS if options.robot else SCRIPTS).get(options.algo)  # or a simulator
     for threads in options.threads:
         speeds, seconds = {"old": [], "new": []}, {"old": [], "new": []}
         for i in range(options.rounds):
@@ -195,8 +194,8 @@ def compare_trees(options: Options):
                 speeds[name].append(measured)
                 if script:
                     seconds[name].append(start_up(trees[name], script))
-                say(f"  {span(measured)} steps/s; commit {about.get('git_commit', 'unknown')}")
-        print(f"\n{options.env_id}, {script or 'simulator'} {options.flags}, threads: {threads}")
+                say(f"  {span(measured)} steps/s; commit {about['git_commit'] or 'unknown'}")
+        print(f"\n{options.env_id}, {script or options.algo} {options.flags}, threads: {threads}")
         print(f"{machine(about)}\n")
         print("| | old | new | new / old |\n|---|---|---|---|")
         ratios = []
@@ -221,6 +220,8 @@ def make_table(options: Options):
         cpu_rows = {"MEow training": "meow --no-cuda", "SAC training": "sac --no-cuda"}
         gpu_rows = {"MEow training, GPU": "meow", "SAC training, GPU": "sac"}
         cpu_rows = {"simulator alone": "simulator"} | cpu_rows
+        if options.algo == "simulator":
+            cpu_rows, gpu_rows = {"simulator alone": "simulator"}, {}
     else:
         cpu_rows, gpu_rows = CPU_ROWS, GPU_ROWS
     rows = [(label, row, n) for n in options.threads for label, row in cpu_rows.items()]
@@ -245,7 +246,10 @@ def make_table(options: Options):
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
+    algos = {*ROBOT_SCRIPTS, "simulator"} if options.robot else SCRIPTS
     try:
+        if options.algo not in algos:
+            raise SpeedError(f"--algo {options.algo}: there is none for {options.env_id}")
         compare_trees(options) if options.tree else make_table(options)
     except SpeedError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,8 +7,6 @@ The frequency is the largest peak in the spectrum of observation 2, the angle of
 over steps 200 to 1,000 of a deterministic episode; median of the episodes.
 """
 
-import importlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from harness.args import parse_args
-from harness.files import RunError, UsageError
+from saved_policy import UsageError, exit_code, load_evaluator
 
 BACK_THIGH, SECONDS_PER_STEP, FIRST, LAST = 2, 0.05, 200, 1000
 
@@ -32,13 +26,12 @@ def stride_frequency(angles: np.ndarray) -> float:
     return float(np.fft.rfftfreq(len(x), SECONDS_PER_STEP)[power.argmax()])
 
 
-def measure(module, file: Path, episodes: int) -> tuple[int, float, float]:
+def measure(file: Path, episodes: int) -> tuple[int, float, float]:
     """Step, mean return and stride of a saved policy, over the episodes of its own evaluation."""
-    options = ["--evaluate", str(file), "--eval-episodes", str(episodes)]
-    args, saved = parse_args(module.Args, module.__name__, "", options)
-    if not args.env_id.startswith("HalfCheetah-"):
-        raise UsageError(f"{file} was trained on {args.env_id}: strides are HalfCheetah's")
-    evaluator = module.load_evaluator(args, saved)
+    evaluator, step = load_evaluator(file, episodes)
+    if not evaluator.args.env_id.startswith("HalfCheetah-"):
+        text = f"{file} was trained on {evaluator.args.env_id}: strides are HalfCheetah's"
+        raise UsageError(text)
     angles, play = [], evaluator.policy
 
     def recorded(obs, noise):
@@ -46,9 +39,9 @@ def measure(module, file: Path, episodes: int) -> tuple[int, float, float]:
         return play(obs, noise)
 
     evaluator.policy = recorded
-    returns, _ = evaluator.run(saved["step"], Path())
+    returns, _ = evaluator.run(step, Path())
     strides = [stride_frequency(episode) for episode in np.array(angles, dtype=np.float64).T]
-    return saved["step"], float(np.mean(returns)), float(np.median(strides))
+    return step, float(np.mean(returns)), float(np.median(strides))
 
 
 @dataclass
@@ -59,20 +52,14 @@ class Options:
     """episodes per policy"""
 
 
-def main() -> int:
+def main():
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
-    try:
-        script = json.loads((options.run / "args.json").read_text())["script"]
-        module = importlib.import_module(Path(script).stem)
-        files = sorted((options.run / "policies").glob("*.pt")) or [options.run / "policy_final.pt"]
-        print("step,return,stride")
-        for file in files:
-            print("{},{:.1f},{:.3f}".format(*measure(module, file, options.episodes)), flush=True)
-    except (UsageError, RunError, OSError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    files = sorted((options.run / "policies").glob("*.pt")) or [options.run / "policy_final.pt"]
+    rows = (measure(file, options.episodes) for file in files)
+    print("step,return,stride")
+    for row in rows:
+        print("{},{:.1f},{:.3f}".format(*row), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))
