@@ -114,7 +114,7 @@ class Learner:
                 numbers.fill(self.rng)
             self.metrics.copy_(update(*tensors))
 
-        self._run = hardware.capture(run, state)
+        self._run = hardware.capture(run, self.state)
 
     def update(self, rng: np.random.Generator):
         """One update, with random numbers from `rng` (on CUDA: from torch's generator)."""

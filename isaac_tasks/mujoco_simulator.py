@@ -50,7 +50,7 @@ class MujocoSimulator:
         self.progress = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
         self.memory = torch.zeros(num_envs, self.task.memory_dim, **zeros)
         self.action = torch.zeros(num_envs, self.act_dim, **zeros)
-        self.graphs = None
+        self.recorded, self.graph = cuda, None  # whether steps are a CUDA graph, and this
         self.renderer = None
 
     def reset(self, seed: int | None = None) -> Tensor:
@@ -63,14 +63,16 @@ class MujocoSimulator:
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         self.action.copy_(action.clamp(-1, 1))
-        if self.device.type == "cuda" and self.graphs is None:
-            self._capture()
-        before = self._replay(0) if self.graphs else self._before()
-        self.physics.step(self.task.substeps)
-        *result, valid = self._replay(1) if self.graphs else self._after(*before)
+        *result, valid = self._replay() if self.recorded else self._advance()
         self.diverged = self.num_envs - int(valid.sum())
         self.valid = valid if self.diverged else None
         return tuple(result)
+
+    def _advance(self) -> tuple[Tensor, ...]:
+        """What `step` returns, and valid (N,)."""
+        before, fresh = self._before()
+        self.physics.step(self.task.substeps)
+        return self._after(before, fresh)
 
     def _before(self) -> tuple[State, State]:
         """Writes controls and memory; returns copies of the state and fresh first states."""
@@ -82,7 +84,7 @@ class MujocoSimulator:
         return self._state().clone(), fresh
 
     def _after(self, before: State, fresh: State) -> tuple[Tensor, ...]:
-        """What `step` returns, and valid (N,)."""
+        """Observations, rewards and ends; starts new episodes."""
         self.progress += 1
         sound = self._sound(self._state())
         state = self.task.limit(self._state())  # `_start` writes it
@@ -131,28 +133,28 @@ class MujocoSimulator:
         numbers = self.action.new_empty(self.num_envs, n)
         return numbers.uniform_(low, high, generator=self.generator)
 
-    def _capture(self):
-        """Records the two halves of a step as CUDA graphs; leaves the state as it was."""
-        saved, halves, outputs = self.state_dict(), [], ()
-        for function in (self._before, self._after):
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with recording(self.device), torch.cuda.stream(stream):
-                for _ in range(3):  # let the libraries allocate before the capture
-                    function(*outputs)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
-            with recording(self.device), torch.cuda.graph(graph):
-                outputs = function(*outputs)
-            halves.append((graph, outputs))
-        self.graphs = halves
-        self.load_state_dict(saved)
+    def _replay(self) -> tuple[Tensor, ...]:
+        """`_advance` as a CUDA graph."""
+        if self.graph is None:
+            self._record()
+        self.graph.replay()
+        return tuple(t.clone() for t in self.outputs)
 
-    def _replay(self, half: int) -> tuple:
-        graph, outputs = self.graphs[half]
-        graph.replay()
-        return tuple(t.clone() for t in outputs) if half == 1 else outputs
+    def _record(self):
+        """Records `_advance` as a CUDA graph; leaves the state as it was."""
+        saved, stream = self.state_dict(), torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with recording(self.device), torch.cuda.stream(stream):
+            for _ in range(3):  # let the libraries compile and allocate before
+                self._advance()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        mode = "thread_local"  # as Warp's
+        with recording(self.device), torch.cuda.graph(graph, capture_error_mode=mode):
+            self.outputs = self._advance()
+        self.graph = graph
+        self.load_state_dict(saved)
 
     def measures(self) -> dict[str, Tensor]:
         """What the task is about, now: see `Task.measures`."""

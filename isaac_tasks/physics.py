@@ -7,7 +7,7 @@ Both classes show their worlds as torch tensors that share the simulator's memor
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import mujoco
 import numpy as np
@@ -140,7 +140,7 @@ class CpuPhysics(Physics):
 
 
 class WarpPhysics(Physics):
-    """mujoco-warp: all worlds on one GPU; a step is a CUDA graph."""
+    """mujoco-warp: all worlds on one GPU; a step can be recorded in a CUDA graph of torch."""
 
     dtype = torch.float32
 
@@ -158,7 +158,7 @@ class WarpPhysics(Physics):
         except ModuleNotFoundError as error:
             hint = f"pip install mujoco-warp=={mujoco.__version__}"
             raise SimulatorError(f"simulating on a GPU needs {error.name}: {hint}") from None
-        self.model, self.device, self.graphs = model, device, {}
+        self.model, self.device = model, device
         self.warp, self.mujoco_warp = warp, mujoco_warp
         warp.config.quiet = True
         with warp.ScopedDevice(device):
@@ -177,6 +177,7 @@ class WarpPhysics(Physics):
         self.state = self.qpos, self.qvel
         self.poses = [warp.to_torch(getattr(self.warp_data, name)) for name in POSES]
         self.limits = Limits(model, *(self._limits(kind, num_envs) for kind in ("jnt", "pair")))
+        warp.synchronize_device(device)  # from here on torch's stream orders everything
 
     def _limits(self, kind: str, num_envs: int) -> list[Tensor]:
         """The model's parameters of the limits, one row for each environment."""
@@ -197,32 +198,17 @@ class WarpPhysics(Physics):
         self.limits.floor.look(*self.poses)
 
     def _run(self, *functions: str):
-        """Calls these functions of mujoco_warp, on a GPU by a graph of them."""
-        if self.qpos.device.type == "cpu":
-            self._launch(functions)
-            return
-        if functions not in self.graphs:
-            self.graphs[functions] = self._capture(functions)
-        stream = self.warp.stream_from_torch(torch.cuda.current_stream(self.qpos.device))
-        self.warp.capture_launch(self.graphs[functions], stream=stream)
-
-    def _launch(self, functions: tuple[str, ...]):
-        with self.warp.ScopedDevice(self.device):
+        """Calls these functions of mujoco_warp, on a GPU in torch's stream and CUDA graph."""
+        warp = self.warp
+        with ExitStack() as stack:
+            stack.enter_context(warp.ScopedDevice(self.device))
+            if self.qpos.is_cuda:
+                stream = warp.stream_from_torch(torch.cuda.current_stream(self.qpos.device))
+                stack.enter_context(warp.ScopedStream(stream, sync_enter=False))
+                if torch.cuda.is_current_stream_capturing():
+                    stack.enter_context(warp.ScopedCapture(stream=stream, external=True))
             for name in functions:
                 getattr(self.mujoco_warp, name)(self.warp_model, self.warp_data)
-
-    def _capture(self, functions: tuple[str, ...]):
-        """A graph of these calls; compiling it leaves the state as it was."""
-        saved = self.state_dict()
-        torch.cuda.synchronize(self.qpos.device)
-        self._launch(functions)
-        scoped = self.warp.ScopedDevice(self.device)
-        with recording(self.device), scoped, self.warp.ScopedCapture() as capture:
-            self._launch(functions)
-        self.warp.synchronize_device(self.device)
-        self.load_state_dict(saved)
-        torch.cuda.synchronize(self.qpos.device)
-        return capture.graph
 
     def data(self, world: int) -> mujoco.MjData:
         data = mujoco.MjData(self.model)

@@ -19,7 +19,8 @@ total, window, starts = (
 )
 folder = pathlib.Path(options["--runs-dir"], "run")
 folder.mkdir()
-about = {"cpu": "abacus", "git_commit": "", "versions": {"torch": "1", "mujoco": "2"}}
+about = {"cpu": "abacus", "device": "cpu", "git_commit": ""}
+about["versions"] = {"torch": "1", "mujoco": "2"}
 (folder / "args.json").write_text(json.dumps(about))
 rows = ["step,seconds,name,value"]
 for step in range(window, total + 1, window):
@@ -129,7 +130,8 @@ def test_the_table_of_a_robot():
     words = ["--rounds", "1", "--steps", "20", "--window", "10", "--num-envs", "4"]
     done = speed("--env-id", "Ingenuity", *words, "--flags=--no-compile")
     rows = re.findall(r"\| (.*) \| 1 \| [\d,]+ \([\d,]+ to [\d,]+\) \|", done.stdout)
-    assert rows[:3] == ["simulator alone", "MEow training", "SAC training"], done.stderr
+    here = [row for row in rows if "GPU" not in row]
+    assert here == ["simulator alone", "MEow training", "SAC training"], done.stderr
     done = speed("--env-id", "Ingenuity", *words, "--algo", "simulator")
     rows = re.findall(r"\| (.*) \| 1 \| [\d,]+ \([\d,]+ to [\d,]+\) \|", done.stdout)
-    assert rows == ["simulator alone"], done.stderr
+    assert [row for row in rows if "GPU" not in row] == ["simulator alone"], done.stderr

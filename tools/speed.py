@@ -107,7 +107,7 @@ def measure(tree: Path, row: str, threads: int, options: Options) -> tuple[list[
     """Steps per second in each window of one run, and its args.json. row: name and options."""
     name, *flags = row.split()
     if name == "simulator":
-        return measure_simulator(tree, threads, options)
+        return measure_simulator(tree, threads, options, *flags)
     script = (ROBOT_SCRIPTS if options.robot else SCRIPTS)[name]
     starts = LEARNING_STARTS.get(name, WARM_UP[options.robot])
     total = starts + options.window + options.steps
@@ -139,28 +139,31 @@ def start_up(tree: Path, script: str) -> float:
 
 SIMULATE = """
 import json, sys, time
-env_id, n, threads, steps, window = sys.argv[1], *map(int, sys.argv[2:])
+env_id, device, n, threads, steps, window = *sys.argv[1:3], *map(int, sys.argv[3:])
 import torch
 from harness.files import describe_machine
 from isaac_tasks import make_simulator
 torch.set_num_threads(threads)
-simulator = make_simulator("mujoco", env_id, n, 1, "cpu", threads)
+simulator = make_simulator("mujoco", env_id, n, 1, device, threads)
 simulator.reset()
 speeds = []
 for _ in range(1 + steps // window):
     start = time.perf_counter()
     for _ in range(window):
-        simulator.step(2 * torch.rand(n, simulator.act_dim) - 1)
+        result = simulator.step(2 * torch.rand(n, simulator.act_dim, device=device) - 1)
+    result[1].tolist()  # waits for a GPU
     speeds.append(window * n / (time.perf_counter() - start))
-about = describe_machine(torch.device("cpu"))
+about = describe_machine(torch.device(device))
 print(json.dumps([speeds[1:], about]))  # the first one warms up
 """
 
 
-def measure_simulator(tree: Path, threads: int, options: Options) -> tuple[list[float], dict]:
-    """The same for a robot's simulator alone on the CPU, with random actions, in one process."""
+def measure_simulator(
+    tree: Path, threads: int, options: Options, device: str = "cpu"
+) -> tuple[list[float], dict]:
+    """The same for a robot's simulator alone, with random actions, in one process."""
     numbers = options.num_envs, threads, options.steps, options.window
-    words = [sys.executable, "-c", SIMULATE, options.env_id, *map(str, numbers)]
+    words = [sys.executable, "-c", SIMULATE, options.env_id, device, *map(str, numbers)]
     speeds, about = json.loads(run(words, threads, str(tree)))
     return speeds, about
 
@@ -178,7 +181,8 @@ def say(text: str):
 def machine(about: dict) -> str:
     """What the numbers hold for, from a run's args.json."""
     versions = ", ".join(f"{k} {about['versions'][k]}" for k in ("torch", "mujoco"))
-    return f"{about['cpu']}, {os.cpu_count()} cores, {versions}"
+    gpu = "" if about["device"] == "cpu" else f", {about['device']}"
+    return f"{about['cpu']}, {os.cpu_count()} cores{gpu}, {versions}"
 
 
 def compare_trees(options: Options):
@@ -219,9 +223,10 @@ def make_table(options: Options):
     if options.robot:
         cpu_rows = {"MEow training": "meow --no-cuda", "SAC training": "sac --no-cuda"}
         gpu_rows = {"MEow training, GPU": "meow", "SAC training, GPU": "sac"}
-        cpu_rows = {"simulator alone": "simulator"} | cpu_rows
         if options.algo == "simulator":
-            cpu_rows, gpu_rows = {"simulator alone": "simulator"}, {}
+            cpu_rows, gpu_rows = {}, {}
+        cpu_rows = {"simulator alone": "simulator"} | cpu_rows
+        gpu_rows = {"simulator alone, GPU": "simulator cuda"} | gpu_rows
     else:
         cpu_rows, gpu_rows = CPU_ROWS, GPU_ROWS
     rows = [(label, row, n) for n in options.threads for label, row in cpu_rows.items()]
