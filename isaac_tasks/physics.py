@@ -153,14 +153,15 @@ class WarpPhysics(Physics):
         constraints: int,
     ):
         try:
-            import mujoco_warp
             import warp
+
+            warp.config.log_level = warp.LOG_WARNING  # else it prints each kernel that it loads
+            import mujoco_warp
         except ModuleNotFoundError as error:
             hint = f"pip install mujoco-warp=={mujoco.__version__}"
             raise SimulatorError(f"simulating on a GPU needs {error.name}: {hint}") from None
         self.model, self.device = model, device
         self.warp, self.mujoco_warp = warp, mujoco_warp
-        warp.config.quiet = True
         with warp.ScopedDevice(device):
             accepted = copy.copy(model)  # it never resets by itself and refuses the flag
             accepted.opt.disableflags &= ~mujoco.mjtDisableBit.mjDSBL_AUTORESET.value

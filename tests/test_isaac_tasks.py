@@ -6,18 +6,22 @@ come from MuJoCo's own functions, finite differences and conservation laws.
 
 import copy
 import math
+import subprocess
+import sys
 from functools import cache
 
 import mujoco
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from mujoco.batch import Batch
 from numpy.testing import assert_allclose
 from robot_stress import depths, own_shapes, stress
 from torch.overrides import TorchFunctionMode
 
 from isaac_tasks import TASKS, SimulatorError
+from isaac_tasks.limits import distance_to_root
 from isaac_tasks.mujoco_simulator import MujocoSimulator
 from isaac_tasks.physics import STATE, CpuPhysics, WarpPhysics, recording
 from isaac_tasks.task import State
@@ -1034,6 +1038,17 @@ def test_spheres_at_the_floor_are_the_robot(name):
     assert farthest < CpuPhysics(model, 1, 1).limits.floor.reach - 0.05
 
 
+def test_a_body_that_turns_about_a_far_anchor_is_far_from_the_root():
+    """Half a turn of the hinge, half a metre outside the body's origin, takes it 1 m outwards."""
+    body = "<body pos='1 0 0'><joint axis='0 0 1' pos='.5 0 0'/><geom size='.1'/></body>"
+    root = f"<body><freejoint/><geom size='.1'/>{body}</body>"
+    model = mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{root}</worldbody></mujoco>")
+    data = mujoco.MjData(model)
+    data.qpos[7] = np.pi
+    mujoco.mj_forward(model, data)
+    assert_allclose(distance_to_root(model, 1), np.linalg.norm(data.geom_xpos[1]) + 0.1)
+
+
 def test_spheres_of_the_ant():
     """One at each hip, knee and foot, and the torso: not two where two bodies meet."""
     _, model = compiled("Ant", "oige")
@@ -1606,6 +1621,16 @@ def test_what_cannot_be_recorded_as_a_graph_is_one_sentence():
     text = "^can't record a step on cuda:1 as a CUDA graph: no luck$"
     with pytest.raises(SimulatorError, match=text), recording("cuda:1"):
         raise RuntimeError("no luck\nat all")
+
+
+@pytest.mark.slow
+def test_warp_prints_nothing():
+    code = "from isaac_tasks import TASKS, physics; "
+    code += "model = TASKS['Ingenuity']('oige').spec().compile(); "
+    code += "physics.WarpPhysics(model, 4, 'cpu', 64, 256).step(1)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    unexpected = [line for line in done.stderr.splitlines() if "CUDA driver" not in line]
+    assert (done.returncode, done.stdout, unexpected) == (0, "", [])
 
 
 @pytest.mark.slow
