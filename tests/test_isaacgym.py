@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import imageio
 import numpy as np
@@ -425,6 +426,26 @@ def test_what_a_robots_policy_does(finished, monkeypatch):
     assert means["length"] == pytest.approx(last["eval/length_mean"])
     mean, most = (means[f"{word}distance to the target, m"] for word in ("", "largest "))
     assert 0.1 < mean < most < 3
+
+
+def test_measures_count_until_an_episode_ends(monkeypatch):
+    """Of two environments, whose episodes last one and three steps."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import robot_policy
+
+    measured = iter(torch.tensor([[10.0, 1.0], [90.0, 2.0], [90.0, 6.0]]))
+    simulator = SimpleNamespace(task=None, measures=lambda: {"height": next(measured)})
+    evaluator = SimpleNamespace(envs=SimpleNamespace(simulator=simulator), policy=lambda *_: 0)
+
+    def run(_step, _video):
+        for _ in range(3):
+            evaluator.policy(None, None)
+        return [4.0, 6.0], [1, 3]
+
+    evaluator.run = run
+    monkeypatch.setattr(robot_policy, "load_evaluator", lambda *_: (evaluator, 7))
+    means = {"return": 5, "length": 2, "height": (10 + 3) / 2, "largest height": (10 + 6) / 2}
+    assert robot_policy.play("policy_final.pt", 2) == means
 
 
 def test_tools_say_in_one_sentence_what_they_cannot_play(finished, tmp_path):
