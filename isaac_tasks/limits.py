@@ -171,7 +171,7 @@ def looks_ahead(model: mujoco.MjModel) -> bool:
 
 
 def distance_to_root(model: mujoco.MjModel, geom: int) -> float:
-    """The most that any point of a sphere can be away from the robot's root, m; all are hinges."""
+    """The most, in m, that a point of a sphere can be away from the root: joints are hinges."""
     body, distance = model.geom_bodyid[geom], model.geom_size[geom, 0]
     distance += np.linalg.norm(model.geom_pos[geom])
     while model.body_parentid[body] > 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from isaac_tasks.interface import SimulatorError
-from isaac_tasks.physics import CpuPhysics, WarpPhysics, recording
+from isaac_tasks.physics import CpuPhysics, WarpPhysics
 from isaac_tasks.task import State, Task
 
 
@@ -136,7 +136,12 @@ class MujocoSimulator:
     def _replay(self) -> tuple[Tensor, ...]:
         """`_advance` as a CUDA graph."""
         if self.graph is None:
-            self._record()
+            try:
+                self._record()
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                text = f"can't record a step on {self.device} as a CUDA graph: {reason}"
+                raise SimulatorError(text) from None
         self.graph.replay()
         return tuple(t.clone() for t in self.outputs)
 
@@ -144,14 +149,13 @@ class MujocoSimulator:
         """Records `_advance` as a CUDA graph; leaves the state as it was."""
         saved, stream = self.state_dict(), torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with recording(self.device), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             for _ in range(3):  # let the libraries compile and allocate before
                 self._advance()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        mode = "thread_local"  # as Warp's
-        with recording(self.device), torch.cuda.graph(graph, capture_error_mode=mode):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as Warp's
             self.outputs = self._advance()
         self.graph = graph
         self.load_state_dict(saved)

@@ -7,7 +7,7 @@ Both classes show their worlds as torch tensors that share the simulator's memor
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import mujoco
 import numpy as np
@@ -40,17 +40,6 @@ def without_forces(model: mujoco.MjModel) -> mujoco.MjModel:
     for name in ("CONSTRAINT", "CONTACT", "SENSOR", "SPRING", "DAMPER", "GRAVITY", "ACTUATION"):
         copied.opt.disableflags |= getattr(mujoco.mjtDisableBit, f"mjDSBL_{name}").value
     return copied
-
-
-@contextmanager
-def recording(device: torch.device | str):
-    """Around what is recorded as a CUDA graph: its errors become one sentence."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        text = f"can't record a step on {device} as a CUDA graph: {reason}"
-        raise SimulatorError(text) from None
 
 
 class Physics(ABC):

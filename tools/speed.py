@@ -221,12 +221,11 @@ def make_table(options: Options):
 
     gpu = torch.cuda.is_available()
     if options.robot:
-        cpu_rows = {"MEow training": "meow --no-cuda", "SAC training": "sac --no-cuda"}
-        gpu_rows = {"MEow training, GPU": "meow", "SAC training, GPU": "sac"}
-        if options.algo == "simulator":
-            cpu_rows, gpu_rows = {}, {}
-        cpu_rows = {"simulator alone": "simulator"} | cpu_rows
-        gpu_rows = {"simulator alone, GPU": "simulator cuda"} | gpu_rows
+        cpu_rows = {"simulator alone": "simulator"}
+        gpu_rows = {"simulator alone, GPU": "simulator cuda"}
+        if options.algo != "simulator":
+            cpu_rows |= {"MEow training": "meow --no-cuda", "SAC training": "sac --no-cuda"}
+            gpu_rows |= {"MEow training, GPU": "meow", "SAC training, GPU": "sac"}
     else:
         cpu_rows, gpu_rows = CPU_ROWS, GPU_ROWS
     rows = [(label, row, n) for n in options.threads for label, row in cpu_rows.items()]
