@@ -146,6 +146,39 @@ def test_target_follows_the_action():
     assert (simulator.model.actuator_forcerange == [-80, 80]).all()
 
 
+def trot(time, speed, period=0.4):
+    """Joints (worlds, 12) at a time, s: diagonal legs bend and swing in turn. speed (worlds,)."""
+    phase = 2 * np.pi * (time / period + np.array([0, 0.5, 0.5, 0]))
+    forwards = speed[:, None] * period / 4 * np.cos(phase)  # of the foot, m
+    knee = -0.4 * np.array([x for x, _ in LEGS.values()]) * (-np.sin(phase)).clip(0)
+    hip = -0.5 * np.broadcast_to(knee, forwards.shape) - forwards / 0.543
+    joints = [np.zeros_like(hip), hip, np.broadcast_to(knee, hip.shape)]
+    return POSE + np.stack(joints, -1).reshape(-1, 12)
+
+
+@pytest.mark.slow
+def test_a_scripted_trot_follows_the_command():
+    """oige: forwards, on the spot and backwards, for six seconds without a fall; with a command of
+    0.8 m/s, standing would be worth 50 (exp(-0.64 / 0.25) + 0.5) = 29 in an episode."""
+    simulator, speed, target = make_simulator("oige", 3), np.array([0.8, 0, -0.8]), POSE
+    simulator.memory[:, :3], simulator.memory[:, 0] = 0, torch.tensor(speed)
+    rewards = []
+    for step in range(1, 301):
+        now, soon = (trot(0.02 * i, speed * min(1, 0.02 * step)) for i in (step, step + 1))
+        ahead = now + 0.1 * (soon - now) / 0.02  # drives lag by 0.1 s
+        action = ((ahead - target) / 0.225).clip(-1, 1)
+        target = target + 0.225 * action
+        _, reward, terminated, _, _ = simulator.step(torch.tensor(action))
+        assert not terminated.any()
+        rewards.append(reward)
+        if step == 100:
+            place = simulator.physics.qpos.clone()
+    x, y = ((simulator.physics.qpos - place)[:, :2] / 4).T  # m/s
+    assert_allclose(x, 0.67 * speed, atol=0.1)
+    assert (abs(y) < 0.1).all()
+    assert (3000 * torch.stack(rewards[100:]).mean(0) > 35).all()
+
+
 # --- Observation and reward ---
 
 
