@@ -37,7 +37,7 @@ def make_env(env_id: str, render_mode: str | None = None):
     mujoco.set_mju_user_warning(warnings.warn)  # shows each once, not once per environment
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date.*")  # v4 is the paper's
+            warnings.filterwarnings("ignore", ".*(is out of date|'settotalmass')")  # the paper's v4
             env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         reason = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())

@@ -1,11 +1,14 @@
 """Environments: which ones can be used, training in them, restoring and evaluating."""
 
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from harness.args import RunArgs
 from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv, derive_seed, make_env
@@ -97,6 +100,13 @@ def test_environment_state_is_restored_exactly(env_id):
     other.load_state_dict(env.state_dict())
     assert other.episode_metrics(False) == {}
     assert play(other, actions[137:]) == play(env, actions[137:])
+
+
+def test_the_papers_environments_are_made_silently():
+    """Users can't change what Gymnasium and MuJoCo say of Gymnasium's own models."""
+    code = "import harness.envs as e; [e.make_env(f'{n}-v4') for n in ('HalfCheetah', 'Ant')]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_each_episode_and_seed_starts_differently():
