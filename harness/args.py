@@ -72,8 +72,7 @@ class RunArgs:
 
     def fixed(self, may_change: str) -> dict:
         """The options without those that may change."""
-        options = dataclasses.asdict(self).items()
-        return {name: value for name, value in options if name not in may_change.split()}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in may_change.split()}
 
 
 def parse_args(Args, program: str, description: str, argv=None) -> tuple[RunArgs, dict | None]:

@@ -1,6 +1,7 @@
 """Gymnasium environments: made, checked, trained in and evaluated in."""
 
 import ctypes.util
+import functools
 import math
 import os
 import re
@@ -20,6 +21,7 @@ if sys.platform == "linux" and "DISPLAY" not in os.environ:
     for renderer, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
         if ctypes.util.find_library(library):
             os.environ.setdefault("MUJOCO_GL", renderer)
+warn_once = functools.cache(warnings.warn)  # of each text, not once per environment
 
 
 def derive_seed(*key: int) -> int:
@@ -34,10 +36,9 @@ def make_env(env_id: str, render_mode: str | None = None):
 
     if ":" in env_id and os.getcwd() not in sys.path:  # `module:Env-v0` may lie in this folder
         sys.path.append(os.getcwd())
-    mujoco.set_mju_user_warning(warnings.warn)  # shows each once, not once per environment
+    mujoco.set_mju_user_warning(warn_once)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*(is out of date|'settotalmass')")  # the paper's v4
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of v4
             env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         reason = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())
