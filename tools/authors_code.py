@@ -9,7 +9,7 @@ stable-baselines3 2.3.2, tyro, tensorboard. For the physics of ours put mujoco 4
 
 Their script is imported and not changed, but for two names: `RescaleAction` leaves vector
 environments alone (it can't wrap them, and these actions lie in [-1, 1] already), and `evaluate`,
-on the same ten seeds as theirs, writes what it measures. `--compile` changes three more, for speed.
+on the same ten seeds as theirs, writes what it measures. `--compile` replaces three more.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Options:
     """environment steps"""
     compile: bool = False
     """compile their Q and V and fuse their Adam: the same arithmetic and random numbers, rounded
-    otherwise, 1.6 times as fast"""
+    otherwise (an update on one thread of an AMD EPYC: 19 ms instead of 27)"""
 
 
 def stride_frequency(angles: np.ndarray) -> float:
