@@ -1,0 +1,87 @@
+"""tools/gaits.py, stride.py and same_update.py: statistics by hand, a known stride, two masks."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+for package in ("matplotlib", "pandas", "scipy"):
+    pytest.importorskip(package)
+sys.path.insert(0, str(ROOT / "tools"))
+
+import same_update  # noqa: E402
+from stride import stride_frequency  # noqa: E402
+
+import meow_continuous_action as meow  # noqa: E402
+
+
+def write_arm(folder, name, runs, step=90_000):
+    """runs: (return, stride) of seeds 1, 2, ... at `step`, each after a row of an earlier one."""
+    rows = ["seed,step,return,stride"]
+    for seed, (value, stride) in enumerate(runs, 1):
+        rows += [f"{seed},{step - 10_000},{value - 100},3.0", f"{seed},{step},{value},{stride}"]
+    (folder / f"{name}.csv").write_text("\n".join(rows) + "\n")
+
+
+def gaits(folder, *words):
+    command = [sys.executable, ROOT / "tools" / "gaits.py", folder, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_shares_and_probabilities_are_those_worked_out_by_hand(tmp_path):
+    write_arm(tmp_path, "ours", [(5000, 3.84), (5100, 3.86), (5200, 4.5), (5300, 5.0)])
+    write_arm(tmp_path, "better", [(6000 + 10 * i, 3.0 + 0.1 * i) for i in range(5)])
+    done = gaits(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "gaits.md").read_text() == done.stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    # Clopper-Pearson for 5 of 5: low^5 = 0.025; for 1 of 4: (1 - low)^4 = 0.975
+    assert rows[2] == ["ours", "4", "1 of 4", f"{1 - 0.975 ** (1 / 4):.0%}".replace("%", " %")
+                       + " to 81 %", "", "5150", ""]  # fmt: skip
+    # Fisher: of the tables with 6 long and 3 short of 9, those at most as likely as this one
+    ways = [math.comb(4, k) * math.comb(5, 6 - k) for k in range(1, 5)]
+    fisher = sum(w for w in ways if w <= ways[0]) / math.comb(9, 6)
+    ranks = 2 / math.comb(9, 4)  # Mann-Whitney: complete separation, two-sided
+    low = f"{0.025 ** (1 / 5):.0%}".replace("%", " %")
+    assert rows[3] == ["better", "5", "5 of 5", f"{low} to 100 %", f"{fisher:.2f}", "6020",
+                       f"{ranks:.2f}"]  # fmt: skip
+    assert rows[7][:3] == ["ours", "5000, 3.84 Hz", "5100, 3.86 Hz"]
+    assert (tmp_path / "gaits.png").stat().st_size > 1000
+
+
+def test_another_step_compares_that_step_and_a_missing_base_is_said(tmp_path):
+    write_arm(tmp_path, "ours", [(5000, 5.0), (5100, 5.0)])
+    early = gaits(tmp_path, "--step", "80000").stdout
+    assert "| ours | 2 | 2 of 2 | 16 % to 100 % |  | 4950 |  |" in early
+    missing = gaits(tmp_path, "--base", "theirs")
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert "theirs.csv" in missing.stderr
+
+
+def test_the_stride_is_the_strongest_frequency_of_the_last_800_steps():
+    time = 0.05 * np.arange(1001)
+    angle = 0.3 + np.sin(2 * np.pi * 3.25 * time) + 0.5 * np.sin(2 * np.pi * 6.5 * time)
+    angle[:200] += 5 * np.sin(2 * np.pi * 1.5 * time[:200])  # getting started
+    assert stride_frequency(angle) == pytest.approx(3.25)
+
+
+def test_each_q_of_two_masks_has_its_own():
+    args = meow.Args(env_id="HalfCheetah-v4", dropout=0.5)
+    flow = meow.make_flow(args, 3, 2)
+    one, rng = meow.Keep(4, 2, 8, 64, dropout=0.5), np.random.default_rng(1)
+    obs, action, masks, expected = torch.randn(8, 3), torch.rand(8, 2), [], []
+    for k in range(2):
+        one.fill(rng)
+        masks.append(one.tensor.clone())
+        expected.append(flow.q_values(obs, action, masks[k])[:, k])
+    flow.__class__ = same_update.TwoMasks
+    found = flow.q_values(obs, action, torch.cat(masks, dim=2))
+    torch.testing.assert_close(found, torch.stack(expected, -1))
+    assert not torch.equal(*masks)
+    torch.testing.assert_close(
+        flow.q_values(obs, action), meow.EnergyFlow.q_values(flow, obs, action)
+    )
