@@ -1,4 +1,4 @@
-"""tools/gaits.py, stride.py and same_update.py: statistics by hand, a known stride, two masks."""
+"""tools/gaits.py, stride.py and same_update.py: statistics by hand, a known stride, twins."""
 
 import math
 import subprocess
@@ -39,7 +39,8 @@ def test_shares_and_probabilities_are_those_worked_out_by_hand(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "gaits.md").read_text() == done.stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
-    # Clopper-Pearson for 5 of 5: low^5 = 0.025; for 1 of 4: (1 - low)^4 = 0.975
+    # Clopper-Pearson for 5 of 5: low^5 = 0.025; for 1 of 4: (1 - low)^4 = 0.975 and, with
+    # high = 0.806, (1 - high)^4 + 4 high (1 - high)^3 = 0.025
     assert rows[2] == ["ours", "4", "1 of 4", f"{1 - 0.975 ** (1 / 4):.0%}".replace("%", " %")
                        + " to 81 %", "", "5150", ""]  # fmt: skip
     # Fisher: of the tables with 6 long and 3 short of 9, those at most as likely as this one
@@ -85,3 +86,25 @@ def test_each_q_of_two_masks_has_its_own():
     torch.testing.assert_close(
         flow.q_values(obs, action), meow.EnergyFlow.q_values(flow, obs, action)
     )
+
+
+def test_twins_of_a_doubled_batch_become_columns():
+    x = torch.arange(3.0)[:, None]
+    both = same_update.Theirs.twice(lambda doubled: doubled + torch.arange(6)[:, None] // 3 * 10, x)
+    assert both.tolist() == [[0, 10], [1, 11], [2, 12]]
+
+
+def test_a_measurement_is_the_squared_td_error_and_its_share():
+    rows = torch.zeros(4, same_update.ROW)
+    rows[:, -2], rows[3, -1] = torch.tensor([1.0, 2, 3, 4]), 1  # rewards; the last one terminated
+    y = torch.tensor([5.0, 6, 7, 4])  # r + 0.5 min(10, 8), or r
+    v = torch.tensor([[2.0, 3], [2, 3], [2, 3], [9, 3]])
+
+    class Arm:
+        def q_v_next(self, *_):
+            q = torch.stack([y - 1, y + 3], -1)
+            return q, v, torch.tensor([[10.0, 8]] * 4), torch.tensor([[-1.0, 0.5]] * 4)
+
+    error, share, log_sigma = same_update.measure(Arm(), rows, 0.5)
+    assert (error, log_sigma) == (5, -0.25)
+    assert share == pytest.approx(5 / np.var([3, 4, 5, 1], ddof=1))  # of y - min_k V_k

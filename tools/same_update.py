@@ -29,7 +29,8 @@ from harness.args import parse_args
 from harness.functional import Hardware, Learner, adam_moments, flatten_parameters
 from harness.replay import split_batch
 
-DIMS, TRAIN, UNSEEN = (17, 6), 50_000, 10_000  # HalfCheetah's observation and action; transitions
+DIMS, ROW = (17, 6), 17 + 6 + 17 + 2  # of HalfCheetah: observation and action; a transition
+TRAIN, UNSEEN = 50_000, 10_000
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Theirs:
         self.policy = script.FlowPolicy(alpha=args.alpha, **bounds, **sizes)
         self.target = script.FlowPolicy(alpha=args.alpha, **bounds, **sizes)
         self.target.load_state_dict(self.policy.state_dict())
+        self.target.eval()
         self.optimizer = torch.optim.Adam(self.policy.parameters(), args.learning_rate, fused=True)
         self.qv, self.v = torch.compile(self.policy.get_qv), torch.compile(self.target.get_v)
         self.args = args
@@ -66,7 +68,6 @@ class Theirs:
     def update(self, batch: Tensor):
         obs, action, next_obs, reward, terminated = split_batch(batch, *DIMS)
         with torch.no_grad():
-            self.target.eval()
             v_next = self.twice(self.v, next_obs)
             target = reward + (1 - terminated) * self.args.gamma * v_next.min(-1).values
         self.policy.train()
@@ -76,9 +77,9 @@ class Theirs:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
-        pairs = zip(self.policy.parameters(), self.target.parameters(), strict=True)
-        for new, old in pairs:
-            old.data.copy_(self.args.tau * new.data + (1 - self.args.tau) * old.data)
+        tau = self.args.tau
+        for new, old in zip(self.policy.parameters(), self.target.parameters(), strict=True):
+            old.data.copy_(tau * new.data + (1 - tau) * old.data)
 
     def q_v_next(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Tensor, ...]:
         self.policy.eval()
@@ -106,11 +107,11 @@ class Ours:
         self.flow, self.target = ours.make_flow(args, *DIMS), ours.make_flow(args, *DIMS)
         if masks == 2:
             self.flow.__class__ = TwoMasks
-        theta, self.target_theta = flatten_parameters(self.flow), flatten_parameters(self.target)
-        state = [theta, self.target_theta, *adam_moments(theta)]
+        theta = flatten_parameters(self.flow)
+        state = [theta, flatten_parameters(self.target), *adam_moments(theta)]
         shape = self.flow.couplings, 2, masks * args.batch_size, self.flow.hidden
         keep = [ours.Keep(*shape, dropout=args.dropout)]
-        self.batch = torch.zeros(args.batch_size, 2 * DIMS[0] + DIMS[1] + 2)
+        self.batch = torch.zeros(args.batch_size, ROW)
         update, hardware = ours.make_update(self.flow, *DIMS, args), Hardware(False, 1, True)
         self.learner = Learner(update, state, [self.batch], keep, ours.METRICS, hardware)
 
@@ -151,7 +152,7 @@ def main():
     script = load_script(options.repository)
     torch._inductor.config.fallback_random = True  # eager PyTorch's dropout masks, for theirs
     rows = torch.load(options.run / "checkpoint.pt", weights_only=False)["replay"]["rows"]
-    if len(rows) < TRAIN + UNSEEN or rows.shape[1] != 2 * DIMS[0] + DIMS[1] + 2:
+    if len(rows) < TRAIN + UNSEEN or rows.shape[1] != ROW:
         raise UsageError(f"{options.run} holds no {TRAIN + UNSEEN} transitions of HalfCheetah")
     print("arm,seed,update,td_error,unexplained,log_sigma")
     for seed in options.seeds:
