@@ -50,8 +50,18 @@ def test_shares_and_probabilities_are_those_worked_out_by_hand(tmp_path):
     low = f"{0.025 ** (1 / 5):.0%}".replace("%", " %")
     assert rows[3] == ["better", "5", "5 of 5", f"{low} to 100 %", f"{fisher:.2f}", "6020",
                        f"{ranks:.2f}"]  # fmt: skip
-    assert rows[7][:3] == ["ours", "5000, 3.84 Hz", "5100, 3.86 Hz"]
+    assert rows[5] == ["seed", "ours", "better"]
+    assert rows[8] == ["2", "5100, 3.86 Hz", "6010, 3.10 Hz"]
+    assert [row[0] for row in rows[9:]] == ["3", "4", "5"]
+    assert rows[-1][1] == ""
     assert (tmp_path / "gaits.png").stat().st_size > 1000
+
+
+def test_seeds_may_have_letters_and_come_in_their_order(tmp_path):
+    rows = "\n".join(f"{seed},90000,5000,3.0" for seed in ["5x", "10", "9", "5"])
+    (tmp_path / "ours.csv").write_text(f"seed,step,return,stride\n{rows}\n")
+    lines = gaits(tmp_path).stdout.splitlines()
+    assert [line.split()[1] for line in lines[6:]] == ["5", "9", "10", "5x"]
 
 
 def test_another_step_compares_that_step_and_a_missing_base_is_said(tmp_path):

@@ -3,9 +3,10 @@
     python tools/gaits.py results/learning
 
 An arm is a file {arm}.csv with the columns seed,step,return,stride (tools/stride.py prints such
-rows of one run). A run has long strides if its stride at 90,000 steps is below 3.85 Hz, between the
-two groups. Share of long strides with the exact (Clopper-Pearson) 95 % interval; p: Fisher's exact
-two-sided probability that the share equals that of the first arm named on the command line.
+rows of one run; a seed may have letters, as in 5x). A run has long strides if its stride at 90,000
+steps is below 3.85 Hz, between the two groups. Share of long strides with the exact
+(Clopper-Pearson) 95 % interval; p: Fisher's exact two-sided probability that the share equals that
+of the first arm named on the command line.
 """
 
 import sys
@@ -52,14 +53,11 @@ def table_of_arms(ends: pd.DataFrame, base: str) -> str:
 
 def table_of_runs(ends: pd.DataFrame) -> str:
     """Markdown: return and stride of each run."""
-    seeds = sorted(ends.seed.unique())
-    rows = [
-        "| arm | " + " | ".join(f"seed {s}" for s in seeds) + " |",
-        "|---" * (len(seeds) + 1) + "|",
-    ]
-    for arm, runs in ends.groupby("arm", sort=False):
-        found = {r.seed: f"{r['return']:.0f}, {r.stride:.2f} Hz" for _, r in runs.iterrows()}
-        rows.append(f"| {arm} | " + " | ".join(found.get(s, "") for s in seeds) + " |")
+    arms = list(dict.fromkeys(ends.arm))
+    rows = [f"| seed | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
+    found = {(r.seed, r.arm): f"{r['return']:.0f}, {r.stride:.2f} Hz" for _, r in ends.iterrows()}
+    for seed in sorted(set(ends.seed), key=lambda seed: (len(seed), seed)):
+        rows.append(f"| {seed} | {' | '.join(found.get((seed, arm), '') for arm in arms)} |")
     return "\n".join(rows)
 
 
@@ -94,7 +92,7 @@ def main() -> int:
     if not files or files[0].stem != options.base:
         print(f"error: there is no {options.folder / options.base}.csv", file=sys.stderr)
         return 2
-    curves = pd.concat([pd.read_csv(file).assign(arm=file.stem) for file in files])
+    curves = pd.concat([pd.read_csv(f, dtype={"seed": str}).assign(arm=f.stem) for f in files])
     ends = curves[curves.step == options.step].copy()
     ends["long"] = ends.stride < LONG
     text = f"{table_of_arms(ends, options.base)}\n\n{table_of_runs(ends)}\n"
