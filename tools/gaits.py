@@ -5,8 +5,8 @@
 An arm is a file {arm}.csv with the columns seed,step,return,stride (tools/stride.py prints such
 rows of one run; a seed may have letters, as in 5x). A run has long strides if its stride at 90,000
 steps is below 3.85 Hz, between the two groups. Share of long strides with the exact
-(Clopper-Pearson) 95 % interval; p: Fisher's exact two-sided probability that the share equals that
-of the first arm named on the command line.
+(Clopper-Pearson) 95 % interval; p, two-sided, compares with the arm `--base`: the share by Fisher's
+exact test, the return by Mann and Whitney's.
 """
 
 import sys
