@@ -96,6 +96,7 @@ class Args(IsaacArgs):
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # dropout probability in the couplings, in the Q pass of the update only
     reward_shifting: Literal["clipped", "single", "none"] = "clipped"  # 2 shifts, 1 or none
+    shift_units: Literal["nats", "reward"] = "nats"  # shifts add alpha b_k to Q_k and V_k, or b_k
     coupling: Literal["additive", "affine"] = "additive"  # x + t, or the ablation x exp(s) + t
     bf16: bool = False  # products of the shift networks in bfloat16: 8 bits of precision, not 24
 
@@ -181,10 +182,12 @@ class EnergyFlow(nn.Module):
         log_sigma_max: float,
         dropout: float = 0.1,
         reward_shifting: str = "clipped",
+        shift_units: str = "nats",
         coupling: str = "additive",
         bf16: bool = False,
     ):
         super().__init__()
+        self.nats_per_unit = 1.0 if shift_units == "nats" else 1.0 / alpha
         self.affine, self.shifting = coupling == "affine", reward_shifting != "none"
         out = 2 * act_dim if self.affine else act_dim
         dims = [act_dim + obs_dim, self.hidden, self.hidden, out]
@@ -204,10 +207,14 @@ class EnergyFlow(nn.Module):
         return self.log_sigma_min + half_range * (torch.tanh(self.h(obs)) + 1)
 
     def shifts(self, obs: Tensor) -> Tensor:
-        """Learnable reward shifts b_k(s), in nats. obs (B, S) -> (B, K)."""
+        """Learnable reward shifts b_k(s), in nats. obs (B, S) -> (B, K).
+
+        The networks give nats, as in the authors' code, where a small alpha makes V learn slowly,
+        or reward units, as in the paper's equations, where alpha sets the policy's width alone.
+        """
         if not self.shifting:
             return torch.zeros_like(obs[:, :1])
-        return torch.cat([b(obs) for b in self.b], dim=-1)
+        return self.nats_per_unit * torch.cat([b(obs) for b in self.b], dim=-1)
 
     def to_latent(self, obs: Tensor, action: Tensor, keep: Tensor | None = None) -> Triple:
         """z = g(a|s), and log|det dz/da| of the non-linear and of the linear layers.
@@ -358,6 +365,7 @@ def make_flow(args: Args, obs_dim: int, act_dim: int) -> EnergyFlow:
         args.log_sigma_max,
         dropout=args.dropout,
         reward_shifting=args.reward_shifting,
+        shift_units=args.shift_units,
         coupling=args.coupling,
         bf16=args.bf16,
     )
