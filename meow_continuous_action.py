@@ -189,7 +189,7 @@ class EnergyFlow(nn.Module):
         bf16: bool = False,
     ):
         super().__init__()
-        self.nats_per_unit = 1.0 if shift_units == "nats" else 1.0 / alpha
+        self.reward_units = shift_units == "reward"
         self.affine, self.shifting = coupling == "affine", reward_shifting != "none"
         out = 2 * act_dim if self.affine else act_dim
         dims = [act_dim + obs_dim, self.hidden, self.hidden, out]
@@ -216,7 +216,8 @@ class EnergyFlow(nn.Module):
         """
         if not self.shifting:
             return torch.zeros_like(obs[:, :1])
-        return self.nats_per_unit * torch.cat([b(obs) for b in self.b], dim=-1)
+        b = torch.cat([b(obs) for b in self.b], dim=-1)
+        return b / self.alpha if self.reward_units else b
 
     def to_latent(self, obs: Tensor, action: Tensor, keep: Tensor | None = None) -> Triple:
         """z = g(a|s), and log|det dz/da| of the non-linear and of the linear layers.

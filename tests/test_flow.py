@@ -16,6 +16,7 @@ OPTIONS = [
     {"coupling": "affine"},
     {"reward_shifting": "single"},
     {"reward_shifting": "none"},
+    {"shift_units": "reward"},
 ]
 EXACT = dict(rtol=0, atol=1e-8)
 
@@ -87,13 +88,14 @@ def test_q_v_and_log_prob(make_random_flow, act_dim, options):
     torch.testing.assert_close(q - v, (flow.alpha * log_prob)[:, None].expand_as(q), **EXACT)
 
 
-def test_shifts_are_in_nats_inside_alpha(make_random_flow):
-    """Q_k and V_k move by alpha times what b_k(s) moves by, log pi by nothing."""
-    flow = make_random_flow(3, 2, alpha=0.1)
+@pytest.mark.parametrize(("units", "moved"), [("nats", 0.3), ("reward", 3.0)])
+def test_units_of_the_shifts(make_random_flow, units, moved):
+    """If a network's output grows by 3, Q_k and V_k grow by 3 alpha or by 3; log pi is the same."""
+    flow = make_random_flow(3, 2, alpha=0.1, shift_units=units)
     obs, action = torch.randn(6, 3).double(), torch.rand(6, 2).double() - 0.5
     before = flow.q_values(obs, action), flow.soft_values(obs), flow.log_prob(obs, action)
     flow.b[0].layers[-1].bias.data += 3.0
-    moved = torch.tensor([0.3, 0.0], dtype=torch.float64).expand(6, 2)
+    moved = torch.tensor([moved, 0.0], dtype=torch.float64).expand(6, 2)
     torch.testing.assert_close(flow.q_values(obs, action) - before[0], moved, **EXACT)
     torch.testing.assert_close(flow.soft_values(obs) - before[1], moved, **EXACT)
     torch.testing.assert_close(flow.log_prob(obs, action), before[2], rtol=0, atol=0)
