@@ -169,14 +169,14 @@ def test_how_fast_the_shifts_learn(units, ratio):
     moved = []
     for alpha in (1.0, 0.01):
         flow, args = make_flow(torch.float64, alpha=alpha, shift_units=units)
-        before, theta = flow.alpha * flow.shifts(random_batch()[:, :5]), flatten_parameters(flow)
-        batch = random_batch()
-        batch[:, -2] = 100.0  # rewards far above Q, so that every sign is the same
+        batch, theta = random_batch(), flatten_parameters(flow)
+        batch[:, -2] = 1e6  # rewards far above Q: the gradient has the same signs with either alpha
+        before = flow.alpha * flow.shifts(batch[:, :5])
         keep = torch.ones(4, 2, 32, 64, dtype=torch.bool)
         update = torch.no_grad()(meow.make_update(flow, 5, 3, args))
         update(theta, theta.clone(), *adam_moments(theta), batch, keep)
         moved.append(flow.alpha * flow.shifts(batch[:, :5]) - before)
-    torch.testing.assert_close(moved[0], ratio * moved[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(moved[0], ratio * moved[1], rtol=1e-3, atol=0)
 
 
 def test_affine_couplings_change_only_the_couplings():
