@@ -199,6 +199,14 @@ def test_what_differs_is_not_averaged(tmp_path, run_compare):
     ]
 
 
+def test_runs_older_than_an_option_are_averaged_with_its_default(tmp_path, run_compare):
+    for seed, change in enumerate([{}, {"shift_units": "nats"}, {"shift_units": "reward"}], 1):
+        write_run(tmp_path / "runs", seed=seed, **change)
+    nats, reward = cells(run_compare(tmp_path / "runs")[1])
+    assert nats[1:4] == ["MEow, shift_units=nats", "30", "2 (1, 2)"]
+    assert reward[1:4] == ["MEow, shift_units=reward", "30", "1 (3)"]
+
+
 def test_several_settings_have_no_iqm(tmp_path, run_compare):
     for name, alpha in ((MEOW, 0.2), (MEOW, 0.5), (SAC, 0.2)):
         write_run(tmp_path / "runs", name, alpha=alpha, time=alpha)

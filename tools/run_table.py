@@ -39,6 +39,7 @@ NEUTRAL = set(
     "wandb_project_name wandb_entity env_id exp_name seed total_timesteps eval_episodes compile "
     "deterministic_eval cuda torch_threads torch_deterministic eval_frequency sim_threads".split()
 )
+ADDED = {"shift_units": "nats"}  # options that older runs don't record, and what they did
 WHERE = {"runs_dir": "runs", "resume": None}  # where a run was on its machine: not copied
 
 
@@ -89,7 +90,7 @@ def read_run(folder: Path) -> dict:
     try:
         about = read_about(file)
         args = about["args"]
-        settings = {"script": about["script"], **about.get("settings", {}), **args}
+        settings = {"script": about["script"], **ADDED, **about.get("settings", {}), **args}
         versions = {"python": about.get("python"), "mujoco": "unknown", **about["versions"]}
         file = folder / "metrics.csv"
         log, evals = read_log(file)
