@@ -21,7 +21,7 @@ Symbols   code                  meaning
 g(a|s)    EnergyFlow.to_latent  action to latent; `to_action` is its inverse
 p_z       log_prior             standard normal
 alpha     alpha                 temperature, reward units per nat
-b_1, b_2  shifts                learnable reward shifts, in nats (inside alpha, like the authors')
+b_1, b_2  shifts                learnable reward shifts, in nats; networks: see --shift-units
 theta     theta                 all parameters of the flow in one vector; theta': target_theta
 y         target                soft target, reward units
 Shapes: B batch, A action, S observation, K shifts (2; 1 in the ablations), P parameters.
