@@ -21,7 +21,7 @@ Symbols   code                  meaning
 g(a|s)    EnergyFlow.to_latent  action to latent; `to_action` is its inverse
 p_z       log_prior             standard normal
 alpha     alpha                 temperature, reward units per nat
-b_1, b_2  shifts                learnable reward shifts, in nats; networks: see --shift-units
+b_1, b_2  shifts                learnable reward shifts, in nats (inside alpha, like the authors')
 theta     theta                 all parameters of the flow in one vector; theta': target_theta
 y         target                soft target, reward units
 Shapes: B batch, A action, S observation, K shifts (2; 1 in the ablations), P parameters.
@@ -97,7 +97,7 @@ class Args(RunArgs):
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # dropout probability in the couplings, in the Q pass of the update only
     reward_shifting: Literal["clipped", "single", "none"] = "clipped"  # 2 shifts, 1 or none
-    shift_units: Literal["nats", "reward"] = "nats"  # shifts add alpha b_k to Q_k and V_k, or b_k
+    shift_units: Literal["nats", "reward"] = "nats"  # add alpha b_k (nats) or b_k to Q_k and V_k
     coupling: Literal["additive", "affine"] = "additive"  # x + t, or the ablation x exp(s) + t
     bf16: bool = False  # products of the shift networks in bfloat16: 8 bits of precision, not 24
 
@@ -212,7 +212,7 @@ class EnergyFlow(nn.Module):
         """Learnable reward shifts b_k(s), in nats. obs (B, S) -> (B, K).
 
         The networks give nats, as in the authors' code, where a small alpha makes V learn slowly,
-        or reward units, as in the paper's equations, where alpha sets the policy's width alone.
+        or reward units: Q_k = alpha (log p_z(z) + log|det J_n|) + b_k(s), V_k = -alpha log Z + b_k.
         """
         if not self.shifting:
             return torch.zeros_like(obs[:, :1])

@@ -46,7 +46,7 @@ def table_of_arms(ends: pd.DataFrame, base: str) -> str:
         share = f"{k} of {n} | {low:.0%} to {high:.0%}".replace("%", " %")
         other = [[k, n - k], [int(first.long.sum()), int((~first.long).sum())]]
         fisher, ranks = fisher_exact(other)[1], mannwhitneyu(runs["return"], first["return"])[1]
-        p = ("", "") if arm == base else (f"{fisher:.2f}", f"{ranks:.2f}")
+        p = ("", "") if arm == base else (f"{fisher:.3f}", f"{ranks:.3f}")
         rows.append(f"| {arm} | {n} | {share} | {p[0]} | {runs['return'].mean():.0f} | {p[1]} |")
     return "\n".join(rows)
 
