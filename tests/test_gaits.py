@@ -57,6 +57,14 @@ def test_shares_and_probabilities_are_those_worked_out_by_hand(tmp_path):
     assert (tmp_path / "gaits.png").stat().st_size > 1000
 
 
+def test_small_probabilities_are_not_rounded_to_zero(tmp_path):
+    """Two arms of 6, all long and higher: Fisher and Mann-Whitney give 2 / C(12, 6) = 0.002."""
+    write_arm(tmp_path, "ours", [(5000 + i, 4.5) for i in range(6)])
+    write_arm(tmp_path, "better", [(6000 + i, 3.0) for i in range(6)])
+    better = gaits(tmp_path).stdout.splitlines()[3]
+    assert better.count("| < 0.01 |") == 2
+
+
 def test_seeds_may_have_letters_and_come_in_their_order(tmp_path):
     rows = "\n".join(f"{seed},90000,5000,3.0" for seed in ["5x", "10", "9", "5"])
     (tmp_path / "ours.csv").write_text(f"seed,step,return,stride\n{rows}\n")

@@ -35,6 +35,10 @@ class Options:
     """environment steps at which runs are compared"""
 
 
+def probability(p: float) -> str:
+    return f"{p:.2f}" if p >= 0.01 else "< 0.01"
+
+
 def table_of_arms(ends: pd.DataFrame, base: str) -> str:
     """Markdown: an arm's share of long strides and mean return, compared with those of `base`."""
     rows = ["| arm | seeds | long strides | 95 % interval | p | mean return | p |"]
@@ -46,7 +50,7 @@ def table_of_arms(ends: pd.DataFrame, base: str) -> str:
         share = f"{k} of {n} | {low:.0%} to {high:.0%}".replace("%", " %")
         other = [[k, n - k], [int(first.long.sum()), int((~first.long).sum())]]
         fisher, ranks = fisher_exact(other)[1], mannwhitneyu(runs["return"], first["return"])[1]
-        p = ("", "") if arm == base else (f"{fisher:.3f}", f"{ranks:.3f}")
+        p = ("", "") if arm == base else (probability(fisher), probability(ranks))
         rows.append(f"| {arm} | {n} | {share} | {p[0]} | {runs['return'].mean():.0f} | {p[1]} |")
     return "\n".join(rows)
 
