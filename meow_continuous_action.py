@@ -99,6 +99,7 @@ class Args(RunArgs):
     reward_shifting: Literal["clipped", "single", "none"] = "clipped"  # 2 shifts, 1 or none
     shift_units: Literal["nats", "reward"] = "nats"  # add alpha b_k (nats) or b_k to Q_k and V_k
     coupling: Literal["additive", "affine"] = "additive"  # x + t, or the ablation x exp(s) + t
+    replay_pre_tanh: bool = False  # replay keeps u = atanh(a); of a stored a, |u| above 6.1 is lost
     bf16: bool = False  # products of the shift networks in bfloat16: 8 bits of precision, not 24
 
     settings = PAPER_SETTINGS
@@ -171,9 +172,10 @@ class EnergyFlow(nn.Module):
 
     From action to latent: u = atanh(a) and four couplings with alternating masks (the non-linear
     layers), then z = x / sigma(s) (the linear layer). For any action dimension and float dtype.
+    `pre_tanh`: the methods take and give u in a's place, unbounded; all densities stay those of a.
     """
 
-    couplings, hidden = 4, 64
+    couplings, hidden, pre_tanh = 4, 64, False
 
     def __init__(
         self,
@@ -226,7 +228,7 @@ class EnergyFlow(nn.Module):
         Units: nats.
         """
         limit = 1 - (1e-12 if action.dtype == torch.float64 else 1e-5)  # D10
-        x = torch.atanh(action.clamp(-limit, limit))
+        x = action if self.pre_tanh else torch.atanh(action.clamp(-limit, limit))
         log_det_nonlinear = -log_tanh_slope(x).sum(-1)
         for i in reversed(range(self.couplings)):
             scale, t = self.coupling(i, x, obs, keep)
@@ -246,7 +248,8 @@ class EnergyFlow(nn.Module):
             scale, t = self.coupling(i, x, obs)
             x = x * torch.exp(scale) + t
             log_det_nonlinear = log_det_nonlinear + scale.sum(-1)
-        return torch.tanh(x), log_det_nonlinear + log_tanh_slope(x).sum(-1), log_sigma.sum(-1)
+        log_det_nonlinear = log_det_nonlinear + log_tanh_slope(x).sum(-1)
+        return x if self.pre_tanh else torch.tanh(x), log_det_nonlinear, log_sigma.sum(-1)
 
     def coupling(self, i: int, x: Tensor, obs: Tensor, keep: Tensor | None = None):
         """(scale, t) of coupling i, (B, A), zero where its mask m is 1; they read m*x and s."""
@@ -385,6 +388,8 @@ def train(args: Args, run: Run):
     capacity = min(args.buffer_size, args.total_timesteps)
     replay = ReplayBuffer(capacity, *dims, args.batch_size, device)
     flow = make_flow(args, *dims).to(device)
+    flow.pre_tanh = args.replay_pre_tanh  # then it gives u, and the environments get tanh(u)
+    squash = torch.tanh if flow.pre_tanh else nn.Identity()
     theta = flatten_parameters(flow)
     state = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, (beta1^t, beta2^t)
     shape = (flow.couplings, 2, args.batch_size, flow.hidden)  # two hidden layers in each coupling
@@ -393,7 +398,7 @@ def train(args: Args, run: Run):
     learner = Learner(update, state, [replay.batch], keep, METRICS, hardware)
     act = make_policy(flow, theta, *dims, 1, hardware)
     play = make_policy(flow, theta, *dims, args.eval_episodes, hardware)
-    evaluator = Evaluator(args, EvaluationEnvs(args), play)
+    evaluator = Evaluator(args, EvaluationEnvs(args), lambda obs, z: squash(play(obs, z)))
     run.start(env, evaluator, {"flow": flow}, rng, learner=learner, replay=replay)
 
     for step in run.steps():
@@ -404,8 +409,10 @@ def train(args: Args, run: Run):
             replay.sample(rng)
             learner.update(rng)  # D8
         else:
-            action = rng.uniform(-1, 1, env.act_dim).astype(np.float32)
-        replay.add(*env.step(action))
+            action = rng.uniform(-1, 1, env.act_dim)
+            action = (np.arctanh(action) if flow.pre_tanh else action).astype(np.float32)
+        obs, _, *outcome = env.step(np.tanh(action) if flow.pre_tanh else action)
+        replay.add(obs, action, *outcome)
         run.log(learner.read_metrics(step) if learning else {})
 
 

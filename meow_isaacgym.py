@@ -98,6 +98,7 @@ class Args(IsaacArgs):
     reward_shifting: Literal["clipped", "single", "none"] = "clipped"  # 2 shifts, 1 or none
     shift_units: Literal["nats", "reward"] = "nats"  # add alpha b_k (nats) or b_k to Q_k and V_k
     coupling: Literal["additive", "affine"] = "additive"  # x + t, or the ablation x exp(s) + t
+    replay_pre_tanh: bool = False  # replay keeps u = atanh(a); of a stored a, |u| above 6.1 is lost
     bf16: bool = False  # products of the shift networks in bfloat16: 8 bits of precision, not 24
 
     settings = PAPER_SETTINGS
@@ -169,9 +170,10 @@ class EnergyFlow(nn.Module):
 
     From action to latent: u = atanh(a) and four couplings with alternating masks (the non-linear
     layers), then z = x / sigma(s) (the linear layer). For any action dimension and float dtype.
+    `pre_tanh`: the methods take and give u in a's place, unbounded; all densities stay those of a.
     """
 
-    couplings, hidden = 4, 64
+    couplings, hidden, pre_tanh = 4, 64, False
 
     def __init__(
         self,
@@ -224,7 +226,7 @@ class EnergyFlow(nn.Module):
         Units: nats.
         """
         limit = 1 - (1e-12 if action.dtype == torch.float64 else 1e-5)  # D10
-        x = torch.atanh(action.clamp(-limit, limit))
+        x = action if self.pre_tanh else torch.atanh(action.clamp(-limit, limit))
         log_det_nonlinear = -log_tanh_slope(x).sum(-1)
         for i in reversed(range(self.couplings)):
             scale, t = self.coupling(i, x, obs, keep)
@@ -244,7 +246,8 @@ class EnergyFlow(nn.Module):
             scale, t = self.coupling(i, x, obs)
             x = x * torch.exp(scale) + t
             log_det_nonlinear = log_det_nonlinear + scale.sum(-1)
-        return torch.tanh(x), log_det_nonlinear + log_tanh_slope(x).sum(-1), log_sigma.sum(-1)
+        log_det_nonlinear = log_det_nonlinear + log_tanh_slope(x).sum(-1)
+        return x if self.pre_tanh else torch.tanh(x), log_det_nonlinear, log_sigma.sum(-1)
 
     def coupling(self, i: int, x: Tensor, obs: Tensor, keep: Tensor | None = None):
         """(scale, t) of coupling i, (B, A), zero where its mask m is 1; they read m*x and s."""
@@ -383,6 +386,8 @@ def train(args: Args, run: Run):
     capacity, max_steps = min(args.buffer_size, args.total_timesteps), env.simulator.max_steps
     replay = VectorReplayBuffer(capacity, args.num_envs, *dims, max_steps, args.batch_size, device)
     flow = make_flow(args, *dims).to(device)
+    flow.pre_tanh = args.replay_pre_tanh  # then it gives u, and the environments get tanh(u)
+    squash = torch.tanh if flow.pre_tanh else nn.Identity()
     theta = flatten_parameters(flow)
     state = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, (beta1^t, beta2^t)
     shape = (flow.couplings, 2, args.batch_size, flow.hidden)  # two hidden layers in each coupling
@@ -391,7 +396,7 @@ def train(args: Args, run: Run):
     learner = Learner(update, state, [replay.batch], keep, METRICS, hardware)
     act = make_policy(flow, theta, *dims, args.num_envs, hardware)
     play = make_policy(flow, theta, *dims, args.eval_episodes, hardware)
-    evaluator = make_evaluator(args, env, lambda obs, z: play(norm(obs), z))
+    evaluator = make_evaluator(args, env, lambda obs, z: squash(play(norm(obs), z)))
     parts = dict(learner=learner, replay=replay, norm=norm)
     run.start(env, evaluator, {"flow": flow, "norm": norm}, rng, **parts)
     replay.start(env.obs)
@@ -406,7 +411,10 @@ def train(args: Args, run: Run):
                 learner.update(rng)  # D8
         else:
             action = 2 * torch.rand(args.num_envs, env.act_dim, device=device) - 1
-        replay.add(*env.step(action))
+            if flow.pre_tanh:
+                action = torch.atanh(action.double().clamp_min(1e-7 - 1)).float()
+        _, *outcome = env.step(squash(action))
+        replay.add(action, *outcome)
         run.log(learner.read_metrics(step) if learning else {})
 
 

@@ -200,7 +200,8 @@ def test_what_differs_is_not_averaged(tmp_path, run_compare):
 
 
 def test_runs_older_than_an_option_are_averaged_with_its_default(tmp_path, run_compare):
-    for seed, change in enumerate([{}, {"shift_units": "nats"}, {"shift_units": "reward"}], 1):
+    default = {"shift_units": "nats", "replay_pre_tanh": False}
+    for seed, change in enumerate([{}, default, {"shift_units": "reward"}], 1):
         write_run(tmp_path / "runs", seed=seed, **change)
     nats, reward = cells(run_compare(tmp_path / "runs")[1])
     assert nats[1:4] == ["MEow, shift_units=nats", "30", "2 (1, 2)"]

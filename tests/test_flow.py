@@ -247,6 +247,36 @@ def test_extreme_actions_stay_finite():
     assert torch.equal(q, flow.q_values(obs, action.clamp(-(1 - 1e-5), 1 - 1e-5)))
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_actions_before_tanh_are_the_same_actions(make_random_flow, options):
+    """With pre_tanh u = atanh(a) stands for a; Q, the densities (of a) and the policy stay."""
+    flow = make_random_flow(3, 2, **options)
+    obs, z = torch.randn(16, 3).double(), torch.randn(16, 2).double()
+    action, log_prob = flow.sample(obs, z)
+    expected = [f(obs, action) for f in (flow.q_values, flow.log_prob)]
+    flow.pre_tanh = True
+    u, log_prob_of_u = flow.sample(obs, z)
+    torch.testing.assert_close(torch.tanh(u), action, **EXACT)
+    torch.testing.assert_close(log_prob_of_u, log_prob, **EXACT)
+    for got, f in zip(expected, (flow.q_values, flow.log_prob), strict=True):
+        torch.testing.assert_close(f(obs, u), got, **EXACT)
+
+
+@pytest.mark.parametrize(("pre_tanh", "reach"), [(True, 1.0), (False, 0.0)])
+def test_only_before_tanh_float32_reaches_the_whole_policy(pre_tanh, reach):
+    """The share of the policy's mass that Q tells apart where its mode is u = 12, a = 1 - 8e-11."""
+    flow = EnergyFlow(3, 1, 0.25, -1.0, 0.0)
+    for t in flow.t:  # couplings 1 and 3 move the only unit
+        t.layers[-1].weight.data.zero_()
+        t.layers[-1].bias.data.fill_(6.0)
+    flow.pre_tanh = pre_tanh
+    obs, u = torch.zeros(2001, 3), torch.linspace(2, 22, 2001)[:, None]
+    q = flow.q_values(obs, u if pre_tanh else torch.tanh(u))[:, 0]
+    integral = torch.exp(q / flow.alpha + log_tanh_slope(u)[:, 0]).sum() * (u[1, 0] - u[0, 0])
+    value = flow.soft_values(obs[:1])[0, 0]
+    assert abs(integral / torch.exp(value / flow.alpha) - reach) < 1e-3
+
+
 def test_dropout_masks_units():
     """A hidden unit that isn't kept gives 0, the others 1/(1 - p) of what they gave."""
     flow = EnergyFlow(3, 2, 0.25, -5.0, -0.3, dropout=0.5)

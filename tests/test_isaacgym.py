@@ -304,6 +304,25 @@ def test_evaluation_plays_the_policy_on_normalised_observations(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_replay_pre_tanh_is_the_same_run_but_for_rounding(monkeypatch):
+    """The buffer keeps u, the simulator and every evaluation get a = tanh(u)."""
+    played, step = [], TrainingEnvs.step
+    monkeypatch.setattr(TrainingEnvs, "step", lambda env, a: played.append(a) or step(env, a))
+    usual, run = stepped(meow), stepped(meow, replay_pre_tanh=True)
+    before, after = torch.stack(played).split(len(played) // 2)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    stored = run.parts["replay"].rows[:9, :, :6]
+    torch.testing.assert_close(torch.tanh(stored), after)
+    assert (stored - after).abs().max() > 0.1
+    thetas = [r.parts["learner"].state[0] for r in (run, usual)]
+    torch.testing.assert_close(*thetas, rtol=1e-3, atol=1e-4)
+    obs, z = torch.randn(2, 13), torch.randn(2, 6)
+    parts = {name: part.state_dict() for name, part in run.policy.items()}
+    expected = torch.tanh(run.policy["flow"].sample(run.policy["norm"](obs), z)[0])
+    for evaluator in (run.evaluator, meow.load_evaluator(run.args, parts)):
+        torch.testing.assert_close(evaluator.policy(obs, z), expected)
+
+
 # --- Whole runs -----------------------------------------------------------------------------------
 def only_run(folder):
     (run,) = (folder / "runs").iterdir()

@@ -11,6 +11,7 @@ from stepped_run import RANDOM_STEPS, adam_steps, random_batch, trained
 import meow_continuous_action as meow
 import sac_continuous_action as sac
 import sql_continuous_action as sql
+from harness.envs import TrainingEnv
 from harness.functional import Hardware, adam, adam_moments, flatten_parameters, make_policy
 from harness.replay import split_batch
 from meow_continuous_action import clip_gradient, soft_target
@@ -250,6 +251,25 @@ def test_acting_draws_from_the_policy_without_dropout(script):
     played = run.evaluator.policy(both, z)
     torch.testing.assert_close(played, policies[-1].sample(both, z)[0], **close)
     assert torch.equal(run.evaluator.policy(both, z), played)
+
+
+def test_replay_pre_tanh_is_the_same_run_but_for_rounding(monkeypatch):
+    """The buffer keeps u, the environment and every evaluation get a = tanh(u)."""
+    played, step = [], TrainingEnv.step
+    monkeypatch.setattr(TrainingEnv, "step", lambda env, a: played.append(a) or step(env, a))
+    usual, run = trained(meow, 8), trained(meow, 8, replay_pre_tanh=True)
+    before, after = torch.from_numpy(np.array(played)).split(len(played) // 2)
+    close, n = dict(rtol=1e-3, atol=1e-4), RANDOM_STEPS + 8
+    torch.testing.assert_close(after, before, **close)
+    torch.testing.assert_close(usual.replay.rows[:n, 5:8], before, rtol=0, atol=0)
+    torch.testing.assert_close(torch.tanh(run.replay.rows[:n, 5:8]), after)
+    assert (run.replay.rows[:n, 5:8] - after).abs().max() > 1
+    torch.testing.assert_close(run.learners[0].state[0], usual.learners[0].state[0], **close)
+    saved = meow.load_evaluator(run.args, {"flow": run.policy["flow"].state_dict()})
+    obs, z = torch.randn(2, 5), 3 * torch.randn(2, 3)
+    expected = torch.tanh(run.policy["flow"].sample(obs, z)[0])
+    for evaluator in (run.evaluator, saved):
+        torch.testing.assert_close(evaluator.policy(obs, z), expected)
 
 
 @every_script

@@ -40,7 +40,8 @@ NEUTRAL = set(
     "wandb_project_name wandb_entity env_id exp_name seed total_timesteps eval_episodes compile "
     "deterministic_eval cuda torch_threads torch_deterministic eval_frequency sim_threads".split()
 )
-ADDED = {"shift_units": "nats"}  # options that older runs don't record, with the value they had
+# Options that older runs don't record, with the value they had:
+ADDED = {"shift_units": "nats", "replay_pre_tanh": False}
 WHERE = {"runs_dir": "runs", "resume": None}  # where a run was on its machine: not copied
 
 
