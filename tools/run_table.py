@@ -18,6 +18,7 @@ ENVS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4")  
 ALGORITHMS = {  # by exp_name: label and colour
     "meow_continuous_action": ("MEow", "#0072b2"),
     "meow_alpha_0.1_reward_tau_0.01": ("MEow, alpha 0.1", "#56b4e9"),
+    "meow_alpha_0.1_reward_tau_0.01_pre_tanh": ("MEow, alpha 0.1, pre-tanh", "#009e73"),
     "sac_continuous_action": ("SAC", "#d55e00"),
     "sql_continuous_action": ("SQL", "#009e73"),
     "sb3_td3": ("TD3 (SB3)", "#cc79a7"),
