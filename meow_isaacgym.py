@@ -411,7 +411,7 @@ def train(args: Args, run: Run):
                 learner.update(rng)  # D8
         else:
             action = 2 * torch.rand(args.num_envs, env.act_dim, device=device) - 1
-            if flow.pre_tanh:
+            if flow.pre_tanh:  # rand may give 0, so the action -1
                 action = torch.atanh(action.double().clamp_min(1e-7 - 1)).float()
         _, *outcome = env.step(squash(action))
         replay.add(action, *outcome)
