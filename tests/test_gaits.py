@@ -17,6 +17,7 @@ import same_update  # noqa: E402
 from stride import stride_frequency  # noqa: E402
 
 import meow_continuous_action as meow  # noqa: E402
+from harness.functional import Hardware  # noqa: E402
 
 
 def write_arm(folder, name, runs, step=90_000):
@@ -104,6 +105,29 @@ def test_each_q_of_two_masks_has_its_own():
     torch.testing.assert_close(
         flow.q_values(obs, action), meow.EnergyFlow.q_values(flow, obs, action)
     )
+
+
+def test_each_arm_differs_in_what_it_is_named_after(monkeypatch, capsys):
+    monkeypatch.setattr(same_update, "Hardware", lambda *_: Hardware(False, 1, False))
+    args = meow.Args(env_id="HalfCheetah-v4")
+    arms = {n: same_update.make_arm(n, args, None) for n in ("ours", "two masks", "bf16")}
+    assert [type(arm.flow) for arm in arms.values()] == [
+        meow.EnergyFlow,
+        same_update.TwoMasks,
+        meow.EnergyFlow,
+    ]
+    assert [arm.flow.b[0].bf16 for arm in arms.values()] == [False, False, True]
+    batch = torch.rand(args.batch_size, same_update.ROW)
+    values = []
+    for arm in arms.values():
+        for _ in range(3):
+            arm.update(batch)
+        values.append(arm.q_v_next(batch[:, :17], batch[:, 17:23], batch[:, 23:40])[0])
+    assert all((values[0] - other).abs().max() > 1e-5 for other in values[1:])  # not the same arm
+    torch.testing.assert_close(values[0], values[2], rtol=0.02, atol=0.02)  # bf16 rounds
+    monkeypatch.setattr(sys, "argv", ["same_update.py", "runs/x"])
+    assert same_update.exit_code(same_update.main) == 2
+    assert "--repository" in capsys.readouterr().err
 
 
 def test_twins_of_a_doubled_batch_become_columns():

@@ -3,20 +3,22 @@
     git clone https://github.com/ChienFeng-hub/meow && git -C meow checkout b786d27
     python meow_continuous_action.py --env-id HalfCheetah-v4 --total-timesteps 90000
     python tools/same_update.py runs/RUN_NAME --repository meow > same_update.csv
+    python tools/same_update.py runs/RUN_NAME --arms ours bf16 > same_update_bf16.csv
 
-Three arms learn from the first 50,000 transitions of the run's replay buffer, in the same batches:
-their update, ours (one dropout mask for both Q_k: D1), and ours with a mask for each. A row is a
-measurement without dropout on the next 10,000 transitions: the squared TD error of Q_1 and Q_2, its
-share of the variance of y - min_k V_k(s), which the action has to explain, and the mean log sigma.
+The arms learn from the first 50,000 transitions of the run's replay buffer, in the same batches:
+their update, ours (one dropout mask for both Q_k: D1), ours with a mask for each, and ours with
+--bf16. A row is a measurement without dropout on the next 10,000 transitions: the squared TD error
+of Q_1 and Q_2, its share of the variance of y - min_k V_k(s), which the action has to explain, and
+the mean log sigma.
 
 Needs the packages of a contributor, and stable-baselines3 and tensorboard for their script.
 """
 
 import importlib.util
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -37,8 +39,12 @@ TRAIN, UNSEEN = 50_000, 10_000
 class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """folder of a HalfCheetah-v4 run with a checkpoint after step 60,000"""
-    repository: Path
-    """clone of github.com/ChienFeng-hub/meow"""
+    repository: Path | None = None
+    """clone of github.com/ChienFeng-hub/meow, for their arm"""
+    arms: list[Literal["theirs", "ours", "two masks", "bf16"]] = field(
+        default_factory=lambda: ["theirs", "ours", "two masks"]
+    )
+    """the updates to compare"""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
     """of the weights, the batches and the dropout masks"""
     updates: list[int] = field(default_factory=lambda: [1000, 2000, 4000, 8000])
@@ -124,6 +130,12 @@ class Ours:
         return q, v, self.target.soft_values(next_obs), self.flow.log_sigma(obs)
 
 
+def make_arm(name: str, args: ours.Args, script) -> Theirs | Ours:
+    if name == "theirs":
+        return Theirs(args, script)
+    return Ours(replace(args, bf16=name == "bf16"), masks=2 if name == "two masks" else 1)
+
+
 @torch.no_grad()
 def measure(arm: Theirs | Ours, rows: Tensor, gamma: float) -> tuple[float, ...]:
     """Squared TD error, its share of the variance of y - V, and mean log sigma."""
@@ -135,8 +147,10 @@ def measure(arm: Theirs | Ours, rows: Tensor, gamma: float) -> tuple[float, ...]
     return error.item(), share.item(), log_sigma.mean().item()
 
 
-def load_script(repository: Path):
+def load_script(repository: Path | None):
     """The authors' script as a module beside ours, which has the same name."""
+    if repository is None:
+        raise UsageError("the arm theirs needs --repository, a clone of the authors' code")
     file = repository / "cleanrl" / "cleanrl" / "meow_continuous_action.py"
     if not file.exists():
         raise UsageError(f"{file} not found: --repository must be a clone of the authors' code")
@@ -149,7 +163,7 @@ def load_script(repository: Path):
 
 def main():
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
-    script = load_script(options.repository)
+    script = load_script(options.repository) if "theirs" in options.arms else None
     torch._inductor.config.fallback_random = True  # eager PyTorch's dropout masks, for theirs
     rows = torch.load(options.run / "checkpoint.pt", weights_only=False)["replay"]["rows"]
     if len(rows) < TRAIN + UNSEEN or rows.shape[1] != ROW:
@@ -158,8 +172,8 @@ def main():
     for seed in options.seeds:
         paper = ["--env-id", "HalfCheetah-v4", "--seed", str(seed)]
         args, _ = parse_args(ours.Args, "meow_continuous_action.py", "", paper)
-        arms = {"theirs": Theirs(args, script), "ours": Ours(args, 1), "two masks": Ours(args, 2)}
-        for name, arm in arms.items():
+        for name in options.arms:
+            arm = make_arm(name, args, script)
             rng = np.random.default_rng(1000 + seed)  # the same batches for every arm
             for n in range(1, max(options.updates) + 1):
                 arm.update(rows[rng.integers(0, TRAIN, args.batch_size)])
