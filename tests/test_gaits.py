@@ -14,7 +14,7 @@ for package in ("matplotlib", "pandas", "scipy"):
 sys.path.insert(0, str(ROOT / "tools"))
 
 import same_update  # noqa: E402
-from stride import stride_frequency  # noqa: E402
+import stride  # noqa: E402
 
 import meow_continuous_action as meow  # noqa: E402
 from harness.functional import Hardware  # noqa: E402
@@ -23,8 +23,8 @@ from harness.functional import Hardware  # noqa: E402
 def write_arm(folder, name, runs, step=90_000):
     """runs: (return, stride) of seeds 1, 2, ... at `step`, each after a row of an earlier one."""
     rows = ["seed,step,return,stride"]
-    for seed, (value, stride) in enumerate(runs, 1):
-        rows += [f"{seed},{step - 10_000},{value - 100},3.0", f"{seed},{step},{value},{stride}"]
+    for seed, (value, hertz) in enumerate(runs, 1):
+        rows += [f"{seed},{step - 10_000},{value - 100},3.0", f"{seed},{step},{value},{hertz}"]
     (folder / f"{name}.csv").write_text("\n".join(rows) + "\n")
 
 
@@ -86,7 +86,25 @@ def test_the_stride_is_the_strongest_frequency_of_the_last_800_steps():
     time = 0.05 * np.arange(1001)
     angle = 0.3 + np.sin(2 * np.pi * 3.25 * time) + 0.5 * np.sin(2 * np.pi * 6.5 * time)
     angle[:200] += 5 * np.sin(2 * np.pi * 1.5 * time[:200])  # getting started
-    assert stride_frequency(angle) == pytest.approx(3.25)
+    assert stride.stride_frequency(angle) == pytest.approx(3.25)
+
+
+def test_a_policy_is_measured_by_the_thigh_that_is_asked_for(monkeypatch):
+    """The back thigh swings at 4.5 Hz and the front one at 2.25 Hz, the others at 1 Hz."""
+
+    class Evaluator:
+        args, policy = meow.Args(env_id="HalfCheetah-v4"), staticmethod(lambda *_: None)
+
+        def run(self, *_):
+            for t in 0.05 * np.arange(1000):
+                obs = np.sin(2 * np.pi * t) * torch.ones(3, 17)
+                obs[:, 2], obs[:, 5] = np.sin(2 * np.pi * 4.5 * t), np.sin(2 * np.pi * 2.25 * t)
+                self.policy(obs, None)
+            return [7.0, 8.0, 9.0], None
+
+    monkeypatch.setattr(stride, "load_evaluator", lambda *_: (Evaluator(), 90_000))
+    assert stride.measure("policy.pt", 3) == (90_000, 8.0, pytest.approx(4.5))
+    assert stride.measure("policy.pt", 3, "front") == (90_000, 8.0, pytest.approx(2.25))
 
 
 def test_each_q_of_two_masks_has_its_own():

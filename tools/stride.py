@@ -2,21 +2,23 @@
 
     python meow_continuous_action.py --env-id HalfCheetah-v4 --keep-policies --total-timesteps 90000
     python tools/stride.py runs/RUN_NAME            # a row for each kept policy: step,return,stride
+    python tools/stride.py runs/RUN_NAME --thigh front
 
-The frequency is the largest peak in the spectrum of observation 2, the angle of the back thigh,
-over steps 200 to 1,000 of a deterministic episode; median of the episodes.
+The frequency is the largest peak in the spectrum of the angle of the back thigh (observation 2; of
+the front thigh: 5) over steps 200 to 1,000 of a deterministic episode; median of the episodes.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 from saved_policy import UsageError, exit_code, load_evaluator
 
-BACK_THIGH, SECONDS_PER_STEP, FIRST, LAST = 2, 0.05, 200, 1000
+THIGHS = {"back": 2, "front": 5}  # observations
+SECONDS_PER_STEP, FIRST, LAST = 0.05, 200, 1000
 
 
 def stride_frequency(angles: np.ndarray) -> float:
@@ -26,7 +28,7 @@ def stride_frequency(angles: np.ndarray) -> float:
     return float(np.fft.rfftfreq(len(x), SECONDS_PER_STEP)[power.argmax()])
 
 
-def measure(file: Path, episodes: int) -> tuple[int, float, float]:
+def measure(file: Path, episodes: int, thigh: str = "back") -> tuple[int, float, float]:
     """Step, mean return and stride of a saved policy, over the episodes of its own evaluation."""
     evaluator, step = load_evaluator(file, episodes)
     if not evaluator.args.env_id.startswith("HalfCheetah-"):
@@ -35,7 +37,7 @@ def measure(file: Path, episodes: int) -> tuple[int, float, float]:
     angles, play = [], evaluator.policy
 
     def recorded(obs, noise):
-        angles.append(obs[:, BACK_THIGH].numpy().copy())
+        angles.append(obs[:, THIGHS[thigh]].numpy().copy())
         return play(obs, noise)
 
     evaluator.policy = recorded
@@ -50,12 +52,14 @@ class Options:
     """folder of a run"""
     episodes: int = 10
     """episodes per policy"""
+    thigh: Literal["back", "front"] = "back"
+    """whose frequency; in short strides the back one swings twice while the front one does once"""
 
 
 def main():
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     files = sorted((options.run / "policies").glob("*.pt")) or [options.run / "policy_final.pt"]
-    rows = (measure(file, options.episodes) for file in files)
+    rows = (measure(file, options.episodes, options.thigh) for file in files)
     print("step,return,stride")
     for row in rows:
         print("{},{:.1f},{:.3f}".format(*row), flush=True)
