@@ -99,7 +99,7 @@ class Args(IsaacArgs):
     shift_units: Literal["nats", "reward"] = "nats"  # add alpha b_k (nats) or b_k to Q_k and V_k
     coupling: Literal["additive", "affine"] = "additive"  # x + t, or the ablation x exp(s) + t
     replay_pre_tanh: bool = False  # the replay buffer keeps u = atanh(a); a loses |u| above 6.1
-    bf16: bool = False  # shift networks' products in bfloat16 (8 bits); on a CPU only with AMX
+    bf16: bool = False  # shift networks' products in bfloat16 (8 bits); slow on CPUs without AMX
 
     settings = PAPER_SETTINGS
 

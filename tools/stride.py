@@ -4,8 +4,8 @@
     python tools/stride.py runs/RUN_NAME            # a row for each kept policy: step,return,stride
     python tools/stride.py runs/RUN_NAME --thigh front
 
-The frequency is the largest peak in the spectrum of the angle of the back thigh (observation 2; of
-the front thigh: 5) over steps 200 to 1,000 of a deterministic episode; median of the episodes.
+The frequency is the largest peak in the spectrum of a thigh's angle (back: observation 2, front: 5)
+over steps 200 to 1,000 of a deterministic episode; median of the episodes.
 """
 
 import sys
