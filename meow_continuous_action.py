@@ -66,7 +66,9 @@ from harness.runs import Run, main
 
 # --- Settings -------------------------------------------------------------------------------------
 def paper(steps: int, tau: float, alpha: float, starts: int, **more) -> dict:
-    return dict(total_timesteps=steps, tau=tau, alpha=alpha, learning_starts=starts, **more)
+    return dict(
+        total_timesteps=steps, tau=tau, alpha=alpha, learning_starts=starts, **more
+    )
 
 
 PAPER_SETTINGS = {  # the defaults of these environments; all others get those of `Args`
@@ -82,37 +84,67 @@ PAPER_SETTINGS = {  # the defaults of these environments; all others get those o
 
 @dataclass
 class Args(RunArgs):
-    exp_name: str = "meow_continuous_action"  # name of the experiment, a part of the run name
+    exp_name: str = (
+        "meow_continuous_action"  # name of the experiment, a part of the run name
+    )
 
     # Algorithm
     learning_rate: float = 1e-3  # Adam's step size
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta after each update
     alpha: float = 0.2  # temperature: reward units per nat of entropy
-    log_sigma_min: float = -5.0  # lower bound of the LOG standard deviation of the linear layer
-    log_sigma_max: float = -0.3  # upper bound of the LOG standard deviation of the linear layer
+    log_sigma_min: float = (
+        -5.0
+    )  # lower bound of the LOG standard deviation of the linear layer
+    log_sigma_max: float = (
+        -0.3
+    )  # upper bound of the LOG standard deviation of the linear layer
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept in the replay buffer
-    learning_starts: int = 5_000  # steps with uniform random actions; then one update per step
+    learning_starts: int = (
+        5_000  # steps with uniform random actions; then one update per step
+    )
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
-    dropout: float = 0.1  # dropout probability in the couplings, in the Q pass of the update only
-    reward_shifting: Literal["clipped", "single", "none"] = "clipped"  # 2 shifts, 1 or none
-    shift_units: Literal["nats", "reward"] = "nats"  # add alpha b_k (nats) or b_k to Q_k and V_k
-    coupling: Literal["additive", "affine"] = "additive"  # x + t, or the ablation x exp(s) + t
-    replay_pre_tanh: bool = False  # the replay buffer keeps u = atanh(a); a loses |u| above 6.1
-    bf16: bool = False  # shift networks' products in bfloat16 (8 bits); slow on CPUs without AMX
+    dropout: float = (
+        0.1  # dropout probability in the couplings, in the Q pass of the update only
+    )
+    reward_shifting: Literal["clipped", "single", "none"] = (
+        "clipped"  # 2 shifts, 1 or none
+    )
+    shift_units: Literal["nats", "reward"] = (
+        "nats"  # add alpha b_k (nats) or b_k to Q_k and V_k
+    )
+    coupling: Literal["additive", "affine"] = (
+        "additive"  # x + t, or the ablation x exp(s) + t
+    )
+    replay_pre_tanh: bool = (
+        False  # the replay buffer keeps u = atanh(a); a loses |u| above 6.1
+    )
+    bf16: bool = (
+        False  # shift networks' products in bfloat16 (8 bits); slow on CPUs without AMX
+    )
 
     settings = PAPER_SETTINGS
 
     def __post_init__(self):
         super().__post_init__()
-        self.check("batch_size buffer_size learning_starts", lambda x: x >= 1, "at least 1")
-        self.check("learning_rate alpha max_grad_norm", lambda x: x > 0, "positive and finite")
+        self.check(
+            "batch_size buffer_size learning_starts", lambda x: x >= 1, "at least 1"
+        )
+        self.check(
+            "learning_rate alpha max_grad_norm", lambda x: x > 0, "positive and finite"
+        )
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
         self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1")
-        self.check("log_sigma_min log_sigma_max", lambda x: -20 <= x <= 20, "from -20 to 20 (log)")
-        self.check("log_sigma_max", lambda x: x > self.log_sigma_min, "above --log-sigma-min")
+        self.check(
+            "log_sigma_min log_sigma_max",
+            lambda x: -20 <= x <= 20,
+            "from -20 to 20 (log)",
+        )
+        self.check(
+            "log_sigma_max", lambda x: x > self.log_sigma_min, "above --log-sigma-min"
+        )
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -147,11 +179,15 @@ class MLP(nn.Module):
     ):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(dims))
-        self.norms = nn.ModuleList(nn.LayerNorm(d) if norm else nn.Identity() for d in dims[1:-1])
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(d) if norm else nn.Identity() for d in dims[1:-1]
+        )
         self.swishes = nn.ModuleList(Swish(d) for d in dims[1:-1])
         self.dropout, self.bf16 = dropout, bf16
         for layer in self.layers:
-            {"orthogonal": nn.init.orthogonal_, "zeros": nn.init.zeros_}[init](layer.weight)
+            {"orthogonal": nn.init.orthogonal_, "zeros": nn.init.zeros_}[init](
+                layer.weight
+            )
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """x (B, in) -> (B, out). keep (2, B, hidden): the units that dropout keeps; None: all."""
@@ -195,7 +231,10 @@ class EnergyFlow(nn.Module):
         self.affine, self.shifting = coupling == "affine", reward_shifting != "none"
         out = 2 * act_dim if self.affine else act_dim
         dims = [act_dim + obs_dim, self.hidden, self.hidden, out]
-        t = [MLP(dims, "orthogonal", norm=True, dropout=dropout) for _ in range(self.couplings)]
+        t = [
+            MLP(dims, "orthogonal", norm=True, dropout=dropout)
+            for _ in range(self.couplings)
+        ]
         n_shifts = {"clipped": 2, "single": 1, "none": 0}[reward_shifting]
         b = [MLP([obs_dim, 256, 256, 1], "zeros", bf16=bf16) for _ in range(n_shifts)]
         self.t, self.b = nn.ModuleList(t), nn.ModuleList(b)
@@ -221,7 +260,9 @@ class EnergyFlow(nn.Module):
         b = torch.cat([b(obs) for b in self.b], dim=-1)
         return b / self.alpha if self.reward_units else b
 
-    def to_latent(self, obs: Tensor, action: Tensor, keep: Tensor | None = None) -> Triple:
+    def to_latent(
+        self, obs: Tensor, action: Tensor, keep: Tensor | None = None
+    ) -> Triple:
         """z = g(a|s), and log|det dz/da| of the non-linear and of the linear layers.
 
         Shapes: obs (B, S), action (B, A) in [-1, 1], keep (4, 2, B, 64) -> z (B, A), (B,), (B,).
@@ -249,19 +290,29 @@ class EnergyFlow(nn.Module):
             x = x * torch.exp(scale) + t
             log_det_nonlinear = log_det_nonlinear + scale.sum(-1)
         log_det_nonlinear = log_det_nonlinear + log_tanh_slope(x).sum(-1)
-        return x if self.pre_tanh else torch.tanh(x), log_det_nonlinear, log_sigma.sum(-1)
+        return (
+            x if self.pre_tanh else torch.tanh(x),
+            log_det_nonlinear,
+            log_sigma.sum(-1),
+        )
 
     def coupling(self, i: int, x: Tensor, obs: Tensor, keep: Tensor | None = None):
         """(scale, t) of coupling i, (B, A), zero where its mask m is 1; they read m*x and s."""
         m = self.masks[i % 2]
-        out = self.t[i](torch.cat([m * x, obs], dim=-1), None if keep is None else keep[i])
+        out = self.t[i](
+            torch.cat([m * x, obs], dim=-1), None if keep is None else keep[i]
+        )
         scale, t = out.chunk(2, dim=-1) if self.affine else (torch.zeros_like(out), out)
         return (1 - m) * scale, (1 - m) * t
 
-    def q_values(self, obs: Tensor, action: Tensor, keep: Tensor | None = None) -> Tensor:
+    def q_values(
+        self, obs: Tensor, action: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
         """Q_k(s,a) = alpha (log p_z(z) + log|det J_n| + b_k(s)). -> (B, K), reward units  # D1"""
         z, log_det_nonlinear, _ = self.to_latent(obs, action, keep)
-        return self.alpha * ((log_prior(z) + log_det_nonlinear)[:, None] + self.shifts(obs))
+        return self.alpha * (
+            (log_prior(z) + log_det_nonlinear)[:, None] + self.shifts(obs)
+        )
 
     def soft_values(self, obs: Tensor) -> Tensor:
         """V_k(s) = alpha (-log Z(s) + b_k(s)), exact. obs (B, S) -> (B, K), reward units  # D2
@@ -302,20 +353,29 @@ class Keep:
     """Which units dropout keeps, bool; their number must be a multiple of 4."""
 
     def __init__(self, *shape: int, dropout: float, device="cpu"):
-        self.tensor, self.dropout = torch.ones(shape, dtype=torch.bool, device=device), dropout
+        self.tensor, self.dropout = (
+            torch.ones(shape, dtype=torch.bool, device=device),
+            dropout,
+        )
 
     def fill(self, rng: np.random.Generator):
         """On CPU 16 random bits a unit: many times faster than a float, exact to 1/65536.  # D9"""
         if self.tensor.is_cuda:
             self.tensor.bernoulli_(1 - self.dropout)
             return
-        bits = rng.integers(0, 2**64, self.tensor.numel() // 4, dtype=np.uint64).view(np.uint16)
+        bits = rng.integers(0, 2**64, self.tensor.numel() // 4, dtype=np.uint64).view(
+            np.uint16
+        )
         threshold = round(self.dropout * 2**16)
-        np.greater_equal(bits.reshape(self.tensor.shape), threshold, out=self.tensor.numpy())
+        np.greater_equal(
+            bits.reshape(self.tensor.shape), threshold, out=self.tensor.numpy()
+        )
 
 
 # --- Target, loss and update ----------------------------------------------------------------------
-def soft_target(reward: Tensor, terminated: Tensor, v_next: Tensor, gamma: float) -> Tensor:
+def soft_target(
+    reward: Tensor, terminated: Tensor, v_next: Tensor, gamma: float
+) -> Tensor:
     """y = r + gamma (1 - terminated) min_k V_k(s'). (B,), (B,), (B, K) -> (B,), reward units."""
     return reward + gamma * (1 - terminated) * v_next.min(-1).values
 
@@ -331,7 +391,9 @@ def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
     return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
 
-METRICS = "losses/loss losses/grad_norm flow/q flow/v_next flow/target flow/shift_gap".split()
+METRICS = (
+    "losses/loss losses/grad_norm flow/q flow/v_next flow/target flow/shift_gap".split()
+)
 
 
 def make_update(flow: EnergyFlow, obs_dim: int, act_dim: int, args: Args):
@@ -350,12 +412,16 @@ def make_update(flow: EnergyFlow, obs_dim: int, act_dim: int, args: Args):
         grad, (loss, q) = gradient(theta, obs, action, target, keep)
         grad, grad_norm = clip_gradient(grad, args.max_grad_norm)
         new_theta, *moments = adam(theta, m, v, decay, grad, args.learning_rate)
-        averaged = (1 - args.tau) * target_theta + args.tau * new_theta  # Polyak: new theta'
+        averaged = (
+            1 - args.tau
+        ) * target_theta + args.tau * new_theta  # Polyak: new theta'
         new = (new_theta, averaged, *moments)
         for tensor, value in zip((theta, target_theta, m, v, decay), new, strict=True):
             tensor.copy_(value)
         shift_gap = (q[:, 0] - q[:, -1]).abs().mean()  # alpha |b_1 - b_2|
-        return torch.stack([loss, grad_norm, q.mean(), v_next.mean(), target.mean(), shift_gap])
+        return torch.stack(
+            [loss, grad_norm, q.mean(), v_next.mean(), target.mean(), shift_gap]
+        )
 
     return update
 
@@ -388,17 +454,30 @@ def train(args: Args, run: Run):
     capacity = min(args.buffer_size, args.total_timesteps)
     replay = ReplayBuffer(capacity, *dims, args.batch_size, device)
     flow = make_flow(args, *dims).to(device)
-    flow.pre_tanh = args.replay_pre_tanh  # then it gives u, and the environments get tanh(u)
+    flow.pre_tanh = (
+        args.replay_pre_tanh
+    )  # then it gives u, and the environments get tanh(u)
     squash = torch.tanh if flow.pre_tanh else nn.Identity()
     theta = flatten_parameters(flow)
-    state = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, (beta1^t, beta2^t)
-    shape = (flow.couplings, 2, args.batch_size, flow.hidden)  # two hidden layers in each coupling
+    state = [
+        theta,
+        theta.clone(),
+        *adam_moments(theta),
+    ]  # theta, theta', m, v, (beta1^t, beta2^t)
+    shape = (
+        flow.couplings,
+        2,
+        args.batch_size,
+        flow.hidden,
+    )  # two hidden layers in each coupling
     keep = [Keep(*shape, dropout=args.dropout, device=device)] if args.dropout else []
     update = make_update(flow, *dims, args)
     learner = Learner(update, state, [replay.batch], keep, METRICS, hardware)
     act = make_policy(flow, theta, *dims, 1, hardware)
     play = make_policy(flow, theta, *dims, args.eval_episodes, hardware)
-    evaluator = Evaluator(args, EvaluationEnvs(args), lambda obs, z: squash(play(obs, z)))
+    evaluator = Evaluator(
+        args, EvaluationEnvs(args), lambda obs, z: squash(play(obs, z))
+    )
     run.start(env, evaluator, {"flow": flow}, rng, learner=learner, replay=replay)
 
     for step in run.steps():
@@ -410,7 +489,9 @@ def train(args: Args, run: Run):
             learner.update(rng)  # D8
         else:
             action = rng.uniform(-1, 1, env.act_dim)
-            action = (np.arctanh(action) if flow.pre_tanh else action).astype(np.float32)
+            action = (np.arctanh(action) if flow.pre_tanh else action).astype(
+                np.float32
+            )
         obs, _, *outcome = env.step(np.tanh(action) if flow.pre_tanh else action)
         replay.add(obs, action, *outcome)
         run.log(learner.read_metrics(step) if learning else {})

@@ -72,20 +72,32 @@ PAPER_SETTINGS = {  # the MEow paper's budgets; all other environments get the d
 
 @dataclass
 class Args(RunArgs):
-    exp_name: str = "sac_continuous_action"  # name of the experiment, a part of the run name
+    exp_name: str = (
+        "sac_continuous_action"  # name of the experiment, a part of the run name
+    )
 
     # Algorithm
     policy_lr: float = 3e-4  # Adam's step size for the actor
     q_lr: float = 1e-3  # Adam's step size for the critics and the temperature
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta after each update
-    autotune: bool = True  # learn the temperature, for an entropy of minus the action dimensions
-    alpha: float = 0.2  # temperature with --no-autotune: reward units per nat of entropy
+    autotune: bool = (
+        True  # learn the temperature, for an entropy of minus the action dimensions
+    )
+    alpha: float = (
+        0.2  # temperature with --no-autotune: reward units per nat of entropy
+    )
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept in the replay buffer
-    learning_starts: int = 5_000  # steps with uniform random actions; then one update per step
-    policy_frequency: int = 2  # the actor is updated every so many steps, then as many times
-    reward_shifting: Literal["clipped", "none"] = "none"  # or a shift b_k(s) for each critic
+    learning_starts: int = (
+        5_000  # steps with uniform random actions; then one update per step
+    )
+    policy_frequency: int = (
+        2  # the actor is updated every so many steps, then as many times
+    )
+    reward_shifting: Literal["clipped", "none"] = (
+        "none"  # or a shift b_k(s) for each critic
+    )
 
     settings = PAPER_SETTINGS
 
@@ -153,7 +165,9 @@ class Critics(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, shifting: bool = False):
         super().__init__()
         self.q = nn.ModuleList(MLP(obs_dim + act_dim, *HIDDEN, 1) for _ in range(2))
-        self.b = nn.ModuleList(MLP(obs_dim, 256, 256, 1) for _ in range(2 if shifting else 0))
+        self.b = nn.ModuleList(
+            MLP(obs_dim, 256, 256, 1) for _ in range(2 if shifting else 0)
+        )
         for shift in self.b:  # no shift at the start
             nn.init.zeros_(shift[-1].weight)
             nn.init.zeros_(shift[-1].bias)
@@ -201,7 +215,9 @@ def soft_target(
 
     Shapes: reward, terminated, log_prob (B,), q_next (B, 2), alpha () -> (B,).
     """
-    return reward + gamma * (1 - terminated) * (q_next.min(-1).values - alpha * log_prob)
+    return reward + gamma * (1 - terminated) * (
+        q_next.min(-1).values - alpha * log_prob
+    )
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
@@ -214,7 +230,9 @@ def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
     return (alpha * log_prob - q.min(-1).values).mean()
 
 
-def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+def temperature_loss(
+    log_alpha: Tensor, log_prob: Tensor, target_entropy: float
+) -> Tensor:
     """-alpha (mean log pi + target entropy): alpha grows while entropy is below its target.  # S1
 
     Shapes: log_alpha (1,), log_prob (B,) -> ().
@@ -226,7 +244,9 @@ CRITIC_METRICS = "losses/qf_loss losses/qf1_values losses/qf2_values sac/target"
 ACTOR_METRICS = "losses/actor_loss losses/alpha_loss losses/alpha sac/entropy".split()
 
 
-def make_critic_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: int, args: Args):
+def make_critic_update(
+    actor: Actor, critics: Critics, obs_dim: int, act_dim: int, args: Args
+):
     """The critics' update of flat tensors, changed in place; returns CRITIC_METRICS (4,)."""
     sample, q_values = functional(actor.sample), functional(critics.q_values)
 
@@ -237,13 +257,19 @@ def make_critic_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: in
     def update(theta, target_theta, m, v, decay, phi, log_alpha, batch, noise):
         obs, action, next_obs, reward, terminated = split_batch(batch, obs_dim, act_dim)
         next_action, log_prob = sample(phi, next_obs, noise)  # a' ~ pi(.|s')
-        q_next = q_values(target_theta, next_obs, next_action)  # Q'_k(s',a'), theta'  (B, 2)
+        q_next = q_values(
+            target_theta, next_obs, next_action
+        )  # Q'_k(s',a'), theta'  (B, 2)
         alpha = log_alpha.exp()
-        target = soft_target(reward, terminated, q_next, log_prob, alpha, args.gamma)  # y  (B,)
+        target = soft_target(
+            reward, terminated, q_next, log_prob, alpha, args.gamma
+        )  # y  (B,)
         gradient = torch.func.grad_and_value(loss_and_q, has_aux=True)
         grad, (loss, q) = gradient(theta, obs, action, target)
         new_theta, *moments = adam(theta, m, v, decay, grad, args.q_lr)
-        averaged = (1 - args.tau) * target_theta + args.tau * new_theta  # Polyak: new theta'
+        averaged = (
+            1 - args.tau
+        ) * target_theta + args.tau * new_theta  # Polyak: new theta'
         new = (new_theta, averaged, *moments)
         for tensor, value in zip((theta, target_theta, m, v, decay), new, strict=True):
             tensor.copy_(value)
@@ -252,7 +278,9 @@ def make_critic_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: in
     return update
 
 
-def make_actor_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: int, args: Args):
+def make_actor_update(
+    actor: Actor, critics: Critics, obs_dim: int, act_dim: int, args: Args
+):
     """The update of actor and temperature, changed in place; returns ACTOR_METRICS (4,)."""
     sample, q_values = functional(actor.sample), functional(critics.q_values)
     target_entropy = -float(act_dim)  # nats, over the environment's own actions
@@ -262,7 +290,9 @@ def make_actor_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: int
         q = q_values(theta, obs, action)  # Q_k(s,a)  (B, 2)
         return actor_loss(q, log_prob, log_alpha.exp()), log_prob
 
-    def update(phi, m, v, decay, log_alpha, m_alpha, v_alpha, decay_alpha, theta, batch, noise):
+    def update(
+        phi, m, v, decay, log_alpha, m_alpha, v_alpha, decay_alpha, theta, batch, noise
+    ):
         obs, *_ = split_batch(batch, obs_dim, act_dim)
         gradient = torch.func.grad_and_value(loss_and_log_prob, has_aux=True)
         grad, (loss, log_prob) = gradient(phi, log_alpha, theta, obs, noise)
@@ -306,14 +336,30 @@ def train(args: Args, run: Run):
     dims = env.obs_dim, env.act_dim
     capacity = min(args.buffer_size, args.total_timesteps)
     replay = ReplayBuffer(capacity, *dims, args.batch_size, device)
-    actor, critics = (net.to(device) for net in make_networks(args, *dims, half_range(env)))
-    theta, phi, log_alpha = flatten_parameters(critics), flatten_parameters(actor), actor.log_alpha
+    actor, critics = (
+        net.to(device) for net in make_networks(args, *dims, half_range(env))
+    )
+    theta, phi, log_alpha = (
+        flatten_parameters(critics),
+        flatten_parameters(actor),
+        actor.log_alpha,
+    )
     noise = [Normal(args.batch_size, env.act_dim, device=device)]
-    state = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, (beta1^t, beta2^t)
-    update, inputs = make_critic_update(actor, critics, *dims, args), [phi, log_alpha, replay.batch]
+    state = [
+        theta,
+        theta.clone(),
+        *adam_moments(theta),
+    ]  # theta, theta', m, v, (beta1^t, beta2^t)
+    update, inputs = (
+        make_critic_update(actor, critics, *dims, args),
+        [phi, log_alpha, replay.batch],
+    )
     critic_learner = Learner(update, state, inputs, noise, CRITIC_METRICS, hardware)
     state = [phi, *adam_moments(phi), log_alpha, *adam_moments(log_alpha)]
-    update, inputs = make_actor_update(actor, critics, *dims, args), [theta, replay.batch]
+    update, inputs = (
+        make_actor_update(actor, critics, *dims, args),
+        [theta, replay.batch],
+    )
     actor_learner = Learner(update, state, inputs, noise, ACTOR_METRICS, hardware)
     act = make_policy(actor, phi, *dims, 1, hardware)
     play = make_policy(actor, phi, *dims, args.eval_episodes, hardware)
@@ -326,7 +372,9 @@ def train(args: Args, run: Run):
         updates = step - args.learning_starts + 1  # of the critics, after this step
         if updates > 0:
             z = rng.standard_normal((1, env.act_dim), dtype=np.float32)
-            action = act(env.obs[None], z)[0].numpy()  # a = tanh(mu + sigma z), z ~ N(0, I)
+            action = act(env.obs[None], z)[
+                0
+            ].numpy()  # a = tanh(mu + sigma z), z ~ N(0, I)
             replay.sample(rng)
             critic_learner.update(rng)  # S3
             if updates % args.policy_frequency == 0:
@@ -335,7 +383,9 @@ def train(args: Args, run: Run):
         else:
             action = rng.uniform(-1, 1, env.act_dim).astype(np.float32)
         replay.add(*env.step(action))
-        metrics = critic_learner.read_metrics(step) | actor_learner.read_metrics(step)  # S4
+        metrics = critic_learner.read_metrics(step) | actor_learner.read_metrics(
+            step
+        )  # S4
         run.log(metrics if updates > 0 else {})
 
 

@@ -60,7 +60,9 @@ from isaac_tasks.training import (
 
 # --- Settings -------------------------------------------------------------------------------------
 def paper(steps: int, num_envs: int, batch: int, alpha: float, **more) -> dict:
-    return dict(total_timesteps=steps, num_envs=num_envs, batch_size=batch, alpha=alpha, **more)
+    return dict(
+        total_timesteps=steps, num_envs=num_envs, batch_size=batch, alpha=alpha, **more
+    )
 
 
 PAPER_SETTINGS = {  # the defaults of these tasks; all others get those of `Args`
@@ -82,10 +84,18 @@ class Args(IsaacArgs):
     q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
     gamma: float = 0.99  # discount factor
     tau: float = 0.0025  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
-    autotune: bool = False  # learn the temperature, for an entropy of minus the action dimensions
-    alpha: float = 0.2  # temperature with --no-autotune: reward units per nat of entropy
-    policy_frequency: int = 1  # the actor is updated every so many steps, then as many times
-    reward_shifting: Literal["clipped", "none"] = "none"  # or a shift b_k(s) for each critic
+    autotune: bool = (
+        False  # learn the temperature, for an entropy of minus the action dimensions
+    )
+    alpha: float = (
+        0.2  # temperature with --no-autotune: reward units per nat of entropy
+    )
+    policy_frequency: int = (
+        1  # the actor is updated every so many steps, then as many times
+    )
+    reward_shifting: Literal["clipped", "none"] = (
+        "none"  # or a shift b_k(s) for each critic
+    )
 
     settings = PAPER_SETTINGS
 
@@ -152,7 +162,9 @@ class Critics(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, shifting: bool = False):
         super().__init__()
         self.q = nn.ModuleList(MLP(obs_dim + act_dim, *HIDDEN, 1) for _ in range(2))
-        self.b = nn.ModuleList(MLP(obs_dim, 256, 256, 1) for _ in range(2 if shifting else 0))
+        self.b = nn.ModuleList(
+            MLP(obs_dim, 256, 256, 1) for _ in range(2 if shifting else 0)
+        )
         for shift in self.b:  # no shift at the start
             nn.init.zeros_(shift[-1].weight)
             nn.init.zeros_(shift[-1].bias)
@@ -200,7 +212,9 @@ def soft_target(
 
     Shapes: reward, terminated, log_prob (B,), q_next (B, 2), alpha () -> (B,).
     """
-    return reward + gamma * (1 - terminated) * (q_next.min(-1).values - alpha * log_prob)
+    return reward + gamma * (1 - terminated) * (
+        q_next.min(-1).values - alpha * log_prob
+    )
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
@@ -213,7 +227,9 @@ def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
     return (alpha * log_prob - q.min(-1).values).mean()
 
 
-def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+def temperature_loss(
+    log_alpha: Tensor, log_prob: Tensor, target_entropy: float
+) -> Tensor:
     """-alpha (mean log pi + target entropy): alpha grows while entropy is below its target.  # S1
 
     Shapes: log_alpha (1,), log_prob (B,) -> ().
@@ -225,7 +241,9 @@ CRITIC_METRICS = "losses/qf_loss losses/qf1_values losses/qf2_values sac/target"
 ACTOR_METRICS = "losses/actor_loss losses/alpha_loss losses/alpha sac/entropy".split()
 
 
-def make_critic_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: int, args: Args):
+def make_critic_update(
+    actor: Actor, critics: Critics, obs_dim: int, act_dim: int, args: Args
+):
     """The critics' update of flat tensors, changed in place; returns CRITIC_METRICS (4,)."""
     sample, q_values = functional(actor.sample), functional(critics.q_values)
 
@@ -236,13 +254,19 @@ def make_critic_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: in
     def update(theta, target_theta, m, v, decay, phi, log_alpha, batch, noise):
         obs, action, next_obs, reward, terminated = split_batch(batch, obs_dim, act_dim)
         next_action, log_prob = sample(phi, next_obs, noise)  # a' ~ pi(.|s')
-        q_next = q_values(target_theta, next_obs, next_action)  # Q'_k(s',a'), theta'  (B, 2)
+        q_next = q_values(
+            target_theta, next_obs, next_action
+        )  # Q'_k(s',a'), theta'  (B, 2)
         alpha = log_alpha.exp()
-        target = soft_target(reward, terminated, q_next, log_prob, alpha, args.gamma)  # y  (B,)
+        target = soft_target(
+            reward, terminated, q_next, log_prob, alpha, args.gamma
+        )  # y  (B,)
         gradient = torch.func.grad_and_value(loss_and_q, has_aux=True)
         grad, (loss, q) = gradient(theta, obs, action, target)
         new_theta, *moments = adam(theta, m, v, decay, grad, args.q_lr)
-        averaged = (1 - args.tau) * target_theta + args.tau * new_theta  # Polyak: new theta'
+        averaged = (
+            1 - args.tau
+        ) * target_theta + args.tau * new_theta  # Polyak: new theta'
         new = (new_theta, averaged, *moments)
         for tensor, value in zip((theta, target_theta, m, v, decay), new, strict=True):
             tensor.copy_(value)
@@ -251,7 +275,9 @@ def make_critic_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: in
     return update
 
 
-def make_actor_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: int, args: Args):
+def make_actor_update(
+    actor: Actor, critics: Critics, obs_dim: int, act_dim: int, args: Args
+):
     """The update of actor and temperature, changed in place; returns ACTOR_METRICS (4,)."""
     sample, q_values = functional(actor.sample), functional(critics.q_values)
     target_entropy = -float(act_dim)  # nats, over the environment's own actions
@@ -261,7 +287,9 @@ def make_actor_update(actor: Actor, critics: Critics, obs_dim: int, act_dim: int
         q = q_values(theta, obs, action)  # Q_k(s,a)  (B, 2)
         return actor_loss(q, log_prob, log_alpha.exp()), log_prob
 
-    def update(phi, m, v, decay, log_alpha, m_alpha, v_alpha, decay_alpha, theta, batch, noise):
+    def update(
+        phi, m, v, decay, log_alpha, m_alpha, v_alpha, decay_alpha, theta, batch, noise
+    ):
         obs, *_ = split_batch(batch, obs_dim, act_dim)
         gradient = torch.func.grad_and_value(loss_and_log_prob, has_aux=True)
         grad, (loss, log_prob) = gradient(phi, log_alpha, theta, obs, noise)
@@ -297,16 +325,35 @@ def train(args: Args, run: Run):
     rng = np.random.default_rng(args.seed)  # replay and noise of the updates
     env = TrainingEnvs(args, device)
     dims, norm = (env.obs_dim, env.act_dim), env.norm
-    capacity, max_steps = min(args.buffer_size, args.total_timesteps), env.simulator.max_steps
-    replay = VectorReplayBuffer(capacity, args.num_envs, *dims, max_steps, args.batch_size, device)
+    capacity, max_steps = (
+        min(args.buffer_size, args.total_timesteps),
+        env.simulator.max_steps,
+    )
+    replay = VectorReplayBuffer(
+        capacity, args.num_envs, *dims, max_steps, args.batch_size, device
+    )
     actor, critics = (net.to(device) for net in make_networks(args, *dims))
-    theta, phi, log_alpha = flatten_parameters(critics), flatten_parameters(actor), actor.log_alpha
+    theta, phi, log_alpha = (
+        flatten_parameters(critics),
+        flatten_parameters(actor),
+        actor.log_alpha,
+    )
     noise = [Normal(args.batch_size, env.act_dim, device=device)]
-    state = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, (beta1^t, beta2^t)
-    update, inputs = make_critic_update(actor, critics, *dims, args), [phi, log_alpha, replay.batch]
+    state = [
+        theta,
+        theta.clone(),
+        *adam_moments(theta),
+    ]  # theta, theta', m, v, (beta1^t, beta2^t)
+    update, inputs = (
+        make_critic_update(actor, critics, *dims, args),
+        [phi, log_alpha, replay.batch],
+    )
     critic_learner = Learner(update, state, inputs, noise, CRITIC_METRICS, hardware)
     state = [phi, *adam_moments(phi), log_alpha, *adam_moments(log_alpha)]
-    update, inputs = make_actor_update(actor, critics, *dims, args), [theta, replay.batch]
+    update, inputs = (
+        make_actor_update(actor, critics, *dims, args),
+        [theta, replay.batch],
+    )
     actor_learner = Learner(update, state, inputs, noise, ACTOR_METRICS, hardware)
     act = make_policy(actor, phi, *dims, args.num_envs, hardware)
     play = make_policy(actor, phi, *dims, args.eval_episodes, hardware)
@@ -331,7 +378,9 @@ def train(args: Args, run: Run):
         else:
             action = 2 * torch.rand(args.num_envs, env.act_dim, device=device) - 1
         replay.add(*env.step(action))
-        metrics = critic_learner.read_metrics(step) | actor_learner.read_metrics(step)  # S4
+        metrics = critic_learner.read_metrics(step) | actor_learner.read_metrics(
+            step
+        )  # S4
         run.log(metrics if learning else {})
 
 

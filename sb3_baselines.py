@@ -34,27 +34,83 @@ except ModuleNotFoundError as error:
 # --- Settings -------------------------------------------------------------------------------------
 # From hyperparams/*.yml of RL Baselines3 Zoo 2.9.2, these tasks' v4; what SB3 defaults to is left
 # out. (The package rl_zoo3 has the files, but needs 30 more packages that nothing else here does.)
-PPO_COLUMNS = "n_steps batch_size gamma learning_rate ent_coef clip_range n_epochs gae_lambda"
+PPO_COLUMNS = (
+    "n_steps batch_size gamma learning_rate ent_coef clip_range n_epochs gae_lambda"
+)
 PPO_COLUMNS += " max_grad_norm vf_coef policy_kwargs"
-LARGE = dict(log_std_init=-2, ortho_init=False, activation_fn=torch.nn.ReLU, net_arch=[256, 256])
+LARGE = dict(
+    log_std_init=-2, ortho_init=False, activation_fn=torch.nn.ReLU, net_arch=[256, 256]
+)
 PPO_TUNED = {
-    "Hopper": (512, 32, 0.999, 9.80828e-5, 0.00229519, 0.2, 5, 0.99, 0.7, 0.835671, LARGE),
-    "HalfCheetah": (512, 64, 0.98, 2.0633e-5, 0.000401762, 0.1, 20, 0.92, 0.8, 0.58096, LARGE),
-    "Walker2d": (512, 32, 0.99, 5.05041e-5, 0.000585045, 0.1, 20, 0.95, 1, 0.871923, {}),
+    "Hopper": (
+        512,
+        32,
+        0.999,
+        9.80828e-5,
+        0.00229519,
+        0.2,
+        5,
+        0.99,
+        0.7,
+        0.835671,
+        LARGE,
+    ),
+    "HalfCheetah": (
+        512,
+        64,
+        0.98,
+        2.0633e-5,
+        0.000401762,
+        0.1,
+        20,
+        0.92,
+        0.8,
+        0.58096,
+        LARGE,
+    ),
+    "Walker2d": (
+        512,
+        32,
+        0.99,
+        5.05041e-5,
+        0.000585045,
+        0.1,
+        20,
+        0.95,
+        1,
+        0.871923,
+        {},
+    ),
     "Ant": (),
-    "Humanoid": (512, 256, 0.95, 3.56987e-5, 0.00238306, 0.3, 5, 0.9, 2, 0.431892, LARGE),
+    "Humanoid": (
+        512,
+        256,
+        0.95,
+        3.56987e-5,
+        0.00238306,
+        0.3,
+        5,
+        0.9,
+        2,
+        0.431892,
+        LARGE,
+    ),
 }
 ZOO = {"td3": {}, "ddpg": {}, "ppo": {}, "sac": {}}
 for task, row in PPO_TUNED.items():
     ZOO["td3"][task] = ZOO["ddpg"][task] = dict(learning_starts=10_000, noise_std=0.1)
-    ZOO["ppo"][task] = dict(zip(PPO_COLUMNS.split(), row, strict=bool(row)), normalize=True)
+    ZOO["ppo"][task] = dict(
+        zip(PPO_COLUMNS.split(), row, strict=bool(row)), normalize=True
+    )
     ZOO["sac"][task] = dict(learning_starts=10_000)
 
 
 @dataclass
 class Args(RunArgs):
     algo: Literal["td3", "ddpg", "ppo", "sac"] = "td3"  # algorithm of Stable-Baselines3
-    exp_name: str = "sb3_td3"  # name of the experiment; by default sb3_ and the algorithm
+    exp_name: str = (
+        "sb3_td3"  # name of the experiment; by default sb3_ and the algorithm
+    )
     compile: bool = False  # not possible here
 
     def __post_init__(self):
@@ -63,7 +119,9 @@ class Args(RunArgs):
             self.exp_name = f"sb3_{self.algo}"
         self.check("compile", lambda x: not x, "off: Stable-Baselines3 doesn't compile")
         if not self.deterministic_eval and self.algo in ("td3", "ddpg"):
-            raise ValueError(f"--no-deterministic-eval: the policy of {self.algo} is deterministic")
+            raise ValueError(
+                f"--no-deterministic-eval: the policy of {self.algo} is deterministic"
+            )
 
     def zoo_settings(self) -> dict:
         """The Zoo's entry, whose v4 serves v5 too; empty where it has none: SB3's defaults."""
@@ -80,7 +138,9 @@ class Env(gym.Env):
         own = training.env.env.action_space  # below the rescaling to [-1, 1]
         half = (own.high / 2 - own.low / 2).astype(np.float32)  # Humanoid: 0.4
         self.action_space = gym.spaces.Box(-half, half)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (training.obs_dim,), np.float32)
+        self.observation_space = gym.spaces.Box(
+            -np.inf, np.inf, (training.obs_dim,), np.float32
+        )
 
     def reset(self, **_options):
         return self.training.obs, {}  # its episodes start by themselves  # B1
@@ -98,8 +158,12 @@ class Normalizer(vec_env.VecNormalize):
     names = "obs_rms.mean obs_rms.var obs_rms.count ret_rms.mean ret_rms.var ret_rms.count returns"
 
     def state_dict(self) -> dict:
-        values = {name: save_util.recursive_getattr(self, name) for name in self.names.split()}
-        return {name: torch.as_tensor(x, dtype=torch.float64) for name, x in values.items()}
+        values = {
+            name: save_util.recursive_getattr(self, name) for name in self.names.split()
+        }
+        return {
+            name: torch.as_tensor(x, dtype=torch.float64) for name, x in values.items()
+        }
 
     def load_state_dict(self, state: dict):
         for name, value in state.items():
@@ -113,11 +177,15 @@ def make_model(args: Args, training: TrainingEnv, device, saved: dict | None = N
     if settings.pop("normalize", False):
         env = parts["normalizer"] = Normalizer(env, gamma=settings.get("gamma", 0.99))
     if std := settings.pop("noise_std", None):
-        settings["action_noise"] = noise.NormalActionNoise(np.zeros(training.act_dim), std)
+        settings["action_noise"] = noise.NormalActionNoise(
+            np.zeros(training.act_dim), std
+        )
     algorithm = getattr(sb3, args.algo.upper())
     model = algorithm("MlpPolicy", env, seed=args.seed, device=device, **settings)
     model.set_logger(logger.Logger(None, []))
-    if saved and "model" in saved:  # a checkpoint: this unpickles, so resume only what you trust
+    if (
+        saved and "model" in saved
+    ):  # a checkpoint: this unpickles, so resume only what you trust
         file = io.BytesIO(saved["model"].numpy().tobytes())
         model = algorithm.load(file, env, device, force_reset=False)
     parts["policy"] = model.policy
@@ -132,7 +200,9 @@ def make_evaluator(args: Args, model) -> Evaluator:
 
     def policy(obs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         obs = normalizer.normalize_obs(obs.numpy()) if normalizer else obs.numpy()
-        with torch.random.fork_rng():  # SB3 draws from the generator that training goes on with
+        with (
+            torch.random.fork_rng()
+        ):  # SB3 draws from the generator that training goes on with
             torch.manual_seed(int(z.numpy().view(np.uint32)[0, 0]))
             action, _ = model.predict(obs, deterministic=args.deterministic_eval)
         return torch.from_numpy(action / model.action_space.high)
@@ -150,7 +220,12 @@ class RunCallback(callbacks.BaseCallback):
 
     def __init__(self, run: Run, env: TrainingEnv, model, parts: dict):
         super().__init__()
-        self.run, self.env, self.model, self.parts = run, env, model, parts | {"env": env}
+        self.run, self.env, self.model, self.parts = (
+            run,
+            env,
+            model,
+            parts | {"env": env},
+        )
         self.replay = getattr(model, "replay_buffer", None)  # PPO has none
 
     def _on_rollout_start(self):
@@ -159,7 +234,9 @@ class RunCallback(callbacks.BaseCallback):
         self._end_step()
 
     def _on_step(self) -> bool:
-        if not self.replay and self.num_timesteps % self.model.n_steps:  # within PPO's rollout
+        if (
+            not self.replay and self.num_timesteps % self.model.n_steps
+        ):  # within PPO's rollout
             self._end_step()
         return self.run.step < self.run.args.total_timesteps  # B3
 
@@ -176,11 +253,19 @@ class RunCallback(callbacks.BaseCallback):
         file, (kind, keys, *position) = io.BytesIO(), np.random.get_state()
         self.model.save(file, include=["_logger", "_custom_logger"])
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"numpy_rng": (kind, keys.tolist(), *position), "torch_rng": torch.get_rng_state()}
+        state |= {
+            "numpy_rng": (kind, keys.tolist(), *position),
+            "torch_rng": torch.get_rng_state(),
+        }
         state["model"] = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
         if self.replay:  # SB3 would save its empty rows too
-            state["position"], rows = (self.replay.pos, self.replay.full), self.replay.size()
-            arrays = {k: x for k, x in vars(self.replay).items() if isinstance(x, np.ndarray)}
+            state["position"], rows = (
+                (self.replay.pos, self.replay.full),
+                self.replay.size(),
+            )
+            arrays = {
+                k: x for k, x in vars(self.replay).items() if isinstance(x, np.ndarray)
+            }
             state["rows"] = {k: torch.from_numpy(x[:rows]) for k, x in arrays.items()}
         return state
 
@@ -196,14 +281,25 @@ class RunCallback(callbacks.BaseCallback):
 
 def train(args: Args, run: Run):
     """SB3's `learn`, from the run's checkpoint if it has one."""
-    torch.distributions.Distribution.set_default_validate_args(False)  # NaN: the run says where
+    torch.distributions.Distribution.set_default_validate_args(
+        False
+    )  # NaN: the run says where
     env = TrainingEnv(args.env_id, args.seed)
-    model, parts = make_model(args, env, run.device, run.checkpoint and run.checkpoint["sb3"])
-    callback, evaluator = RunCallback(run, env, model, parts), make_evaluator(args, model)
+    model, parts = make_model(
+        args, env, run.device, run.checkpoint and run.checkpoint["sb3"]
+    )
+    callback, evaluator = (
+        RunCallback(run, env, model, parts),
+        make_evaluator(args, model),
+    )
     run.start(env, evaluator, parts, model.action_space.np_random, sb3=callback)
     if not args.env_id.endswith("-v4") or not args.zoo_settings():
-        used = "those of its v4" if args.zoo_settings() else "Stable-Baselines3's defaults"
-        print(f"note: the Zoo has no {args.algo} settings for it: {used}", file=sys.stderr)
+        used = (
+            "those of its v4" if args.zoo_settings() else "Stable-Baselines3's defaults"
+        )
+        print(
+            f"note: the Zoo has no {args.algo} settings for it: {used}", file=sys.stderr
+        )
     next(run.steps())  # from here on a signal ends the run after a step
     steps = args.total_timesteps - model.num_timesteps
     model.learn(steps, callback, log_interval=None, reset_num_timesteps=False)

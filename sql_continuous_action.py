@@ -76,21 +76,31 @@ PAPER_SETTINGS = {  # budgets of the MEow paper, reward scales of the SQL paper'
 
 @dataclass
 class Args(RunArgs):
-    exp_name: str = "sql_continuous_action"  # name of the experiment, a part of the run name
+    exp_name: str = (
+        "sql_continuous_action"  # name of the experiment, a part of the run name
+    )
 
     # Algorithm
     policy_lr: float = 3e-4  # Adam's step size for the sampler
     q_lr: float = 3e-4  # Adam's step size for the critic
     gamma: float = 0.99  # discount factor
-    reward_scale: float = 1.0  # rewards are multiplied by this: the inverse of a temperature
+    reward_scale: float = (
+        1.0  # rewards are multiplied by this: the inverse of a temperature
+    )
     tau: float = 0.005  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
     target_network_frequency: int = 1  # updates between two steps of the target network
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept in the replay buffer
-    learning_starts: int = 5_000  # steps with uniform random actions; then one update per step
+    learning_starts: int = (
+        5_000  # steps with uniform random actions; then one update per step
+    )
     value_particles: int = 16  # uniform actions per state that estimate V
-    kernel_particles: int = 16  # actions per state in the Stein direction; half of them fixed
-    compose: tuple[str, str] | None = None  # two runs: train a sampler for their mean Q-function
+    kernel_particles: int = (
+        16  # actions per state in the Stein direction; half of them fixed
+    )
+    compose: tuple[str, str] | None = (
+        None  # two runs: train a sampler for their mean Q-function
+    )
 
     settings = PAPER_SETTINGS
 
@@ -98,11 +108,15 @@ class Args(RunArgs):
         super().__post_init__()
         counts = "batch_size buffer_size learning_starts target_network_frequency value_particles"
         self.check(counts, lambda x: x >= 1, "at least 1")
-        self.check("policy_lr q_lr reward_scale", lambda x: x > 0, "positive and finite")
+        self.check(
+            "policy_lr q_lr reward_scale", lambda x: x > 0, "positive and finite"
+        )
         self.check("kernel_particles", lambda x: x >= 4, "at least 4")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
         self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
-        self.compose = self.compose and tuple(self.compose)  # args.json holds it as a list
+        self.compose = self.compose and tuple(
+            self.compose
+        )  # args.json holds it as a list
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -131,7 +145,9 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, members: int = 1):
         super().__init__()
-        self.q = nn.ModuleList(MLP(obs_dim + act_dim, 128, 128, 1) for _ in range(members))
+        self.q = nn.ModuleList(
+            MLP(obs_dim + act_dim, 128, 128, 1) for _ in range(members)
+        )
 
     def q_values(self, obs: Tensor, action: Tensor) -> Tensor:
         """Q(s,a). obs (..., S), action (..., A) in [-1, 1] -> (..., 1), scaled reward units."""
@@ -170,7 +186,11 @@ def soft_value(q: Tensor, act_dim: int) -> Tensor:
 
 
 def soft_target(
-    reward: Tensor, terminated: Tensor, v_next: Tensor, reward_scale: float, gamma: float
+    reward: Tensor,
+    terminated: Tensor,
+    v_next: Tensor,
+    reward_scale: float,
+    gamma: float,
 ) -> Tensor:
     """y = scale r + gamma (1 - terminated) V(s'). All (B,), scaled reward units."""
     return reward_scale * reward + gamma * (1 - terminated) * v_next
@@ -214,7 +234,9 @@ def stein_direction(score: Tensor, fixed: Tensor, updated: Tensor) -> Tensor:
 METRICS = "losses/qf_loss losses/qf_values sql/target sql/v_next sql/stein_norm".split()
 
 
-def make_update(sampler: Sampler, critic: Critic, obs_dim: int, act_dim: int, args: Args):
+def make_update(
+    sampler: Sampler, critic: Critic, obs_dim: int, act_dim: int, args: Args
+):
     """The update as one function of flat tensors, changed in place; returns METRICS (5,).
 
     theta' is left to `train`, which moves it every --target-network-frequency updates.
@@ -238,7 +260,9 @@ def make_update(sampler: Sampler, critic: Critic, obs_dim: int, act_dim: int, ar
         repeated = next_obs[:, None].expand(-1, uniform.shape[1], -1)  # (B, M, S)
         q_next = q_values(target_theta, repeated, uniform)[..., 0]  # Q'(s',a_j)  (B, M)
         v_next = soft_value(q_next, act_dim)  # V(s'), theta'  (B,)
-        target = soft_target(reward, terminated, v_next, args.reward_scale, args.gamma)  # y  (B,)
+        target = soft_target(
+            reward, terminated, v_next, args.reward_scale, args.gamma
+        )  # y  (B,)
         gradient = torch.func.grad_and_value(loss_and_q, has_aux=True)
         grad, (loss, q) = gradient(theta, obs, action, target)
         if not args.compose:
@@ -253,16 +277,31 @@ def make_update(sampler: Sampler, critic: Critic, obs_dim: int, act_dim: int, ar
         score = torch.func.grad(summed_log_density)(fixed, theta, obs[:, :n_fixed])
         direction = stein_direction(score, fixed, updated)  # D  (B, U, A)
         moved = (phi, direction, obs[:, n_fixed:], noise[:, n_fixed:])
-        new = adam(phi, m, v, decay, torch.func.grad(moved_along)(*moved), args.policy_lr)
+        new = adam(
+            phi, m, v, decay, torch.func.grad(moved_along)(*moved), args.policy_lr
+        )
         return new, direction.square().sum(-1).sqrt().mean()
 
     def update(
-        theta, target_theta, m, v, decay, phi, m_phi, v_phi, decay_phi, batch, uniform, noise
+        theta,
+        target_theta,
+        m,
+        v,
+        decay,
+        phi,
+        m_phi,
+        v_phi,
+        decay_phi,
+        batch,
+        uniform,
+        noise,
     ):
         critic_inputs = (theta, target_theta, m, v, decay, batch, uniform)
         new_critic, metrics = update_critic(*critic_inputs)
         sampler_state = (phi, m_phi, v_phi, decay_phi)
-        new_sampler, norm = update_sampler(*sampler_state, new_critic[0], batch, noise)  # Q4
+        new_sampler, norm = update_sampler(
+            *sampler_state, new_critic[0], batch, noise
+        )  # Q4
         old = (theta, m, v, decay, *sampler_state)
         for tensor, value in zip(old, new_critic + new_sampler, strict=True):
             tensor.copy_(value)
@@ -278,15 +317,21 @@ def make_networks(args: Args, obs_dim: int, act_dim: int) -> tuple[Sampler, Crit
     return Sampler(obs_dim, act_dim).requires_grad_(False), critic.requires_grad_(False)
 
 
-def load_critics(critic: Critic, sampler: Sampler, paths: tuple[str, str], program: str):
+def load_critics(
+    critic: Critic, sampler: Sampler, paths: tuple[str, str], program: str
+):
     """`--compose A B`: the Q-functions of two runs become the two members of `critic`."""
     for path, member in zip(paths, critic.q, strict=True):
         saved = load_file("--compose", path, program, POLICY_FILES)
         own = (*sampler.parameters(), *member.parameters())
         theirs = (*saved["sampler"].values(), *saved["critic"].values())
         if [p.shape for p in own] != [p.shape for p in theirs]:
-            reason = "its environment has other dimensions, or it is a composed run itself"
-            raise UsageError(f"--compose {path}: this Q-function does not fit: {reason}")
+            reason = (
+                "its environment has other dimensions, or it is a composed run itself"
+            )
+            raise UsageError(
+                f"--compose {path}: this Q-function does not fit: {reason}"
+            )
         for p, value in zip(member.parameters(), saved["critic"].values(), strict=True):
             p.copy_(value)
 
@@ -306,10 +351,14 @@ def train(args: Args, run: Run):
     theta, phi = flatten_parameters(critic), flatten_parameters(sampler)
     target_theta = theta.clone()
     state = [theta, target_theta, *adam_moments(theta), phi, *adam_moments(phi)]
-    uniform = Uniform(args.batch_size, args.value_particles, env.act_dim, device=device)  # Q2
+    uniform = Uniform(
+        args.batch_size, args.value_particles, env.act_dim, device=device
+    )  # Q2
     noise = Normal(args.batch_size, args.kernel_particles, env.act_dim, device=device)
     update = make_update(sampler, critic, *dims, args)
-    learner = Learner(update, state, [replay.batch], [uniform, noise], METRICS, hardware)
+    learner = Learner(
+        update, state, [replay.batch], [uniform, noise], METRICS, hardware
+    )
     act = make_policy(sampler, phi, *dims, 1, hardware)
     play = make_policy(sampler, phi, *dims, args.eval_episodes, hardware)
     evaluator = Evaluator(args, EvaluationEnvs(args), play)

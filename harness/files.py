@@ -35,27 +35,43 @@ def save_file(path: Path, content: dict, program: str):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        kept = "the previous one is intact" if path.exists() else "there is no earlier one"
+        kept = (
+            "the previous one is intact" if path.exists() else "there is no earlier one"
+        )
         reason = error.__context__ or error  # torch's RuntimeError hides the OSError
         raise RunError(f"can't write {path} ({reason}); {kept}") from None
 
 
-def load_file(option: str, path: str | Path, program: str, names=("checkpoint.pt",)) -> dict:
+def load_file(
+    option: str, path: str | Path, program: str, names=("checkpoint.pt",)
+) -> dict:
     """A checkpoint or policy and its "path", in a file or folder. Raises: UsageError, RunError."""
-    candidates = [Path(path, name) for name in names] if Path(path).is_dir() else [Path(path)]
+    candidates = (
+        [Path(path, name) for name in names] if Path(path).is_dir() else [Path(path)]
+    )
     file = next(filter(Path.is_file, candidates), None)
     if file is None:
-        raise UsageError(f"{option} {path}: there is no {' or '.join(map(str, candidates))}")
+        raise UsageError(
+            f"{option} {path}: there is no {' or '.join(map(str, candidates))}"
+        )
     try:
         with zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():  # torch.load itself doesn't compare the checksums
+            if (
+                damaged := archive.testzip()
+            ):  # torch.load itself doesn't compare the checksums
                 raise zipfile.BadZipFile(damaged)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise RunError(f"can't read {file}: {error.strerror}") from None
     except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise RunError(f"{file} is damaged or not a checkpoint ({type(error).__name__})") from None
-    if not isinstance(content, dict) or content.get("format") != program or "args" not in content:
+        raise RunError(
+            f"{file} is damaged or not a checkpoint ({type(error).__name__})"
+        ) from None
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != program
+        or "args" not in content
+    ):
         raise RunError(f"{file} was not written by this version of {program}.py")
     return content | {"path": file}
 
@@ -64,16 +80,26 @@ def describe_machine(device: torch.device) -> dict:
     """What a reader needs to reproduce a run beside its settings: commit, versions, hardware."""
     words = "describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
     command = ["git", "-C", str(Path(__file__).parent), *words]
-    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
+    git = shutil.which("git") and subprocess.run(
+        command, capture_output=True, text=True
+    )
     packages = "torch gymnasium mujoco numpy tyro wandb stable_baselines3".split()
     cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    cpu = (
+        re.search(r"model name\s*: (.*)", cpuinfo.read_text())
+        if cpuinfo.exists()
+        else None
+    )
     return {
         "git_commit": git.stdout.strip() if git else "",
-        "versions": {x: importlib.metadata.version(x) for x in packages if find_spec(x)},
+        "versions": {
+            x: importlib.metadata.version(x) for x in packages if find_spec(x)
+        },
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu[1] if cpu else platform.processor(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else "cpu",
         "threads": torch.get_num_threads(),
     }

@@ -54,9 +54,13 @@ class Hardware:
     """The device, and how functions run on it; sets the threads of the whole process."""
 
     def __init__(self, cuda: bool, torch_threads: int, compile: bool):
-        torch.set_flush_denormal(True)  # zero-initialised networks are full of slow denormals
+        torch.set_flush_denormal(
+            True
+        )  # zero-initialised networks are full of slow denormals
         torch.set_num_threads(torch_threads)
-        if sys.platform == "linux":  # keep freed memory: else updates fault 1,300 pages in again
+        if (
+            sys.platform == "linux"
+        ):  # keep freed memory: else updates fault 1,300 pages in again
             for m_threshold, size in ((-3, 2**25), (-1, 2**30)):  # of mmap, of trim
                 ctypes.CDLL(None).mallopt(m_threshold, size)
         self.cuda = cuda and torch.cuda.is_available()
@@ -66,13 +70,17 @@ class Hardware:
         self.compiled = compile and (self.cuda or bool(compiler))
         if compile and not self.compiled:
             missing = "g++ or Python's headers (python3-dev) not found"
-            print(f"warning: {missing}: running uncompiled, much slower", file=sys.stderr)
+            print(
+                f"warning: {missing}: running uncompiled, much slower", file=sys.stderr
+            )
 
     def compile(self, function):
         """The function compiled for its one set of shapes, or as it is."""
         if not self.compiled:
             return torch.no_grad()(function)
-        one = dict(fullgraph=True, dynamic=False, isolate_recompiles=True)  # hence no guards needed
+        one = dict(
+            fullgraph=True, dynamic=False, isolate_recompiles=True
+        )  # hence no guards needed
         options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         options["cpp_wrapper"] = not self.cuda  # less Python between the kernels
         return torch.no_grad()(torch.compile(function, **one, options=options))
@@ -81,11 +89,16 @@ class Hardware:
         """function; on CUDA its graph's replay, captured with state and generator as they were."""
         if not self.cuda:
             return function
-        saved, rng_state = [t.clone() for t in state], torch.cuda.get_rng_state(self.device)
+        saved, rng_state = (
+            [t.clone() for t in state],
+            torch.cuda.get_rng_state(self.device),
+        )
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # compile and let the libraries allocate before the capture
+            for _ in range(
+                3
+            ):  # compile and let the libraries allocate before the capture
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -103,9 +116,16 @@ class Learner:
     It changes `state` in place; random: objects whose `fill(rng)` draws their `tensor` anew.
     """
 
-    def __init__(self, update, state: list[Tensor], inputs, random, names, hardware: Hardware):
+    def __init__(
+        self, update, state: list[Tensor], inputs, random, names, hardware: Hardware
+    ):
         self.metrics = torch.zeros(len(names), device=hardware.device)
-        self.state, self.random, self.names, self.rng = [*state, self.metrics], random, names, None
+        self.state, self.random, self.names, self.rng = (
+            [*state, self.metrics],
+            random,
+            names,
+            None,
+        )
         update = hardware.compile(update)
         tensors = [*state, *inputs, *(numbers.tensor for numbers in random)]
 
@@ -124,9 +144,13 @@ class Learner:
     def read_metrics(self, step: int) -> dict[str, float]:
         """The last update's metrics (waits for a GPU). Raises: FloatingPointError: not finite."""
         values = dict(zip(self.names, self.metrics.tolist(), strict=True))
-        if bad := [f"{name} = {x}" for name, x in values.items() if not math.isfinite(x)]:
+        if bad := [
+            f"{name} = {x}" for name, x in values.items() if not math.isfinite(x)
+        ]:
             hint = "try a smaller learning rate; the last checkpoint is intact"
-            raise FloatingPointError(f"the update at step {step} gave {', '.join(bad)}; {hint}")
+            raise FloatingPointError(
+                f"the update at step {step} gave {', '.join(bad)}; {hint}"
+            )
         return values
 
     def state_dict(self) -> dict:
@@ -137,12 +161,16 @@ class Learner:
             tensor.copy_(value)
 
 
-def make_policy(network: nn.Module, theta: Tensor, obs_dim: int, act_dim: int, n: int, hardware):
+def make_policy(
+    network: nn.Module, theta: Tensor, obs_dim: int, act_dim: int, n: int, hardware
+):
     """`network.sample` compiled for n rows: policy(obs (n, S), noise (n, A)) -> actions (n, A)."""
     inputs = torch.zeros(n, obs_dim + act_dim, device=hardware.device)
     action = torch.zeros(n, act_dim, device=hardware.device)
     sample = functional(network.sample)
-    draw = hardware.compile(lambda theta, x: sample(theta, *x.split([obs_dim, act_dim], -1))[0])
+    draw = hardware.compile(
+        lambda theta, x: sample(theta, *x.split([obs_dim, act_dim], -1))[0]
+    )
     run = hardware.capture(lambda: action.copy_(draw(theta, inputs)), [])
 
     @torch.no_grad()

@@ -16,7 +16,9 @@ from harness.files import RunError, UsageError
 class Logger:
     """Writes every number to all of them; knows the training time over all sessions of a run."""
 
-    def __init__(self, args: RunArgs, folder: Path, description: dict, resumed: dict | None):
+    def __init__(
+        self, args: RunArgs, folder: Path, description: dict, resumed: dict | None
+    ):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         saved = resumed or {"step": 0, "seconds": 0.0, "csv_bytes": 0}
@@ -24,16 +26,24 @@ class Logger:
         self.start, self.last = now - saved["seconds"], (step, now)
         self.csv = open(folder / "metrics.csv", "a", buffering=1)
         if self.csv.tell() < saved["csv_bytes"]:
-            raise RunError(f"{self.csv.name} is shorter than when the checkpoint was written")
-        self.csv.truncate(self.csv.seek(saved["csv_bytes"]))  # what follows is written again
+            raise RunError(
+                f"{self.csv.name} is shorter than when the checkpoint was written"
+            )
+        self.csv.truncate(
+            self.csv.seek(saved["csv_bytes"])
+        )  # what follows is written again
         if not resumed:
             self.csv.write("step,seconds,name,value\n")
-        report = threading.excepthook  # what fails in TensorBoard's thread, `add_scalar` raises too
+        report = (
+            threading.excepthook
+        )  # what fails in TensorBoard's thread, `add_scalar` raises too
         threading.excepthook = lambda e: isinstance(e.exc_value, OSError) or report(e)
         self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
         self.wandb = start_wandb(args, folder, description) if args.track else None
         often = 0.1 if sys.stderr.isatty() else 30  # seconds
-        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=often)
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=step, unit="step", mininterval=often
+        )
 
     def log(self, step: int, values: dict[str, float]):
         seconds = time.perf_counter() - self.start
@@ -51,12 +61,17 @@ class Logger:
     def show(self, **returns: float):
         """One step more on the progress bar, with these returns."""
         if self.bar.n % 50 == 0 or self.bar.n == self.bar.total - 1:  # it takes 40 us
-            self.bar.set_postfix({k: f"{v:.1f}" for k, v in returns.items()}, refresh=False)
+            self.bar.set_postfix(
+                {k: f"{v:.1f}" for k, v in returns.items()}, refresh=False
+            )
         self.bar.update()
 
     def state_dict(self) -> dict:
         os.fsync(self.csv.fileno())
-        return {"csv_bytes": self.csv.tell(), "seconds": time.perf_counter() - self.start}
+        return {
+            "csv_bytes": self.csv.tell(),
+            "seconds": time.perf_counter() - self.start,
+        }
 
     def close(self):
         for part in (self.bar, self.csv, self.tensorboard):
@@ -69,8 +84,12 @@ def start_wandb(args: RunArgs, folder: Path, description: dict):
     """The Weights & Biases run; a resumed run goes on in the same one. Raises: UsageError."""
     import wandb  # only here: training needs neither the package nor an account
 
-    names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=folder.name)
-    names |= dict(id=re.sub(r"[^\w-]", "-", folder.name), resume="allow", dir=str(folder))
+    names = dict(
+        project=args.wandb_project_name, entity=args.wandb_entity, name=folder.name
+    )
+    names |= dict(
+        id=re.sub(r"[^\w-]", "-", folder.name), resume="allow", dir=str(folder)
+    )
     try:
         run = wandb.init(**names, config=description | description["args"])
     except wandb.Error as error:

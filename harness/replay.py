@@ -11,10 +11,16 @@ from harness.files import UsageError
 def check_memory(capacity: int, bytes_needed: int, device: torch.device):
     """Raises: UsageError where the device can't hold so much without swapping."""
     cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if cuda
+        else psutil.virtual_memory().available
+    )
     if bytes_needed > free:
         gb = f"{bytes_needed / 1e9:.1f} GB, more than the {free / 1e9:.1f} GB free"
-        raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {gb} on {device}")
+        raise UsageError(
+            f"--buffer-size {capacity}: the replay buffer needs {gb} on {device}"
+        )
 
 
 class ReplayBuffer:
@@ -24,7 +30,9 @@ class ReplayBuffer:
     is the tensor that every sample fills; `split_batch` cuts it into the five parts.
     """
 
-    def __init__(self, capacity: int, obs_dim: int, act_dim: int, batch_size: int, device="cpu"):
+    def __init__(
+        self, capacity: int, obs_dim: int, act_dim: int, batch_size: int, device="cpu"
+    ):
         widths = [obs_dim, act_dim, obs_dim, 1, 1]
         check_memory(capacity, 4 * capacity * sum(widths), torch.device(device))
         self.capacity, self.added = capacity, 0
@@ -46,10 +54,14 @@ class ReplayBuffer:
     def sample(self, rng: np.random.Generator) -> Tensor:
         """`batch` (B, row), filled with transitions drawn uniformly with replacement."""
         index = torch.from_numpy(rng.integers(0, len(self), len(self.batch)))
-        return torch.index_select(self.rows, 0, index.to(self.rows.device), out=self.batch)
+        return torch.index_select(
+            self.rows, 0, index.to(self.rows.device), out=self.batch
+        )
 
     def state_dict(self) -> dict:
-        filled = self.rows[: len(self)].cpu().numpy()  # by way of NumPy, or torch saves all rows
+        filled = (
+            self.rows[: len(self)].cpu().numpy()
+        )  # by way of NumPy, or torch saves all rows
         return {"added": self.added, "rows": torch.from_numpy(filled)}
 
     def load_state_dict(self, state: dict):

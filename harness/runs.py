@@ -27,16 +27,24 @@ from harness.logger import Logger
 class Run(contextlib.ExitStack):
     """One training run, which a script drives: `start`, then `log` once for each of `steps`."""
 
-    def __init__(self, args: RunArgs, program: str, command: str, checkpoint: dict | None):
+    def __init__(
+        self, args: RunArgs, program: str, command: str, checkpoint: dict | None
+    ):
         super().__init__()
         self.args, self.program, self.checkpoint = args, program, checkpoint
         if checkpoint and "description" not in checkpoint:
-            raise UsageError(f"--resume: {checkpoint['path']} holds a policy, not a checkpoint")
+            raise UsageError(
+                f"--resume: {checkpoint['path']} holds a policy, not a checkpoint"
+            )
         self.folder = checkpoint["path"].parent if checkpoint else run_folder(args)
         self.hardware = Hardware(args.cuda, args.torch_threads, args.compile)
         self.device = self.hardware.device
-        run = dict(script=f"{program}.py", command=command, compiled=self.hardware.compiled)
-        self.description = run | {"args": dataclasses.asdict(args)} | describe_machine(self.device)
+        run = dict(
+            script=f"{program}.py", command=command, compiled=self.hardware.compiled
+        )
+        self.description = (
+            run | {"args": dataclasses.asdict(args)} | describe_machine(self.device)
+        )
         self.step, self.return_mean, self.received = 0, math.nan, None
 
     def start(self, env, evaluator: Evaluator | None, policy: dict, rng, **parts):
@@ -49,7 +57,9 @@ class Run(contextlib.ExitStack):
         if self.checkpoint:
             self._check_resumed(self.checkpoint)
         self.folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
-        (self.folder / "args.json").write_text(json.dumps(self.description, indent=2) + "\n")
+        (self.folder / "args.json").write_text(
+            json.dumps(self.description, indent=2) + "\n"
+        )
         logger = Logger(self.args, self.folder, self.description, self.checkpoint)
         self.logger = self.enter_context(contextlib.closing(logger))
         if self.checkpoint:
@@ -58,19 +68,32 @@ class Run(contextlib.ExitStack):
         else:
             env.reset()
         text = f"{self.args.env_id} on {self.description['device']}, files in {self.folder}"
-        first = "; compiling takes about a minute the first time" * self.hardware.compiled
+        first = (
+            "; compiling takes about a minute the first time" * self.hardware.compiled
+        )
         print(text + first, file=sys.stderr)
 
     def _check_resumed(self, checkpoint: dict):
         """Raises: UsageError if there is nothing to do. Says where results may differ."""
-        before, now, steps = checkpoint["description"], self.description, self.args.total_timesteps
+        before, now, steps = (
+            checkpoint["description"],
+            self.description,
+            self.args.total_timesteps,
+        )
         if checkpoint["step"] >= steps:
             done = f"{self.folder} is already at step {checkpoint['step']}"
             raise UsageError(f"{done}: raise --total-timesteps to train it further")
-        if changed := {k for k in before if before[k] != now.get(k)} - {"args", "command"}:
+        if changed := {k for k in before if before[k] != now.get(k)} - {
+            "args",
+            "command",
+        }:
             text = f"other {', '.join(sorted(changed))} than before: not bit for bit the same run"
             print(f"warning: {text}", file=sys.stderr)
-        more = "" if steps == before["args"]["total_timesteps"] else f" --total-timesteps {steps}"
+        more = (
+            ""
+            if steps == before["args"]["total_timesteps"]
+            else f" --total-timesteps {steps}"
+        )
         now["command"] = before["command"] + more
 
     def steps(self):
@@ -94,7 +117,11 @@ class Run(contextlib.ExitStack):
             self.logger.log(step, episodes)
         if due:
             speed = self.logger.speed(step)
-            vector = {"charts/env_SPS": speed * args.num_envs} if hasattr(args, "num_envs") else {}
+            vector = (
+                {"charts/env_SPS": speed * args.num_envs}
+                if hasattr(args, "num_envs")
+                else {}
+            )
             self.logger.log(step, {"charts/SPS": speed, **vector, **metrics})
         if self.evaluator and (step % args.eval_frequency == 0 or last):
             self._evaluate(f"step-{step:09d}")
@@ -104,30 +131,50 @@ class Run(contextlib.ExitStack):
         if step % (args.checkpoint_frequency or math.inf) == 0 or last or self.received:
             self._save("checkpoint.pt", **self._state())
         if self.received and not last:
-            again = shlex.join(["python", f"{self.program}.py", "--resume", str(self.folder)])
+            again = shlex.join(
+                ["python", f"{self.program}.py", "--resume", str(self.folder)]
+            )
             print(f"stopped at step {step}; go on with: {again}", file=sys.stderr)
             raise SystemExit(128 + self.received)
 
     def _evaluate(self, name: str):
-        returns, lengths = self.evaluator.run(self.step, self.folder / "videos" / f"{name}.mp4")
+        returns, lengths = self.evaluator.run(
+            self.step, self.folder / "videos" / f"{name}.mp4"
+        )
         self.return_mean = float(np.mean(returns))
-        means = {"eval/return_mean": self.return_mean, "eval/return_std": float(np.std(returns))}
+        means = {
+            "eval/return_mean": self.return_mean,
+            "eval/return_std": float(np.std(returns)),
+        }
         means["eval/length_mean"] = float(np.mean(lengths))
-        self.logger.log(self.step, means | {f"eval/return_{i}": x for i, x in enumerate(returns)})
+        self.logger.log(
+            self.step, means | {f"eval/return_{i}": x for i, x in enumerate(returns)}
+        )
         if self.args.keep_policies:
             self._save(f"policies/{name}.pt")
 
     def _save(self, name: str, **more):
         """Saves the policy, and what a checkpoint holds beside it."""
-        content = {"args": dataclasses.asdict(dataclasses.replace(self.args, resume=None))}
+        content = {
+            "args": dataclasses.asdict(dataclasses.replace(self.args, resume=None))
+        }
         content |= {name: part.state_dict() for name, part in self.policy.items()}
-        save_file(self.folder / name, {**content, "step": self.step, **more}, self.program)
+        save_file(
+            self.folder / name, {**content, "step": self.step, **more}, self.program
+        )
 
     def _state(self) -> dict:
         content = {name: part.state_dict() for name, part in self.parts.items()}
         content |= {"description": self.description, "return_mean": self.return_mean}
-        content |= {"rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state()}
-        return content | self.logger.state_dict() | {"cuda_rng": torch.cuda.get_rng_state_all()}
+        content |= {
+            "rng": self.rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state(),
+        }
+        return (
+            content
+            | self.logger.state_dict()
+            | {"cuda_rng": torch.cuda.get_rng_state_all()}
+        )
 
     def _restore(self, content: dict):
         self.step, self.return_mean = content["step"], content["return_mean"]
@@ -135,7 +182,10 @@ class Run(contextlib.ExitStack):
         torch.set_rng_state(content["torch_rng"])
         if len(content["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(content["cuda_rng"])
-        for name, part in self.parts.items():  # last: a part may go back to an earlier moment
+        for (
+            name,
+            part,
+        ) in self.parts.items():  # last: a part may go back to an earlier moment
             part.load_state_dict(content[name])
 
 
@@ -183,20 +233,30 @@ def run_command(Args, train, load_evaluator, program: str, description: str, arg
         folder = run_folder(args)
         lock = lock_run(folder)  # noqa: F841 (held until the process ends)
         final = folder / "policy_final.pt"
-        if final.exists() and load_file("--resume", final, program)["step"] >= args.total_timesteps:
+        if (
+            final.exists()
+            and load_file("--resume", final, program)["step"] >= args.total_timesteps
+        ):
             print(f"{folder} is finished: {args.total_timesteps} steps")
             return
-        if final.exists() or (folder / "checkpoint.pt").exists():  # else it starts, anew or again
+        if (
+            final.exists() or (folder / "checkpoint.pt").exists()
+        ):  # else it starts, anew or again
             saved = load_file("--resume", folder, program)
     words = sys.argv[1:] if argv is None else argv
-    with Run(args, program, shlex.join(["python", f"{program}.py", *words]), saved) as run:
+    with Run(
+        args, program, shlex.join(["python", f"{program}.py", *words]), saved
+    ) as run:
         train(args, run)
 
 
 def main(Args, train, load_evaluator, argv: list[str] | None = None) -> int:
     """A script: train(args, run), or load_evaluator(args, saved) -> Evaluator; the exit code."""
     module = sys.modules[train.__module__]
-    program, description = Path(module.__file__).stem, module.__doc__.split("\n\n    ")[0]
+    program, description = (
+        Path(module.__file__).stem,
+        module.__doc__.split("\n\n    ")[0],
+    )
     try:
         run_command(Args, train, load_evaluator, program, description, argv)
         print(end="", flush=True)  # so that a reader that stopped is noticed here
@@ -206,7 +266,14 @@ def main(Args, train, load_evaluator, argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (UsageError, RunError, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+    except (
+        UsageError,
+        RunError,
+        FloatingPointError,
+        OSError,
+        MemoryError,
+        RuntimeError,
+    ) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         memory = "not enough memory: " * isinstance(error, MemoryError | RuntimeError)

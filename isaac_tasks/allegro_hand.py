@@ -29,8 +29,14 @@ class Link(NamedTuple):
     """corners of the box around the link"""
 
 
-TIP = 0.021, (0.97, 0.97, 0.97)  # mass and inertia of the tips, which are fixed to the last links
-FINGERTIP = (0.0324, -0.0042, -0.0070), (0.0622, 0.0150, 0.0071)  # corners in the last link
+TIP = (
+    0.021,
+    (0.97, 0.97, 0.97),
+)  # mass and inertia of the tips, which are fixed to the last links
+FINGERTIP = (
+    (0.0324, -0.0042, -0.0070),
+    (0.0622, 0.0150, 0.0071),
+)  # corners in the last link
 THUMB_TIP = (0.0476, -0.0044, -0.0071), (0.0771, 0.0147, 0.0071)
 
 
@@ -105,7 +111,10 @@ class AllegroHand(Task):
         limits = [link.limits for links in HAND.values() for link in links]
         self.lower, self.upper = self.tensor(limits).unbind(-1)
         self.conjugate = self.tensor([1.0, -1.0, -1.0, -1.0])
-        self.goal, self.start = self.tensor(self.goal_place), self.tensor(self.cube_place)
+        self.goal, self.start = (
+            self.tensor(self.goal_place),
+            self.tensor(self.cube_place),
+        )
 
     def spec(self) -> mujoco.MjSpec:
         spec = mujoco.MjSpec()
@@ -115,17 +124,25 @@ class AllegroHand(Task):
         contact.solref, contact.solimp[:2] = (0.02, 2), (0.95, 0.99)
         world = spec.worldbody
         world.add_light(pos=(0, 0, 10), type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
-        world.add_camera(name="track", pos=(-0.1, -0.55, 0.85), xyaxes=(1, 0, 0, 0, 0.65, 0.75))
+        world.add_camera(
+            name="track", pos=(-0.1, -0.55, 0.85), xyaxes=(1, 0, 0, 0, 0.65, 0.75)
+        )
         plane = mujoco.mjtGeom.mjGEOM_PLANE
-        world.add_geom(name="floor", type=plane, size=(0, 0, 1), rgba=(0.3, 0.35, 0.4, 1))
+        world.add_geom(
+            name="floor", type=plane, size=(0, 0, 1), rgba=(0.3, 0.35, 0.4, 1)
+        )
         goal = world.add_body(name="goal", mocap=True, pos=self.marker_place)
         faces = spec.add_texture(name="faces", type=mujoco.mjtTexture.mjTEXTURE_CUBE)
         faces.width, faces.height, faces.nchannel = 32, 6 * 32, 3
-        colours = np.kron(np.eye(3), [[255], [120]])  # x, y, z: red, green, blue; the dark side: -x
+        colours = np.kron(
+            np.eye(3), [[255], [120]]
+        )  # x, y, z: red, green, blue; the dark side: -x
         faces.data = colours.astype(np.uint8).repeat(32 * 32, 0).tobytes()
         painted = spec.add_material(name="painted")
         painted.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "faces"
-        box = dict(type=mujoco.mjtGeom.mjGEOM_BOX, size=[self.edge / 2] * 3, material="painted")
+        box = dict(
+            type=mujoco.mjtGeom.mjGEOM_BOX, size=[self.edge / 2] * 3, material="painted"
+        )
         goal.add_geom(mass=0, contype=0, conaffinity=0, **box)
         self.add_hand(spec)
         cube = world.add_body(name="cube", pos=self.cube_place)
@@ -149,15 +166,21 @@ class AllegroHand(Task):
                 )
                 add_solid(parent, link.mass, link.inertia, link.low, link.high)
                 self.add_drive(spec, parent, link.limits)
-                if i < 2 or parent.name == "thumb_2":  # the boxes overlap where the bodies don't
+                if (
+                    i < 2 or parent.name == "thumb_2"
+                ):  # the boxes overlap where the bodies don't
                     spec.add_exclude(bodyname1="palm", bodyname2=parent.name)
             tip = parent.add_body(name=f"{name}_tip")
             add_solid(tip, *TIP, *(THUMB_TIP if name == "thumb" else FINGERTIP))
 
-    def add_drive(self, spec: mujoco.MjSpec, body: mujoco.MjsBody, limits: tuple[float, float]):
+    def add_drive(
+        self, spec: mujoco.MjSpec, body: mujoco.MjsBody, limits: tuple[float, float]
+    ):
         """A hinge about z and a spring and damper to its target angle, of limited torque."""
         joint = body.add_joint(name=body.name, range=limits, armature=self.armature)
-        joint.damping[2] = self.torque / self.joint_speed**3  # all the drive's torque at that speed
+        joint.damping[2] = (
+            self.torque / self.joint_speed**3
+        )  # all the drive's torque at that speed
         drive = spec.add_actuator(name=body.name, target=body.name)
         drive.trntype = mujoco.mjtTrn.mjTRN_JOINT
         drive.set_to_position(kp=self.stiffness, kv=self.damping)
@@ -169,12 +192,16 @@ class AllegroHand(Task):
 
     def initial(self, uniform: Uniform) -> State:
         unit = uniform(0, 1, self.act_dim)
-        joints = 0.2 * (self.lower + unit * (self.upper - self.lower))  # thumb_0: below its limit
+        joints = 0.2 * (
+            self.lower + unit * (self.upper - self.lower)
+        )  # thumb_0: below its limit
         n = len(joints)
         place = self.start + 0.01 * uniform(-1, 1, 3)
         quat, goal = random_rotation(uniform), random_rotation(uniform)
         zeros = joints.new_zeros
-        return State(torch.cat([joints, place, quat], -1), zeros(n, 22), zeros(n, 0), goal)
+        return State(
+            torch.cat([joints, place, quat], -1), zeros(n, 22), zeros(n, 0), goal
+        )
 
     def before_step(self, state: State, progress: Tensor, fresh: State) -> Tensor:
         """A new goal in the step after a success."""
@@ -215,7 +242,9 @@ class AllegroHand(Task):
             [scaled, 0.2 * speeds, forces, *cube, goal, goal_quat, to_goal, action], -1
         )
 
-    def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
+    def reward_terms(
+        self, before: State, state: State, action: Tensor
+    ) -> dict[str, Tensor]:
         angle = self.angle_to_goal(state)
         return {
             "distance": -10 * self.distance(state),
@@ -241,7 +270,9 @@ def multiply(p: Tensor, q: Tensor) -> Tensor:
     other_scalar, other_vector = q[:, :1], q[:, 1:]
     product = scalar * other_scalar - (vector * other_vector).sum(-1, keepdim=True)
     cross = torch.linalg.cross(vector, other_vector, dim=-1)
-    return torch.cat([product, scalar * other_vector + other_scalar * vector + cross], -1)
+    return torch.cat(
+        [product, scalar * other_vector + other_scalar * vector + cross], -1
+    )
 
 
 def random_rotation(uniform: Uniform) -> Tensor:

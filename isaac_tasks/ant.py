@@ -45,7 +45,9 @@ class Ant(Locomotion):
             leg.name, leg.bodies[0].name = f"{name}_leg", f"{name}_foot"
         for joint, limits in zip(spec.joints[1:], self.ranges, strict=True):
             joint.range, joint.armature, joint.damping[0] = limits, 0.01, 0.1
-        for geom in spec.geoms:  # Isaac averages the friction of ant (1.5) and floor (1.0)
+        for (
+            geom
+        ) in spec.geoms:  # Isaac averages the friction of ant (1.5) and floor (1.0)
             geom.friction[0], geom.margin = 1.25, 0
         spec.geom("floor").size = (0, 0, 1)  # without end
         stand_on_floor(spec, friction=1.25)

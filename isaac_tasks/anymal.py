@@ -33,7 +33,11 @@ THIGH = [
 ]
 SHANK = [((0.0175, 0.2825, "z"), (0.08795, 0.01305, -0.169))]
 FOOT = 0.03, (0.08795, 0.01305, -0.31547)  # radius and centre in the shank
-TURNS = {"x": (0.5**0.5, 0, 0.5**0.5, 0), "y": (0.5**0.5, 0.5**0.5, 0, 0), "z": (1, 0, 0, 0)}
+TURNS = {
+    "x": (0.5**0.5, 0, 0.5**0.5, 0),
+    "y": (0.5**0.5, 0.5**0.5, 0, 0),
+    "z": (1, 0, 0, 0),
+}
 
 # Part: joint's place in the parent, its axis, mass (kg), centre of mass, inertia about it (kg m^2:
 # xx, yy, zz, xy, xz, yz), shapes. Lengths and products have the signs of the leg's side.
@@ -75,11 +79,17 @@ class Anymal(Task):
         self.time_step, self.substeps = 0.005, 4  # PhysX: 0.01, 2
         self.episode_length = 3000 if oige else 2500
         self.dt = 1 / 60 if oige else 0.02  # s, in the reward
-        self.stiffness, self.damping, self.torque = (1000, 100, 1000) if oige else (85, 2, 80)
+        self.stiffness, self.damping, self.torque = (
+            (1000, 100, 1000) if oige else (85, 2, 80)
+        )
         limits, pose = [], []
         for side_x, side_y in LEGS.values():
             inwards = (-0.72, 0.49) if side_y == 1 else (-0.49, 0.72)
-            limits += [inwards, (-3 * math.pi, 3 * math.pi), (-3 * math.pi, 3 * math.pi)]
+            limits += [
+                inwards,
+                (-3 * math.pi, 3 * math.pi),
+                (-3 * math.pi, 3 * math.pi),
+            ]
             pose += [0.03 * side_y, 0.4 * side_x, -0.8 * side_x]
         self.limits = limits
         self.lower, self.upper = self.tensor(limits).unbind(-1)
@@ -95,7 +105,9 @@ class Anymal(Task):
         spec.compiler.degree = False
         world = spec.worldbody
         world.add_light(pos=(0, 0, 10), type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
-        plane = dict(type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0, 0, 1), rgba=(0.3, 0.35, 0.4, 1))
+        plane = dict(
+            type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0, 0, 1), rgba=(0.3, 0.35, 0.4, 1)
+        )
         world.add_geom(name="floor", contype=0, conaffinity=1, **plane)
         base = world.add_body(name="base", pos=(0, 0, self.start_height))
         base.add_freejoint(name="root")
@@ -108,12 +120,16 @@ class Anymal(Task):
             body = base
             for part, (place, axis, mass, centre, inertia, shapes) in PARTS.items():
                 body = body.add_body(name=f"{leg}_{part}", pos=mirror(place, side))
-                set_mass(body, mass, mirror(centre, side), mirror_inertia(inertia, side))
+                set_mass(
+                    body, mass, mirror(centre, side), mirror_inertia(inertia, side)
+                )
                 add_shapes(body, shapes, side)
                 self.add_drive(spec, body, axis, next(limits))
             radius, place = FOOT
             sphere = dict(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(radius, 0, 0))
-            body.add_geom(name=f"{leg}_FOOT", pos=mirror(place, side), conaffinity=0, **sphere)
+            body.add_geom(
+                name=f"{leg}_FOOT", pos=mirror(place, side), conaffinity=0, **sphere
+            )
         stand_on_floor(spec, friction=1.0)
         if self.variant == "ige":
             for name in ("base", *(f"{leg}_THIGH" for leg in LEGS)):
@@ -141,7 +157,9 @@ class Anymal(Task):
     def before_step(self, state: State, progress: Tensor, fresh: State) -> Tensor:
         if self.variant == "ige":
             return state.memory
-        return torch.cat([state.memory[:, :39], (progress > 0).to(self.dtype)[:, None]], -1)
+        return torch.cat(
+            [state.memory[:, :39], (progress > 0).to(self.dtype)[:, None]], -1
+        )
 
     def act(self, state: State, action: Tensor) -> tuple[Tensor, Tensor]:
         """Target angles (N, 12); oige's move by steps from the last ones, within the limits."""
@@ -159,19 +177,27 @@ class Anymal(Task):
 
     def velocities(self, state: State) -> tuple[Tensor, Tensor]:
         """v_b and omega_b (N, 3): linear and angular velocity in the base's axes."""
-        return to_body(rotation_matrix(state.qpos[:, 3:7]), state.qvel[:, :3]), state.qvel[:, 3:6]
+        return to_body(
+            rotation_matrix(state.qpos[:, 3:7]), state.qvel[:, :3]
+        ), state.qvel[:, 3:6]
 
     def observe(self, state: State, action: Tensor) -> Tensor:
         linear, angular = self.velocities(state)
         gravity = rotation_matrix(state.qpos[:, 3:7]) @ self.down
         command = self.command_scale * state.memory[:, :3]
         joints = [state.qpos[:, 7:] - self.pose, 0.05 * state.qvel[:, 6:]]
-        return torch.cat([2 * linear, 0.25 * angular, gravity, command, *joints, action], -1)
+        return torch.cat(
+            [2 * linear, 0.25 * angular, gravity, command, *joints, action], -1
+        )
 
-    def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
+    def reward_terms(
+        self, before: State, state: State, action: Tensor
+    ) -> dict[str, Tensor]:
         """What follows the command is worth most; both variants' sums are cut off below 0."""
         linear, angular = self.velocities(state)
-        error = (state.memory[:, :3] - torch.cat([linear[:, :2], angular[:, 2:]], -1)).square()
+        error = (
+            state.memory[:, :3] - torch.cat([linear[:, :2], angular[:, 2:]], -1)
+        ).square()
         joints, speeds = state.qpos[:, 7:], state.qvel[:, 6:]
         terms = {
             "velocity": torch.exp(-error[:, :2].sum(-1) / 0.25),
@@ -184,14 +210,18 @@ class Anymal(Task):
         else:
             last, later = state.memory[:, 27:39], state.memory[:, 39:]
             terms["bouncing"] = -0.03 * linear[:, 2].square()
-            terms["acceleration"] = -3e-4 * (later * before.qvel[:, 6:] - speeds).square().sum(-1)
+            terms["acceleration"] = -3e-4 * (
+                later * before.qvel[:, 6:] - speeds
+            ).square().sum(-1)
             terms["action"] = -0.006 * (last - action).square().sum(-1)
             terms["hips"] = -0.06 * (joints - self.pose)[:, ::3].abs().sum(-1)
         return {name: self.dt * term for name, term in terms.items()}
 
     def reward(self, before: State, state: State, action: Tensor) -> Tensor:
         reward = super().reward(before, state, action).clamp(min=0)
-        return reward if self.variant == "ige" else reward.where(~self.failed(state), -1.0)
+        return (
+            reward if self.variant == "ige" else reward.where(~self.failed(state), -1.0)
+        )
 
     def failed(self, state: State) -> Tensor:
         """ige: the ground touches base or thighs with more than 1 N; oige: the base is too low."""
@@ -213,14 +243,21 @@ def mirror(vector: tuple[float, ...], side: tuple[int, int]) -> tuple[float, ...
     return (vector[0] * side[0], vector[1] * side[1], vector[2])
 
 
-def mirror_inertia(inertia: tuple[float, ...], side: tuple[int, int]) -> tuple[float, ...]:
+def mirror_inertia(
+    inertia: tuple[float, ...], side: tuple[int, int]
+) -> tuple[float, ...]:
     """xx, yy, zz, xy, xz, yz of the leg LF in the leg of this side."""
     xy, xz, yz = inertia[3:]
     return (*inertia[:3], xy * side[0] * side[1], xz * side[0], yz * side[1])
 
 
 def set_mass(body: mujoco.MjsBody, mass: float, centre: tuple[float, ...], inertia):
-    body.explicitinertial, body.mass, body.ipos, body.fullinertia = True, mass, centre, inertia
+    body.explicitinertial, body.mass, body.ipos, body.fullinertia = (
+        True,
+        mass,
+        centre,
+        inertia,
+    )
 
 
 def add_shapes(body: mujoco.MjsBody, shapes: list, side: tuple[int, int]):
@@ -229,10 +266,16 @@ def add_shapes(body: mujoco.MjsBody, shapes: list, side: tuple[int, int]):
         geom = body.add_geom(pos=mirror(place, side), conaffinity=0)
         if size[2] in TURNS:
             radius, length, axis = size
-            geom.type, geom.size[:2] = mujoco.mjtGeom.mjGEOM_CAPSULE, (radius, length / 2)
+            geom.type, geom.size[:2] = (
+                mujoco.mjtGeom.mjGEOM_CAPSULE,
+                (radius, length / 2),
+            )
             geom.quat = TURNS[axis]
         else:
-            geom.type, geom.size = mujoco.mjtGeom.mjGEOM_BOX, [edge / 2 for edge in size]
+            geom.type, geom.size = (
+                mujoco.mjtGeom.mjGEOM_BOX,
+                [edge / 2 for edge in size],
+            )
 
 
 def add_contact_force(spec: mujoco.MjSpec, body: str):

@@ -14,12 +14,17 @@ def stand_on_floor(spec: mujoco.MjSpec, friction: float):
 
     On a plane a capsule is the two spheres at its ends, a box its corners.
     """
-    for useless in (mujoco.mjtDisableBit.mjDSBL_ISLAND, mujoco.mjtDisableBit.mjDSBL_WARMSTART):
+    for useless in (
+        mujoco.mjtDisableBit.mjDSBL_ISLAND,
+        mujoco.mjtDisableBit.mjDSBL_WARMSTART,
+    ):
         spec.option.disableflags |= useless  # for one small robot
     model = spec.compile()
     floor = spec.geom("floor")
     geoms = [geom for geom in spec.geoms if geom.name != floor.name]
-    if not any(a.contype & b.conaffinity for a in geoms for b in geoms):  # only with the floor
+    if not any(
+        a.contype & b.conaffinity for a in geoms for b in geoms
+    ):  # only with the floor
         for geom in geoms:
             geom.contype = geom.conaffinity = 0
     floor.contype = floor.conaffinity = 0
@@ -52,7 +57,9 @@ def touching_spheres(model: mujoco.MjModel) -> list[tuple[int, np.ndarray, float
         if not rows:
             continue
         heights = [place @ directions + radius for place, radius in rows]
-        for i in np.unique(np.argmax(heights, 0)):  # those that some plane touches first
+        for i in np.unique(
+            np.argmax(heights, 0)
+        ):  # those that some plane touches first
             place, radius = rows[i]
             places = [d.xpos[body] + d.xmat[body].reshape(3, 3) @ place for d in poses]
             here = np.append(places, radius)
@@ -81,9 +88,15 @@ def ends(model: mujoco.MjModel, geom: int) -> list[tuple[np.ndarray, float]]:
         radius = 1e-3
         r, z = size[:2] - radius
         turns = [i * math.pi / 12 for i in range(24)]
-        places = [(r * math.cos(t), r * math.sin(t), side * z) for t in turns for side in (-1, 1)]
+        places = [
+            (r * math.cos(t), r * math.sin(t), side * z)
+            for t in turns
+            for side in (-1, 1)
+        ]
     else:
-        raise ValueError(f"{model.geom(geom).name}: no sphere, capsule, box or cylinder")
+        raise ValueError(
+            f"{model.geom(geom).name}: no sphere, capsule, box or cylinder"
+        )
     turned = np.zeros((len(places), 3))
     for row, place in zip(turned, places, strict=True):
         mujoco.mju_rotVecQuat(row, np.array(place, float), model.geom_quat[geom])

@@ -72,7 +72,10 @@ CABINET = (  # in axes at the cabinet's centre
     ((-0.308, -0.385, 0.252), (-0.275, 0.385, 0.381)),
     ((-0.284, -0.386, 0.252), (0.313, -0.358, 0.382)),
     ((-0.284, 0.358, 0.252), (0.313, 0.386, 0.382)),
-    ((-0.308, -0.385, -0.384), (0.325, 0.385, 0.252)),  # below the drawer: closed for good
+    (
+        (-0.308, -0.385, -0.384),
+        (0.325, 0.385, 0.252),
+    ),  # below the drawer: closed for good
 )
 DRAWER = (  # in the drawer's axes
     ((0.246, -0.382, -0.064), (0.273, 0.382, 0.064)),
@@ -81,9 +84,18 @@ DRAWER = (  # in the drawer's axes
     ((-0.253, 0.339, -0.047), (0.254, 0.353, 0.047)),
     ((-0.253, -0.345, -0.045), (0.254, 0.345, -0.040)),
 )
-ROBOT, FIXED = dict(contype=1, conaffinity=0), dict(contype=0, conaffinity=1)  # what may collide
-HANDLE_BOX = (0.273, -0.0835, -0.003), (0.312, 0.0835, 0.0214)  # the hull of bar and stems
-STIFF = (2 * Task.time_step, 1), (0.99, 0.999)  # MuJoCo's solref and solimp of limits and contacts
+ROBOT, FIXED = (
+    dict(contype=1, conaffinity=0),
+    dict(contype=0, conaffinity=1),
+)  # what may collide
+HANDLE_BOX = (
+    (0.273, -0.0835, -0.003),
+    (0.312, 0.0835, 0.0214),
+)  # the hull of bar and stems
+STIFF = (
+    (2 * Task.time_step, 1),
+    (0.99, 0.999),
+)  # MuJoCo's solref and solimp of limits and contacts
 SHOULDER, WRIST = Drive(87, 2.175, 400, 80, 0.4), Drive(12, 2.61, 400, 80, 0.2)
 FINGER = Drive(200, 0.2, 1e5, 1000, 20)
 DRIVES = [SHOULDER] * 4 + [WRIST] * 3 + [FINGER] * 2
@@ -109,7 +121,11 @@ class FrankaCabinet(Task):
     finger_range, drawer_range = (0.0, 0.04), (0.0, 0.4)  # m
     hinge_give = 0.05  # rad
     base, cabinet, drawer = (1.0, 0.0, 0.0), (0.0, 0.0, 0.4), (0.0515, 0.0, 0.7172)
-    hand_place, finger_place, grip = 0.107, 0.0584, (0.0, 0.04, 0.1654)  # grip: in link 7
+    hand_place, finger_place, grip = (
+        0.107,
+        0.0584,
+        (0.0, 0.04, 0.1654),
+    )  # grip: in link 7
     handle_place = (0.3, 0.01, 0.0)  # in the drawer
     drawer_mass, drawer_damping = 5.33, 10.0  # kg, N s/m
     open_drawer = 0.39  # m, ends the episode
@@ -134,7 +150,9 @@ class FrankaCabinet(Task):
         self.places = self.tensor([link.place for link in ARM])
         turns = self.tensor([link.turn for link in ARM])
         self.turn_cos, self.turn_sin = (turns / 2).cos(), (turns / 2).sin()
-        self.base_axes = torch.diag(self.tensor([-1.0, -1.0, 1.0]))  # turned by pi about z
+        self.base_axes = torch.diag(
+            self.tensor([-1.0, -1.0, 1.0])
+        )  # turned by pi about z
         self.grip_in_hand = self.tensor(self.grip)
         self.base_place = self.tensor(self.base)
         self.handle = self.tensor(self.drawer) + self.tensor(self.handle_place)
@@ -143,15 +161,23 @@ class FrankaCabinet(Task):
     def spec(self) -> mujoco.MjSpec:
         spec = mujoco.MjSpec()
         self.set_options(spec)
-        spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST  # enough for these drives
+        spec.option.integrator = (
+            mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+        )  # enough for these drives
         spec.option.gravity = (0, 0, 0)
         spec.compiler.degree = False
         world = spec.worldbody
         world.add_light(pos=(0, 0, 10), type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
-        world.add_camera(name="track", pos=(1.1, -1.6, 1.3), xyaxes=(0.9, 0.44, 0, -0.2, 0.4, 0.9))
+        world.add_camera(
+            name="track", pos=(1.1, -1.6, 1.3), xyaxes=(0.9, 0.44, 0, -0.2, 0.4, 0.9)
+        )
         plane = mujoco.mjtGeom.mjGEOM_PLANE
-        world.add_geom(name="floor", type=plane, size=(0, 0, 1), rgba=(0.3, 0.35, 0.4, 1), **FIXED)
-        world.geoms[0].margin = 0.01  # it acts that early: at full speed a step is as long
+        world.add_geom(
+            name="floor", type=plane, size=(0, 0, 1), rgba=(0.3, 0.35, 0.4, 1), **FIXED
+        )
+        world.geoms[
+            0
+        ].margin = 0.01  # it acts that early: at full speed a step is as long
         self.add_cabinet(spec)
         self.add_arm(spec)
         return spec
@@ -164,7 +190,9 @@ class FrankaCabinet(Task):
                 add_box(body, box, (shade, shade, shade, 1), **FIXED)
         add_box(drawer, HANDLE_BOX, (0.8, 0.2, 0.1, 1), **FIXED)
         set_mass(drawer, self.drawer_mass + self.props_mass, (0, 0, 0), DRAWER[0])
-        slide = add_joint(drawer, self.drawer_range, mujoco.mjtJoint.mjJNT_SLIDE, (1, 0, 0))
+        slide = add_joint(
+            drawer, self.drawer_range, mujoco.mjtJoint.mjJNT_SLIDE, (1, 0, 0)
+        )
         slide.damping[0], slide.armature = self.drawer_damping, 0.005
 
     def add_arm(self, spec: mujoco.MjSpec):
@@ -180,7 +208,10 @@ class FrankaCabinet(Task):
         turn = math.cos(math.pi / 8), 0, 0, -math.sin(math.pi / 8)
         hand = parent.add_body(name="hand", pos=(0, 0, self.hand_place), quat=turn)
         add_solid(hand, *HAND)
-        for name, solid, side in (("left", LEFT_FINGER, 1), ("right", RIGHT_FINGER, -1)):
+        for name, solid, side in (
+            ("left", LEFT_FINGER, 1),
+            ("right", RIGHT_FINGER, -1),
+        ):
             finger = hand.add_body(name=f"{name}_finger", pos=(0, 0, self.finger_place))
             add_solid(finger, *solid)
             slide = mujoco.mjtJoint.mjJNT_SLIDE, (0, side, 0)
@@ -199,7 +230,9 @@ class FrankaCabinet(Task):
         (Hinges may pass theirs a little: moving them back each time presses bodies together.)
         """
         qpos = state.qpos.clamp(self.lowest, self.highest)
-        qvel = torch.where(qpos == state.qpos, state.qvel, 0).clamp(-self.fastest, self.fastest)
+        qvel = torch.where(qpos == state.qpos, state.qvel, 0).clamp(
+            -self.fastest, self.fastest
+        )
         return State(qpos, qvel, state.sensors, state.memory)
 
     def initial(self, uniform: Uniform) -> State:
@@ -215,7 +248,9 @@ class FrankaCabinet(Task):
         half = state.qpos[:, 1:8] / 2
         cos, sin = half.cos(), half.sin()
         a, b = self.turn_cos, self.turn_sin
-        quats = torch.stack([a * cos, b * cos, -b * sin, a * sin], -1)  # about x, then about z
+        quats = torch.stack(
+            [a * cos, b * cos, -b * sin, a * sin], -1
+        )  # about x, then about z
         hinges = rotation_matrix(quats)  # (N, 7, 3, 3)
         place, axes = self.base_place, self.base_axes
         for link, hinge in zip(self.places, hinges.unbind(1), strict=True):
@@ -237,12 +272,18 @@ class FrankaCabinet(Task):
         return self.handle + state.qpos[:, :1] * self.along_x - gripper["grip"]
 
     def observe(self, state: State, action: Tensor) -> Tensor:
-        joints = (2 * state.qpos[:, 1:] - self.upper - self.lower) / (self.upper - self.lower)
+        joints = (2 * state.qpos[:, 1:] - self.upper - self.lower) / (
+            self.upper - self.lower
+        )
         to_handle = self.to_handle(state, self.gripper(state))
         opening, speed = state.qpos[:, :1], state.qvel[:, :1]
-        return torch.cat([joints, 0.1 * state.qvel[:, 1:], to_handle, opening, speed], -1)
+        return torch.cat(
+            [joints, 0.1 * state.qvel[:, 1:], to_handle, opening, speed], -1
+        )
 
-    def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
+    def reward_terms(
+        self, before: State, state: State, action: Tensor
+    ) -> dict[str, Tensor]:
         gripper, opening = self.gripper(state), state.qpos[:, 0]
         distance = self.to_handle(state, gripper).norm(dim=-1)
         near = (1 + distance**2) ** -2
@@ -283,7 +324,9 @@ class FrankaCabinet(Task):
 
 def add_box(body: mujoco.MjsBody, box: Box, colour, **collides):
     low, high = np.array(box)
-    solid = dict(type=mujoco.mjtGeom.mjGEOM_BOX, pos=(low + high) / 2, size=(high - low) / 2)
+    solid = dict(
+        type=mujoco.mjtGeom.mjGEOM_BOX, pos=(low + high) / 2, size=(high - low) / 2
+    )
     geom = body.add_geom(mass=0, rgba=colour, **solid, **collides)
     geom.solref, geom.solimp[:2] = STIFF
 
@@ -292,7 +335,11 @@ def set_mass(body: mujoco.MjsBody, mass: float, centre: Vector, box: Box):
     """The inertia is that of a solid box of this size."""
     x, y, z = np.square(np.subtract(box[1], box[0]))
     body.explicitinertial = True
-    body.mass, body.ipos, body.inertia = mass, centre, mass / 12 * np.array([y + z, x + z, x + y])
+    body.mass, body.ipos, body.inertia = (
+        mass,
+        centre,
+        mass / 12 * np.array([y + z, x + z, x + y]),
+    )
 
 
 def add_solid(body: mujoco.MjsBody, mass: float, centre: Vector, box: Box):
@@ -301,7 +348,9 @@ def add_solid(body: mujoco.MjsBody, mass: float, centre: Vector, box: Box):
     set_mass(body, mass, centre, box)
 
 
-def add_joint(body: mujoco.MjsBody, limits, kind=mujoco.mjtJoint.mjJNT_HINGE, axis=(0, 0, 1)):
+def add_joint(
+    body: mujoco.MjsBody, limits, kind=mujoco.mjtJoint.mjJNT_HINGE, axis=(0, 0, 1)
+):
     joint = body.add_joint(name=body.name, type=kind, axis=axis, range=limits)
     joint.solref_limit, joint.solimp_limit[:2] = STIFF
     return joint

@@ -27,7 +27,9 @@ JOINTS = {
     "abdomen_x": (-35, 35, 10, 5, 0.01, 67.5),
 }
 for limb in (LEG, ARM):
-    JOINTS |= {f"{side}_{name}": limb[name] for side in ("right", "left") for name in limb}
+    JOINTS |= {
+        f"{side}_{name}": limb[name] for side in ("right", "left") for name in limb
+    }
 
 
 class Humanoid(Locomotion):

@@ -29,7 +29,9 @@ class Ingenuity(Task):
         self.identity = self.tensor([1.0, 0.0, 0.0, 0.0])
         self.time_step, self.substeps = (0.01, 1) if oige else (0.005, 2)
         self.target_width = 1.0 if oige else 5.0
-        self.start_width, self.start_height = (0.5, (0.5, 1.5)) if oige else (1.5, (0.8, 2.5))
+        self.start_width, self.start_height = (
+            (0.5, (0.5, 1.5)) if oige else (1.5, (0.8, 2.5))
+        )
         self.position_weight = 2.5 if oige else 1.0
         self.upright, self.upright_weight = (1.0, 30.0) if oige else (5.0, 1.0)
         self.spin_weight = 10.0 if oige else 1.0
@@ -46,7 +48,9 @@ class Ingenuity(Task):
         world.add_light(pos=(0, 0, 10), type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
         world.add_site(name="world")
         marker = world.add_body(name="target", mocap=True)
-        sphere = dict(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(0.1, 0, 0), rgba=(0.1, 0.8, 0.1, 1))
+        sphere = dict(
+            type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(0.1, 0, 0), rgba=(0.1, 0.8, 0.1, 1)
+        )
         marker.add_geom(mass=0, contype=0, conaffinity=0, **sphere)
         chassis = world.add_body(name="chassis", pos=(0, 0, 1))
         chassis.add_freejoint(name="root")
@@ -59,11 +63,15 @@ class Ingenuity(Task):
             disc = dict(type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=(0.15, 0.005, 0))
             rotor.add_geom(density=1000, rgba=(0.3, 0.3, 0.3, 1), **disc, **solid)
             rotor.add_site(name=name)
-            for axis, direction in zip("xyz", ((1, 0, 0), (0, 1, 0), (0, 0, 1)), strict=True):
+            for axis, direction in zip(
+                "xyz", ((1, 0, 0), (0, 1, 0), (0, 0, 1)), strict=True
+            ):
                 thrust = spec.add_actuator(name=f"{name}_{axis}", target=name)
                 thrust.trntype = mujoco.mjtTrn.mjTRN_SITE
                 thrust.gear = (*direction, 0, 0, 0)
-                if self.variant == "oige":  # along the world's axes, else along the rotor's
+                if (
+                    self.variant == "oige"
+                ):  # along the world's axes, else along the rotor's
                     thrust.refsite = "world"
         stand_on_floor(spec, friction=1.0)
         return spec
@@ -79,11 +87,15 @@ class Ingenuity(Task):
         position = torch.cat(
             [uniform(-1, 1, 2) * self.start_width, uniform(*self.start_height, 1)], -1
         )
-        target = torch.cat([uniform(-1, 1, 2) * self.target_width, uniform(1, 2, 1)], -1)
+        target = torch.cat(
+            [uniform(-1, 1, 2) * self.target_width, uniform(1, 2, 1)], -1
+        )
         n = len(position)
         upright = self.identity.expand(n, 4)
         zeros = position.new_zeros
-        return State(torch.cat([position, upright], -1), zeros(n, 6), zeros(n, 0), target)
+        return State(
+            torch.cat([position, upright], -1), zeros(n, 6), zeros(n, 0), target
+        )
 
     def before_step(self, state: State, progress: Tensor, fresh: State) -> Tensor:
         due = (progress > 0) & (progress % self.new_target_every == 0)
@@ -111,7 +123,9 @@ class Ingenuity(Task):
         rotation = rotation_matrix(state.qpos[:, 3:7])
         return (rotation @ state.qvel[:, 3:, None])[..., 0]
 
-    def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
+    def reward_terms(
+        self, before: State, state: State, action: Tensor
+    ) -> dict[str, Tensor]:
         tilt = 1 - rotation_matrix(state.qpos[:, 3:7])[:, 2, 2]
         spin = self.angular_velocity(state)[:, 2]
         near = 1 / (1 + self.position_weight * self.distance(state) ** 2)

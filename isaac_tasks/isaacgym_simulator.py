@@ -27,8 +27,14 @@ class IsaacGymSimulator:
             import isaacgym  # noqa: F401  # before isaacgymenvs, and both before torch
             import isaacgymenvs
         except Exception as error:  # among others, of the wrong Python or numpy
-            hint = " (its import must come before torch's)" if "PyTorch" in str(error) else ""
-            raise SimulatorError(f"can't import Isaac Gym{hint}: {_text(error)}") from error
+            hint = (
+                " (its import must come before torch's)"
+                if "PyTorch" in str(error)
+                else ""
+            )
+            raise SimulatorError(
+                f"can't import Isaac Gym{hint}: {_text(error)}"
+            ) from error
         self.device, place = torch.device(device), str(device)
         seed_everything(seed)  # `make` takes a seed and ignores it
         try:
@@ -42,15 +48,22 @@ class IsaacGymSimulator:
                 headless=True,
                 force_render=False,
             )
-        except (Exception, SystemExit) as error:  # it quits where it can't start the physics
-            raise SimulatorError(f"Isaac Gym can't make {env_id}: {_text(error)}") from error
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # it quits where it can't start the physics
+            raise SimulatorError(
+                f"Isaac Gym can't make {env_id}: {_text(error)}"
+            ) from error
         self.num_envs = num_envs
         self.obs_dim, self.act_dim = self.env.num_obs, self.env.num_acts
         # A time-out comes at the end of step L - 1 of an episode. Tasks that reset before physics
         # take step 1 within the late reset; `reset` does that step itself, so that L - 2 are left.
         self.max_steps = int(self.env.max_episode_length) - 2
         self.valid = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-        self.late = torch.zeros_like(self.valid)  # where the next step is spent on a reset
+        self.late = torch.zeros_like(
+            self.valid
+        )  # where the next step is spent on a reset
 
     def reset(self, seed: int | None = None) -> Tensor:
         """Isaac Gym's own `reset` resets nothing: its flags do, in a step."""
@@ -68,7 +81,9 @@ class IsaacGymSimulator:
         # All these are views of buffers that the next step overwrites.
         final_obs, done = observations["obs"].clone(), done.bool()
         if "time_outs" in extras:
-            time_out = extras["time_outs"].bool()  # also where a fall coincides with the limit
+            time_out = extras[
+                "time_outs"
+            ].bool()  # also where a fall coincides with the limit
         else:
             limit = self.env.max_episode_length - 1
             time_out = (self.env.progress_buf >= limit).to(self.device)

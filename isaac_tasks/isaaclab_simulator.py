@@ -9,7 +9,9 @@ from torch import Tensor
 
 from isaac_tasks.interface import SimulatorError
 
-NEEDED = "Isaac Lab 3.0 or newer is needed: older ones hide an episode's final observation"
+NEEDED = (
+    "Isaac Lab 3.0 or newer is needed: older ones hide an episode's final observation"
+)
 # Isaac Lab's physics stays open until the process ends, as closing it may end the process.
 until_exit = contextlib.ExitStack()
 
@@ -45,7 +47,9 @@ class IsaacLabSimulator:
         cfg.seed, cfg.compute_final_obs = seed, True
         try:
             if launch:
-                until_exit.enter_context(launch(cfg, {"headless": True, "device": str(device)}))
+                until_exit.enter_context(
+                    launch(cfg, {"headless": True, "device": str(device)})
+                )
             self.env = gymnasium.make(env_id, cfg=cfg)
         except Exception as error:  # whatever the graphics and physics libraries raise
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -65,14 +69,20 @@ class IsaacLabSimulator:
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         obs, reward, terminated, truncated, extras = self.env.step(action.clamp(-1, 1))
         # All these are buffers that Isaac Lab may use again.
-        obs, reward, terminated = obs["policy"].clone(), reward.clone(), terminated.clone()
+        obs, reward, terminated = (
+            obs["policy"].clone(),
+            reward.clone(),
+            terminated.clone(),
+        )
         done = terminated | truncated
         # There only after a step with resets, but it would stay there for the following ones.
         before_reset = extras.pop("final_obs", None)
         if before_reset is not None:
             final_obs = torch.where(done[:, None], before_reset["policy"], obs)
         elif done.any():
-            raise SimulatorError("Isaac Lab did not return the final observation of an episode")
+            raise SimulatorError(
+                "Isaac Lab did not return the final observation of an episode"
+            )
         else:
             final_obs = obs.clone()
         return obs, reward, terminated, truncated & ~terminated, final_obs

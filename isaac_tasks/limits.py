@@ -48,11 +48,15 @@ class JointLimits:
     tolerance = (0.04, 0.002)
     """rad, m: nothing moves a joint further beyond its limit"""
 
-    def __init__(self, model: mujoco.MjModel, margin: Array, solref: Array, solimp: Array):
+    def __init__(
+        self, model: mujoco.MjModel, margin: Array, solref: Array, solimp: Array
+    ):
         """(N, joints), (N, joints, 2), (N, joints, 5): the model's jnt_* of the same names."""
         slide = model.jnt_type == mujoco.mjtJoint.mjJNT_SLIDE
         hinge = model.jnt_type == mujoco.mjtJoint.mjJNT_HINGE
-        joints = np.flatnonzero(model.jnt_limited * looks_ahead(model) * (slide | hinge))
+        joints = np.flatnonzero(
+            model.jnt_limited * looks_ahead(model) * (slide | hinge)
+        )
         indices = joints, model.jnt_qposadr[joints], model.jnt_dofadr[joints]
         self.joints, self.q, self.v = (places(i, margin) for i in indices)
         self.margin, self.solref, self.solimp = margin, solref, solimp
@@ -60,8 +64,15 @@ class JointLimits:
         lower, upper = model.jnt_range[joints].T
         tolerance = np.where(slide[joints], self.tolerance[1], self.tolerance[0])
         self.zone = 0.1 * (upper - lower)
-        numbers = (lower + upper) / 2, (upper - lower) / 2, lower - tolerance, upper + tolerance
-        self.middle, self.half, self.lowest, self.highest = (as_array(x, margin) for x in numbers)
+        numbers = (
+            (lower + upper) / 2,
+            (upper - lower) / 2,
+            lower - tolerance,
+            upper + tolerance,
+        )
+        self.middle, self.half, self.lowest, self.highest = (
+            as_array(x, margin) for x in numbers
+        )
         solref[:, self.joints] = 0
 
     def distance_and_way(self, qpos: Array, qvel: Array) -> tuple[Array, Array]:
@@ -97,13 +108,20 @@ class Floor:
     far = 1e3
     """m: the height of spheres that need no look"""
 
-    def __init__(self, model: mujoco.MjModel, margin: Array, solref: Array, solimp: Array):
+    def __init__(
+        self, model: mujoco.MjModel, margin: Array, solref: Array, solimp: Array
+    ):
         """(N, spheres), (N, spheres, 2), (N, spheres, 5): the model's pair_* of the same names."""
         geoms = model.pair_geom2[: model.npair * looks_ahead(model)]
-        self.geoms, self.bodies = places(geoms, margin), places(model.geom_bodyid[geoms], margin)
+        self.geoms, self.bodies = (
+            places(geoms, margin),
+            places(model.geom_bodyid[geoms], margin),
+        )
         self.root = int(model.body_rootid[model.geom_bodyid[geoms]].max(initial=0))
         self.radius = as_array(model.geom_size[geoms, 0], margin)
-        self.reach = 0.05 + max((distance_to_root(model, geom) for geom in geoms), default=0)
+        self.reach = 0.05 + max(
+            (distance_to_root(model, geom) for geom in geoms), default=0
+        )
         self.near = len(geoms) > 0
         self.zone = np.full(len(geoms), self.thickness)
         self.margin, self.solref, self.solimp = margin, solref, solimp
@@ -124,12 +142,16 @@ class Floor:
         centre_x, centre_y = (centre[:, self.root : self.root + 1, i] for i in (0, 1))
         spin_x, spin_y, speed = (cvel[..., i][:, self.bodies] for i in (0, 1, 5))
         self.height = z - self.radius
-        self.way = -self.step * (speed + spin_x * (y - centre_y) - spin_y * (x - centre_x))
+        self.way = -self.step * (
+            speed + spin_x * (y - centre_y) - spin_y * (x - centre_x)
+        )
 
     def act(self, margin: Array, stiffness: Array, share: Array):
         self.margin[:] = margin
         self.solref[..., 0] = -stiffness * share / self.step**2
-        self.solref[..., 1] = -self.damping / self.step * share * (self.height < self.touching)
+        self.solref[..., 1] = (
+            -self.damping / self.step * share * (self.height < self.touching)
+        )
         self.solimp[..., :2] = share[..., None]
 
     def lift(self, qpos: Array):
@@ -176,14 +198,19 @@ def distance_to_root(model: mujoco.MjModel, geom: int) -> float:
     distance += np.linalg.norm(model.geom_pos[geom])
     while model.body_parentid[body] > 0:
         anchors = model.jnt_pos[model.jnt_bodyid == body]
-        distance += np.linalg.norm(model.body_pos[body]) + 2 * np.linalg.norm(anchors, axis=1).sum()
+        distance += (
+            np.linalg.norm(model.body_pos[body])
+            + 2 * np.linalg.norm(anchors, axis=1).sum()
+        )
         body = model.body_parentid[body]
     return distance
 
 
 def as_array(values: np.ndarray, like: Array) -> Array:
     """The values as an array of this kind, type and device."""
-    return torch.from_numpy(values).to(like) if isinstance(like, torch.Tensor) else values
+    return (
+        torch.from_numpy(values).to(like) if isinstance(like, torch.Tensor) else values
+    )
 
 
 def places(indices: np.ndarray, like: Array) -> slice | Array:

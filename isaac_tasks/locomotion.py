@@ -52,7 +52,10 @@ class Locomotion(Task):
         self.target = self.tensor(TARGET)
         self.start = self.tensor([0.0, 0.0, self.start_height, 1.0, 0.0, 0.0, 0.0])
         self.lower, self.upper = self.tensor(self.ranges).mul(math.pi / 180).unbind(-1)
-        self.middle, self.half_range = (self.lower + self.upper) / 2, (self.upper - self.lower) / 2
+        self.middle, self.half_range = (
+            (self.lower + self.upper) / 2,
+            (self.upper - self.lower) / 2,
+        )
         self.neutral = self.tensor(0.0).clamp(self.lower, self.upper)
         model = self.spec().compile()
         self.sensor_count = model.nsensordata
@@ -67,7 +70,9 @@ class Locomotion(Task):
         """One motor per hinge in the order of the joints, instead of the model's own."""
         for actuator in list(spec.actuators):
             spec.delete(actuator)
-        hinges = [joint for joint in spec.joints if joint.type == mujoco.mjtJoint.mjJNT_HINGE]
+        hinges = [
+            joint for joint in spec.joints if joint.type == mujoco.mjtJoint.mjJNT_HINGE
+        ]
         for joint, gear in zip(hinges, self.gears, strict=True):
             motor = spec.add_actuator(name=joint.name, target=joint.name)
             motor.trntype = mujoco.mjtTrn.mjTRN_JOINT
@@ -100,7 +105,9 @@ class Locomotion(Task):
 
     def up_and_heading(self, state: State, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """Projections (N,) of the torso's z axis on the world's, of its x axis on the target."""
-        to_target = torch.nn.functional.normalize(self.target - state.qpos[:, :2], dim=-1)
+        to_target = torch.nn.functional.normalize(
+            self.target - state.qpos[:, :2], dim=-1
+        )
         return rotation[:, 2, 2], (rotation[:, :2, 0] * to_target).sum(-1)
 
     def angles(self, state: State, rotation: Tensor) -> Tensor:
@@ -121,8 +128,12 @@ class Locomotion(Task):
         if self.variant == "oige":
             return state.sensors
         sensors = state.sensors.unflatten(-1, (len(self.feet), 13))
-        wrench = net_wrench(sensors, self.foot_mass, self.foot_centre, self.foot_inertia)
-        return (wrench * sensors.any(-1, keepdim=True)).flatten(1)  # zero in first states
+        wrench = net_wrench(
+            sensors, self.foot_mass, self.foot_centre, self.foot_inertia
+        )
+        return (wrench * sensors.any(-1, keepdim=True)).flatten(
+            1
+        )  # zero in first states
 
     def joint_forces(self, state: State, action: Tensor) -> Tensor:
         """A slice of the observation that only the Humanoid's variant "ige" has."""
@@ -152,11 +163,14 @@ class Locomotion(Task):
         """rho (A,) or (): the weight of each motor in the energy cost."""
         return 1.0
 
-    def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
+    def reward_terms(
+        self, before: State, state: State, action: Tensor
+    ) -> dict[str, Tensor]:
         up, heading = self.up_and_heading(state, rotation_matrix(state.qpos[:, 3:7]))
         power = (self.motor_strength() * action * self.joint_velocities(state)).abs()
         return {
-            "progress": progress(before.qpos[:, :2], state.qpos[:, :2], self.target) / self.dt,
+            "progress": progress(before.qpos[:, :2], state.qpos[:, :2], self.target)
+            / self.dt,
             "alive": torch.full_like(up, self.alive),
             "upright": self.upright * (up > 0.93),
             "heading": self.forward * (heading / 0.8).where(heading <= 0.8, 1.0),
@@ -209,7 +223,9 @@ def add_motion_sensors(spec: mujoco.MjSpec, body: mujoco.MjsBody):
         spec.add_sensor(type=kind, objtype=frame, objname=body.name)
 
 
-def net_wrench(sensors: Tensor, mass: Tensor, centre: Tensor, inertia: Tensor) -> Tensor:
+def net_wrench(
+    sensors: Tensor, mass: Tensor, centre: Tensor, inertia: Tensor
+) -> Tensor:
     """Net force and torque on bodies, in body axes at the body's origin: (N, F, 6).
 
     Newton and Euler: m a of the centre of mass, and I alpha + omega x (I omega) + c x m a.

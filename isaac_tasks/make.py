@@ -56,14 +56,18 @@ def make_simulator(
         raise SimulatorError(f"device {device}: there is no usable GPU here; take cpu")
     if chosen == "mujoco":
         if env_id not in TASKS:
-            raise SimulatorError(f"the embedded simulator has no task {env_id}; {known}")
+            raise SimulatorError(
+                f"the embedded simulator has no task {env_id}; {known}"
+            )
         if variant not in TASKS[env_id].variants:
             allowed = ", ".join(TASKS[env_id].variants)
             raise SimulatorError(f"variant {variant}: must be one of {allowed}")
         return MujocoSimulator(TASKS[env_id], num_envs, seed, device, threads, variant)
     package = {"isaacgym": "isaacgymenvs", "isaaclab": "isaaclab_tasks"}[chosen]
     if importlib.util.find_spec(package) is None:
-        raise SimulatorError(f"{env_id} needs {chosen}, and {package} is not installed; {known}")
+        raise SimulatorError(
+            f"{env_id} needs {chosen}, and {package} is not installed; {known}"
+        )
     # Only now: both start NVIDIA's software when they are imported.
     if chosen == "isaacgym":
         from isaac_tasks.isaacgym_simulator import IsaacGymSimulator

@@ -50,7 +50,10 @@ class MujocoSimulator:
         self.progress = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
         self.memory = torch.zeros(num_envs, self.task.memory_dim, **zeros)
         self.action = torch.zeros(num_envs, self.act_dim, **zeros)
-        self.recorded, self.graph = cuda, None  # whether steps are a CUDA graph, and this
+        self.recorded, self.graph = (
+            cuda,
+            None,
+        )  # whether steps are a CUDA graph, and this
         self.renderer = None
 
     def reset(self, seed: int | None = None) -> Tensor:
@@ -174,7 +177,9 @@ class MujocoSimulator:
             self.renderer.update_scene(data, camera="track")
             return self.renderer.render()
         except Exception as error:  # whatever the graphics libraries raise
-            raise SimulatorError(f"can't render: {type(error).__name__}: {error}") from None
+            raise SimulatorError(
+                f"can't render: {type(error).__name__}: {error}"
+            ) from None
 
     def state_dict(self) -> dict:
         """Everything that the coming steps depend on, but for the action."""

@@ -26,9 +26,14 @@ STATE = ("qpos", "qvel", "qacc_warmstart", "ctrl")
 def check_memory(model: mujoco.MjModel, num_envs: int):
     """Raises SimulatorError if so many environments don't fit into the memory that is free."""
     state = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION)
-    numbers = 5 * state + 2 * model.nsensordata + 8 * (model.njnt + model.npair)  # with copies
+    numbers = (
+        5 * state + 2 * model.nsensordata + 8 * (model.njnt + model.npair)
+    )  # with copies
     numbers += 3 * model.ngeom + 9 * model.nbody
-    need, free = 8 * num_envs * numbers / 2**30, psutil.virtual_memory().available / 2**30
+    need, free = (
+        8 * num_envs * numbers / 2**30,
+        psutil.virtual_memory().available / 2**30,
+    )
     if need > free:
         text = f"{num_envs} environments need {need:.1f} GiB of memory, and {free:.1f} are free"
         raise SimulatorError(text)
@@ -37,7 +42,15 @@ def check_memory(model: mujoco.MjModel, num_envs: int):
 def without_forces(model: mujoco.MjModel) -> mujoco.MjModel:
     """A copy that only moves: cheap to ask where bodies are."""
     copied = copy.copy(model)
-    for name in ("CONSTRAINT", "CONTACT", "SENSOR", "SPRING", "DAMPER", "GRAVITY", "ACTUATION"):
+    for name in (
+        "CONSTRAINT",
+        "CONTACT",
+        "SENSOR",
+        "SPRING",
+        "DAMPER",
+        "GRAVITY",
+        "ACTUATION",
+    ):
         copied.opt.disableflags |= getattr(mujoco.mjtDisableBit, f"mjDSBL_{name}").value
     return copied
 
@@ -91,9 +104,17 @@ class CpuPhysics(Physics):
             joints = [self.batch.expand(f"jnt_{name}") for name in FIELDS]
             pairs = [self.batch.expand(f"pair_{name}") for name in FIELDS]
             self.looker = Batch(without_forces(model), num_envs, threads)
-            self.poses = [self.looker.bind(name) for name in POSES]  # filled by the coming calls
-        except (MemoryError, TypeError, ValueError):  # for one, threads beyond what the system has
-            text = f"{num_envs} environments on {threads} thread(s) don't fit into memory"
+            self.poses = [
+                self.looker.bind(name) for name in POSES
+            ]  # filled by the coming calls
+        except (
+            MemoryError,
+            TypeError,
+            ValueError,
+        ):  # for one, threads beyond what the system has
+            text = (
+                f"{num_envs} environments on {threads} thread(s) don't fit into memory"
+            )
             raise SimulatorError(text) from None
         with warnings.catch_warnings():  # sensordata is read-only, and only read
             warnings.filterwarnings("ignore", message=".*not writable.*")
@@ -144,15 +165,21 @@ class WarpPhysics(Physics):
         try:
             import warp
 
-            warp.config.log_level = warp.LOG_WARNING  # else it prints each kernel that it loads
+            warp.config.log_level = (
+                warp.LOG_WARNING
+            )  # else it prints each kernel that it loads
             import mujoco_warp
         except ModuleNotFoundError as error:
             hint = f"pip install mujoco-warp=={mujoco.__version__}"
-            raise SimulatorError(f"simulating on a GPU needs {error.name}: {hint}") from None
+            raise SimulatorError(
+                f"simulating on a GPU needs {error.name}: {hint}"
+            ) from None
         self.model, self.device = model, device
         self.warp, self.mujoco_warp = warp, mujoco_warp
         with warp.ScopedDevice(device):
-            accepted = copy.copy(model)  # it never resets by itself and refuses the flag
+            accepted = copy.copy(
+                model
+            )  # it never resets by itself and refuses the flag
             accepted.opt.disableflags &= ~mujoco.mjtDisableBit.mjDSBL_AUTORESET.value
             self.warp_model = mujoco_warp.put_model(accepted)
             sizes = dict(nconmax=contacts, njmax=constraints)
@@ -166,14 +193,18 @@ class WarpPhysics(Physics):
             setattr(self, name, warp.to_torch(getattr(self.warp_data, name)))
         self.state = self.qpos, self.qvel
         self.poses = [warp.to_torch(getattr(self.warp_data, name)) for name in POSES]
-        self.limits = Limits(model, *(self._limits(kind, num_envs) for kind in ("jnt", "pair")))
+        self.limits = Limits(
+            model, *(self._limits(kind, num_envs) for kind in ("jnt", "pair"))
+        )
         warp.synchronize_device(device)  # from here on torch's stream orders everything
 
     def _limits(self, kind: str, num_envs: int) -> list[Tensor]:
         """The model's parameters of the limits, one row for each environment."""
         limits, vec5 = [], self.warp.types.vector(length=5, dtype=float)
         for name, dtype in zip(FIELDS, (None, self.warp.vec2, vec5), strict=True):
-            shared = torch.from_numpy(getattr(self.model, f"{kind}_{name}")).to(self.qpos)
+            shared = torch.from_numpy(getattr(self.model, f"{kind}_{name}")).to(
+                self.qpos
+            )
             limits.append(shared.expand(num_envs, *shared.shape).contiguous())
             if len(shared):
                 own = self.warp.from_torch(limits[-1], dtype=dtype)
@@ -193,10 +224,14 @@ class WarpPhysics(Physics):
         with ExitStack() as stack:
             stack.enter_context(warp.ScopedDevice(self.device))
             if self.qpos.is_cuda:
-                stream = warp.stream_from_torch(torch.cuda.current_stream(self.qpos.device))
+                stream = warp.stream_from_torch(
+                    torch.cuda.current_stream(self.qpos.device)
+                )
                 stack.enter_context(warp.ScopedStream(stream, sync_enter=False))
                 if torch.cuda.is_current_stream_capturing():
-                    stack.enter_context(warp.ScopedCapture(stream=stream, external=True))
+                    stack.enter_context(
+                        warp.ScopedCapture(stream=stream, external=True)
+                    )
             for name in functions:
                 getattr(self.mujoco_warp, name)(self.warp_model, self.warp_data)
 

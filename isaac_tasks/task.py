@@ -62,9 +62,13 @@ class Task(ABC):
     contacts, constraints = 64, 256
     """most contacts (on average) and constraint rows of one environment on the GPU"""
 
-    def __init__(self, variant: str = "oige", device="cpu", dtype: torch.dtype = torch.float64):
+    def __init__(
+        self, variant: str = "oige", device="cpu", dtype: torch.dtype = torch.float64
+    ):
         if variant not in self.variants:
-            raise ValueError(f"variant {variant}: must be one of {', '.join(self.variants)}")
+            raise ValueError(
+                f"variant {variant}: must be one of {', '.join(self.variants)}"
+            )
         self.variant, self.device, self.dtype = variant, torch.device(device), dtype
 
     def tensor(self, values) -> Tensor:
@@ -74,7 +78,9 @@ class Task(ABC):
         """The options that all models share."""
         spec.option.timestep = self.time_step
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_DISCRETE
-        spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a NaN stays visible
+        spec.option.disableflags |= (
+            mujoco.mjtDisableBit.mjDSBL_AUTORESET
+        )  # a NaN stays visible
 
     @abstractmethod
     def spec(self) -> mujoco.MjSpec:
@@ -111,7 +117,9 @@ class Task(ABC):
         """Observations (N, S); action (N, A): the one just applied, zero after a reset."""
 
     @abstractmethod
-    def reward_terms(self, before: State, state: State, action: Tensor) -> dict[str, Tensor]:
+    def reward_terms(
+        self, before: State, state: State, action: Tensor
+    ) -> dict[str, Tensor]:
         """The addends (N,) of the reward by name, for a step without failure."""
 
     @abstractmethod
@@ -135,7 +143,9 @@ def rotation_matrix(quat: Tensor) -> Tensor:
     w, v = quat[..., None, :1], quat[..., None, 1:].expand(*quat.shape[:-1], 3, 3)
     unit = torch.eye(3, dtype=quat.dtype, device=quat.device)
     across = 2 * torch.linalg.cross(v, unit.expand_as(v))
-    columns = unit + w * across + torch.linalg.cross(v, across)  # R e = e + 2 w v x e + 2 v x v x e
+    columns = (
+        unit + w * across + torch.linalg.cross(v, across)
+    )  # R e = e + 2 w v x e + 2 v x v x e
     return columns.transpose(-1, -2)
 
 

@@ -24,16 +24,24 @@ Simulators = Literal["auto", "isaacgym", "isaaclab", "mujoco"]
 class IsaacArgs(RunArgs):
     """Steps are vector steps, which step every environment once."""
 
-    env_id: str = "Ant"  # Ant, Humanoid, Ingenuity; a task of isaacgymenvs; an Isaac Lab id
+    env_id: str = (
+        "Ant"  # Ant, Humanoid, Ingenuity; a task of isaacgymenvs; an Isaac Lab id
+    )
 
     # Simulator
     simulator: Simulators = "auto"  # auto: mujoco where it has the task, else NVIDIA's
     num_envs: int = 128  # environments stepped together
-    variant: Literal["oige", "ige"] = "oige"  # constants of OmniIsaacGymEnvs or of IsaacGymEnvs
-    sim_threads: int = 1  # CPU threads that step the environments of mujoco; results are the same
+    variant: Literal["oige", "ige"] = (
+        "oige"  # constants of OmniIsaacGymEnvs or of IsaacGymEnvs
+    )
+    sim_threads: int = (
+        1  # CPU threads that step the environments of mujoco; results are the same
+    )
     batch_size: int = 1024  # transitions per update
     buffer_size: int = 15_000  # vector steps kept in the replay buffer
-    learning_starts: int = 100  # vector steps with uniform random actions; after them updates begin
+    learning_starts: int = (
+        100  # vector steps with uniform random actions; after them updates begin
+    )
     updates_per_step: int = 1  # updates per vector step
 
     resume_may_change = RunArgs.resume_may_change + " sim_threads"
@@ -45,7 +53,9 @@ class IsaacArgs(RunArgs):
         self.check(counts, lambda x: x >= 1, "at least 1")
 
 
-def make_envs(args: IsaacArgs, num_envs: int, seed: int, device: torch.device) -> Simulator:
+def make_envs(
+    args: IsaacArgs, num_envs: int, seed: int, device: torch.device
+) -> Simulator:
     """`num_envs` environments of the run's task. Raises: UsageError."""
     options = dict(device=device, threads=args.sim_threads, variant=args.variant)
     try:
@@ -60,7 +70,9 @@ def simulator_errors():
     try:
         yield
     except SimulatorError as error:
-        raise RunError(f"the simulator failed: {error}; the last checkpoint is intact") from None
+        raise RunError(
+            f"the simulator failed: {error}; the last checkpoint is intact"
+        ) from None
 
 
 class ObservationNorm:
@@ -106,14 +118,18 @@ class TrainingEnvs:
     """
 
     def __init__(self, args: IsaacArgs, device: torch.device):
-        self.simulator = make_envs(args, args.num_envs, derive_seed(args.seed, 0), device)
+        self.simulator = make_envs(
+            args, args.num_envs, derive_seed(args.seed, 0), device
+        )
         self.env_id, self.num_envs = args.env_id, args.num_envs
         self.steps, self.last_return, self.diverged = 0, math.nan, 0
         self.obs_dim, self.act_dim = self.simulator.obs_dim, self.simulator.act_dim
         self.norm = ObservationNorm(self.obs_dim, device)
         zeros = torch.zeros(args.num_envs, device=device)
         self.returns, self.lengths = zeros, zeros.clone()  # of the episodes under way
-        self.ended = torch.zeros(3, device=device)  # number, sum of returns, sum of lengths
+        self.ended = torch.zeros(
+            3, device=device
+        )  # number, sum of returns, sum of lengths
 
     @simulator_errors()
     def reset(self):
@@ -137,7 +153,9 @@ class TrainingEnvs:
         self.lengths += 1
         done = terminated | truncated
         self.diverged += self.simulator.diverged
-        self.ended += torch.stack([done.sum(), self.returns[done].sum(), self.lengths[done].sum()])
+        self.ended += torch.stack(
+            [done.sum(), self.returns[done].sum(), self.lengths[done].sum()]
+        )
         new = done if valid is None else done | ~valid
         self.returns.masked_fill_(new, 0)
         self.lengths.masked_fill_(new, 0)
@@ -161,9 +179,12 @@ class TrainingEnvs:
 
     def state_dict(self) -> dict:
         tensors = {
-            name: getattr(self, name).cpu() for name in ("obs", "returns", "lengths", "ended")
+            name: getattr(self, name).cpu()
+            for name in ("obs", "returns", "lengths", "ended")
         }
-        numbers = {name: getattr(self, name) for name in ("steps", "last_return", "diverged")}
+        numbers = {
+            name: getattr(self, name) for name in ("steps", "last_return", "diverged")
+        }
         return tensors | numbers | {"simulator": self.simulator.state_dict()}
 
     def load_state_dict(self, state: dict):
@@ -175,7 +196,10 @@ class TrainingEnvs:
             self.reset()
             return
         if not self.simulator.exact_resume:
-            print("note: on a GPU a resumed run goes on, but not bit for bit", file=sys.stderr)
+            print(
+                "note: on a GPU a resumed run goes on, but not bit for bit",
+                file=sys.stderr,
+            )
         self.simulator.load_state_dict(state["simulator"])
         for name in ("returns", "lengths", "ended"):
             getattr(self, name).copy_(state[name])
@@ -203,7 +227,12 @@ class VectorReplayBuffer:
     ):
         device = torch.device(device)
         self.widths = [obs_dim, act_dim, obs_dim, 1, 1]
-        self.capacity, self.num_envs, self.max_steps, self.added = capacity, num_envs, max_steps, 0
+        self.capacity, self.num_envs, self.max_steps, self.added = (
+            capacity,
+            num_envs,
+            max_steps,
+            0,
+        )
         slots, blocks = capacity + 1, capacity // max_steps + 2
         need = 4 * num_envs * (slots * (obs_dim + act_dim + 3) + blocks * obs_dim)
         try:
@@ -214,9 +243,13 @@ class VectorReplayBuffer:
         # action | reward | terminated | truncated
         self.rows = torch.empty(slots, num_envs, act_dim + 3, device=device)
         self.final_obs = torch.zeros(blocks, num_envs, obs_dim, device=device)
-        self.invalid = np.zeros((slots, num_envs), dtype=bool)  # on the host, where rows are drawn
+        self.invalid = np.zeros(
+            (slots, num_envs), dtype=bool
+        )  # on the host, where rows are drawn
         self.batch = torch.zeros(batch_size, sum(self.widths), device=device)
-        self.index = torch.zeros(3, batch_size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.index = torch.zeros(
+            3, batch_size, dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
         self.device_index = self.index.to(device)
 
     def __len__(self) -> int:
@@ -244,7 +277,10 @@ class VectorReplayBuffer:
 
         valid (N,) bool: the rows that may be drawn (None: all).
         """
-        slot, block = self.added % len(self.obs), self.added // self.max_steps % len(self.final_obs)
+        slot, block = (
+            self.added % len(self.obs),
+            self.added // self.max_steps % len(self.final_obs),
+        )
         flags = torch.stack([reward, terminated.float(), truncated.float()], -1)
         self.rows[slot] = torch.cat([action, flags], -1)
         old = self.final_obs[block]
@@ -275,7 +311,9 @@ class VectorReplayBuffer:
 
     def gather(self, index: Tensor) -> Tensor:
         """Rows obs | action | next_obs | reward | terminated of transitions (3, B), in `batch`."""
-        obs, action, next_obs, reward, terminated = self.batch.split(self.widths, dim=-1)
+        obs, action, next_obs, reward, terminated = self.batch.split(
+            self.widths, dim=-1
+        )
         all_obs, all_rows = self.obs.flatten(0, 1), self.rows.flatten(0, 1)
         row, following = all_rows[index[0]], all_obs[index[1]]
         truncated, final_obs = row[:, -1:] > 0, self.final_obs.flatten(0, 1)[index[2]]
@@ -290,14 +328,20 @@ class VectorReplayBuffer:
         used = min(self.added + 1, len(self.obs))
         rings = {name: getattr(self, name)[:used] for name in ("obs", "rows")}
         # by way of NumPy, or torch saves all rows
-        rings = {name: torch.from_numpy(ring.cpu().numpy()) for name, ring in rings.items()}
+        rings = {
+            name: torch.from_numpy(ring.cpu().numpy()) for name, ring in rings.items()
+        }
         rings["invalid"] = torch.from_numpy(self.invalid[:used])
         return rings | {"added": self.added, "final_obs": self.final_obs.cpu()}
 
     def load_state_dict(self, state: dict):
         self.added = state["added"]
         self.invalid[: len(state["invalid"])] = state["invalid"].numpy()
-        for name in ("obs", "rows", "final_obs"):  # shorter ones after fewer --total-timesteps
+        for name in (
+            "obs",
+            "rows",
+            "final_obs",
+        ):  # shorter ones after fewer --total-timesteps
             getattr(self, name)[: len(state[name])].copy_(state[name])
 
 

@@ -46,9 +46,13 @@ class MultiGoalEnv(gym.Env):
     observation_space = gym.spaces.Box(-WALL, WALL, (2,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
 
-    def __init__(self, render_mode: str | None = None, goals: tuple[int, ...] = (0, 1, 2, 3)):
+    def __init__(
+        self, render_mode: str | None = None, goals: tuple[int, ...] = (0, 1, 2, 3)
+    ):
         if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode {render_mode!r}: only 'rgb_array' is supported")
+            raise ValueError(
+                f"render_mode {render_mode!r}: only 'rgb_array' is supported"
+            )
         self.render_mode, self.state = render_mode, np.zeros(2, np.float32)
         self.goals = GOALS[list(goals)]
 
@@ -60,7 +64,9 @@ class MultiGoalEnv(gym.Env):
         return self.state.copy(), {}
 
     def step(self, action: np.ndarray):
-        self.state, reward, arrived = move(self.state, np.reshape(action, 2), self.goals)
+        self.state, reward, arrived = move(
+            self.state, np.reshape(action, 2), self.goals
+        )
         return self.state.copy(), float(reward), bool(arrived), False, {}
 
     def render(self) -> np.ndarray | None:
@@ -79,9 +85,13 @@ class MultiGoalEnv(gym.Env):
 
 def register(name: str, goals: tuple[int, ...]):
     kwargs = {"goals": goals}
-    gym.register(name, "multi_goal:MultiGoalEnv", max_episode_steps=TIME_LIMIT, kwargs=kwargs)
+    gym.register(
+        name, "multi_goal:MultiGoalEnv", max_episode_steps=TIME_LIMIT, kwargs=kwargs
+    )
 
 
 register("MultiGoal-v0", (0, 1, 2, 3))
-register("MultiGoalNorthEast-v0", (0, 2))  # two tasks to compose: they share the goal in the east
+register(
+    "MultiGoalNorthEast-v0", (0, 2)
+)  # two tasks to compose: they share the goal in the east
 register("MultiGoalSouthEast-v0", (0, 3))

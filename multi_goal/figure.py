@@ -34,7 +34,12 @@ QUADRATURE = 40  # cells along each action axis, for V of SAC and soft Q-learnin
 SUMMED = f"{QUADRATURE} x {QUADRATURE} quadrature"
 BINS = 60  # cells along each action axis, for the densities
 MAP_POINTS = 57  # along each axis of the plane: one every quarter
-STATES = {"A": (0.0, 0.0), "B": (2.5, 2.5), "C": (-3.0, 0.0), "D": (0.0, -3.0)}  # of the densities
+STATES = {
+    "A": (0.0, 0.0),
+    "B": (2.5, 2.5),
+    "C": (-3.0, 0.0),
+    "D": (0.0, -3.0),
+}  # of the densities
 
 
 # --- Policies of finished runs --------------------------------------------------------------------
@@ -45,8 +50,12 @@ class Policy:
     name: str  # of the algorithm
     method: str  # how soft_value knows V
     soft_value: Callable[[Tensor], Tensor]  # V(s), in reward units. obs (B, 2) -> (B,)
-    sample: Callable  # obs (B, 2), noise (B, 2) ~ N(0, I) -> action (B, 2), something else
-    log_prob: Callable[[Tensor, Tensor], Tensor] | None  # of actions (B, 2) -> (B,); SQL has none
+    sample: (
+        Callable  # obs (B, 2), noise (B, 2) ~ N(0, I) -> action (B, 2), something else
+    )
+    log_prob: (
+        Callable[[Tensor, Tensor], Tensor] | None
+    )  # of actions (B, 2) -> (B,); SQL has none
     seed: int = 0
     step: int = 0  # environment steps that it was trained for
 
@@ -58,7 +67,9 @@ def action_cells(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-def quadrature_value(q_values: Callable, obs: Tensor, alpha: float, n: int = QUADRATURE) -> Tensor:
+def quadrature_value(
+    q_values: Callable, obs: Tensor, alpha: float, n: int = QUADRATURE
+) -> Tensor:
     """V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da, midpoint rule with n x n cells.
 
     Shapes: obs (B, 2) -> (B,), in the units of q_values(obs, action) (B, K).
@@ -88,7 +99,10 @@ def meow_policy(script, args, saved: dict) -> Policy:
 
 def sac_policy(script, args, saved: dict) -> Policy:
     actor, critics = script.make_networks(args, 2, 2)
-    actor, critics = restored(actor, saved["actor"]), restored(critics, saved["critics"])
+    actor, critics = (
+        restored(actor, saved["actor"]),
+        restored(critics, saved["critics"]),
+    )
 
     def soft_value(obs):
         return quadrature_value(critics.q_values, obs, float(actor.log_alpha.exp()))
@@ -98,7 +112,10 @@ def sac_policy(script, args, saved: dict) -> Policy:
 
 def sql_policy(script, args, saved: dict) -> Policy:
     sampler, critic = script.make_networks(args, 2, 2)
-    sampler, critic = restored(sampler, saved["sampler"]), restored(critic, saved["critic"])
+    sampler, critic = (
+        restored(sampler, saved["sampler"]),
+        restored(critic, saved["critic"]),
+    )
 
     def soft_value(obs):  # its Q is in units of the scaled reward, with alpha = 1
         return quadrature_value(critic.q_values, obs, 1.0) / args.reward_scale
@@ -120,14 +137,23 @@ def load_policy(run: str) -> Policy:
     try:
         name = Path(json.loads(about.read_text())["script"]).stem
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--run {run}: {about} doesn't name a run's script ({error!r})") from None
+        raise UsageError(
+            f"--run {run}: {about} doesn't name a run's script ({error!r})"
+        ) from None
     if name not in SCRIPTS:
-        raise UsageError(f"--run {run}: a run of {name}.py, not of one of {', '.join(SCRIPTS)}")
-    saved, script = load_file("--run", run, name, POLICY_FILES), importlib.import_module(name)
+        raise UsageError(
+            f"--run {run}: a run of {name}.py, not of one of {', '.join(SCRIPTS)}"
+        )
+    saved, script = (
+        load_file("--run", run, name, POLICY_FILES),
+        importlib.import_module(name),
+    )
     try:
         args = script.Args(**saved["args"])
         if not args.env_id.startswith("multi_goal:MultiGoal"):
-            raise UsageError(f"--run {run}: a run of {args.env_id}, not of multi_goal:MultiGoal-v0")
+            raise UsageError(
+                f"--run {run}: a run of {args.env_id}, not of multi_goal:MultiGoal-v0"
+            )
         policy = SCRIPTS[name](script, args, saved)
     except (KeyError, RuntimeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -155,7 +181,9 @@ def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarra
         positions.append(position)
         if not moving.any():
             break
-    stacked = np.stack(positions)  # (T + 1, n, 2); those that have arrived just move on in it
+    stacked = np.stack(
+        positions
+    )  # (T + 1, n, 2); those that have arrived just move on in it
     return [stacked[: length[i] + 1, i] for i in range(n)]
 
 
@@ -163,7 +191,9 @@ def count_goals(trajectories: list[np.ndarray]) -> np.ndarray:
     """How many trajectories (T + 1, 2) arrive first at each of the GOALS, and at none: (5,)."""
     counts = np.zeros(len(GOALS) + 1, int)
     for trajectory in trajectories:
-        arrivals = np.argwhere(distances(trajectory) < RADIUS)  # rows (time, goal), in time's order
+        arrivals = np.argwhere(
+            distances(trajectory) < RADIUS
+        )  # rows (time, goal), in time's order
         counts[arrivals[0, 1] if len(arrivals) else -1] += 1
     return counts
 
@@ -176,12 +206,18 @@ def action_density(policy: Policy, state: tuple[float, float]) -> np.ndarray:
     """
     if policy.log_prob:
         actions = action_cells(BINS)
-        log_prob = policy.log_prob(torch.tensor(state).expand(len(actions), -1), actions)
+        log_prob = policy.log_prob(
+            torch.tensor(state).expand(len(actions), -1), actions
+        )
         return log_prob.exp().view(BINS, BINS).numpy()
     noise = torch.randn(100_000, 2, generator=torch.Generator().manual_seed(0))
-    actions = policy.sample(torch.tensor(state).expand(len(noise), -1), noise)[0].numpy()
+    actions = policy.sample(torch.tensor(state).expand(len(noise), -1), noise)[
+        0
+    ].numpy()
     edges = np.linspace(-1, 1, BINS + 1)
-    return np.histogram2d(actions[:, 1], actions[:, 0], bins=(edges, edges), density=True)[0]
+    return np.histogram2d(
+        actions[:, 1], actions[:, 0], bins=(edges, edges), density=True
+    )[0]
 
 
 def markdown(policies: list[Policy], trajectories: list[list[np.ndarray]]) -> str:
@@ -199,7 +235,10 @@ def markdown(policies: list[Policy], trajectories: list[list[np.ndarray]]) -> st
         length = np.mean([len(trajectory) - 1 for trajectory in sampled])
         row = f"{policy.name} | {policy.seed} | {policy.step} | {counts} | {length:.1f}"
         lines.append(f"| {row} |")
-    lines += ["", f"Contours: V(s); MEow's is exact, SAC's and soft Q-learning's by {SUMMED}."]
+    lines += [
+        "",
+        f"Contours: V(s); MEow's is exact, SAC's and soft Q-learning's by {SUMMED}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -211,9 +250,13 @@ def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
     value = policy.soft_value(torch.cartesian_prod(axis, axis).flip(-1))
     value = value.view(MAP_POINTS, MAP_POINTS).numpy()  # (y, x)
     if not np.isfinite(value).all():
-        raise RunError(f"{policy.name}, seed {policy.seed}: the soft value is not finite")
+        raise RunError(
+            f"{policy.name}, seed {policy.seed}: the soft value is not finite"
+        )
     ax.contourf(axis, axis, value, levels=20, cmap="Blues_r", alpha=0.7)
-    lines = ax.contour(axis, axis, value, levels=10, colors="0.4", linewidths=0.5, linestyles="-")
+    lines = ax.contour(
+        axis, axis, value, levels=10, colors="0.4", linewidths=0.5, linestyles="-"
+    )
     ax.clabel(lines, fontsize=7, fmt="%g")
     for trajectory in trajectories[:N_DRAWN]:
         ax.plot(*trajectory.T, color="black", linewidth=0.6, alpha=0.3, rasterized=True)

@@ -68,7 +68,10 @@ def launch(script, words, cwd, signals=None, largest_file=None):
 
     signals: see `interrupting`; largest_file: bytes that a file may have, as on a full disk.
     """
-    module, limit = importlib.import_module(script.stem), resource.getrlimit(resource.RLIMIT_FSIZE)
+    module, limit = (
+        importlib.import_module(script.stem),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
     out, err, argv = io.StringIO(), io.StringIO(), [str(word) for word in words]
     with (
         contextlib.chdir(cwd),
@@ -78,13 +81,17 @@ def launch(script, words, cwd, signals=None, largest_file=None):
         mock.patch("threading.excepthook", threading.__excepthook__),  # not pytest's
     ):
         try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file or limit[0], limit[1]))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (largest_file or limit[0], limit[1])
+            )
             code = module.main(module.Args, module.train, module.load_evaluator, argv)
         except SystemExit as stopped:
             code = stopped.code
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return SimpleNamespace(
+        returncode=code, stdout=out.getvalue(), stderr=err.getvalue()
+    )
 
 
 @pytest.fixture(scope="session")

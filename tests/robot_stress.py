@@ -28,19 +28,25 @@ def stress(name: str, variant: str, check=None):
     allowed = torch.where(slide, 0.003, math.radians(3))
     bodies = Batch(model, 192, 1)
     _ = bodies.geom_xpos, bodies.geom_xmat  # filled by `forward`
-    for step, action in enumerate(stress_actions(simulator, 2000 if variant == "oige" else 1000)):
+    for step, action in enumerate(
+        stress_actions(simulator, 2000 if variant == "oige" else 1000)
+    ):
         obs, reward, _, _, final_obs = simulator.step(action)
         assert simulator.diverged == 0
         for values in (obs, final_obs, reward, physics.qpos, physics.qvel):
             assert values.isfinite().all()
         assert reward.abs().max() < 1000
         q = physics.qpos[:, positions]
-        beyond = torch.maximum(q - high, low - q)[simulator.progress > UNSTUCK.get(name, 0)]
+        beyond = torch.maximum(q - high, low - q)[
+            simulator.progress > UNSTUCK.get(name, 0)
+        ]
         assert (beyond < allowed).all()
         if model.npair:  # it stands on the floor
             bodies.qpos = physics.qpos.numpy()
             bodies.forward(stage=mujoco.mjtStage.mjSTAGE_POS.value)
-            started = simulator.progress.numpy() == 0  # Ant ige's feet start in the floor
+            started = (
+                simulator.progress.numpy() == 0
+            )  # Ant ige's feet start in the floor
             assert (depths(model, bodies)[~started] < 0.005).all()
         if check:
             check(simulator, step)
@@ -56,10 +62,16 @@ def stress_actions(simulator, steps):
     generator = torch.Generator().manual_seed(0)
     number = torch.arange(20)[:, None]
     driven = [*model.actuator_trnid[:, 0]]
-    joints = model.jnt_dofadr[driven] if len(driven) == act_dim and model.njnt > act_dim else []
+    joints = (
+        model.jnt_dofadr[driven]
+        if len(driven) == act_dim and model.njnt > act_dim
+        else []
+    )
     for step in range(steps):
         random, extreme = 2 * torch.rand(2, 64, act_dim, generator=generator) - 1
-        flips = (-1.0) ** (step // (1 + number // 2) + torch.arange(act_dim) * (number % 2))
+        flips = (-1.0) ** (
+            step // (1 + number // 2) + torch.arange(act_dim) * (number % 2)
+        )
         if step % 100 == 0:
             held = extreme[:20].sign()
         moving = held.repeat(2, 1)[:24]
@@ -70,13 +82,20 @@ def stress_actions(simulator, steps):
 
 def depths(model, batch):
     """Of each world's lowest point below z = 0, m: an array (worlds,)."""
-    geoms = np.flatnonzero(own_shapes(model) & (model.body_mocapid[model.geom_bodyid] < 0))
+    geoms = np.flatnonzero(
+        own_shapes(model) & (model.body_mocapid[model.geom_bodyid] < 0)
+    )
     kind, size = model.geom_type[geoms], model.geom_size[geoms]
     up = abs(batch.geom_xmat.reshape(-1, model.ngeom, 3, 3)[:, geoms, 2])
     # The extent of a box is up . size; that of the others, along their axis and across it:
     axis, across = up[..., 2], np.sqrt((1 - up[..., 2] ** 2).clip(0))
-    box, cylinder = kind == mujoco.mjtGeom.mjGEOM_BOX, kind == mujoco.mjtGeom.mjGEOM_CYLINDER
-    round_ones = size[:, 1] * axis + size[:, 0] * np.where(cylinder, across, 1)  # sphere: 0 axis
+    box, cylinder = (
+        kind == mujoco.mjtGeom.mjGEOM_BOX,
+        kind == mujoco.mjtGeom.mjGEOM_CYLINDER,
+    )
+    round_ones = size[:, 1] * axis + size[:, 0] * np.where(
+        cylinder, across, 1
+    )  # sphere: 0 axis
     extent = np.where(box, (up * size).sum(-1), round_ones)
     return (extent - batch.geom_xpos[:, geoms, 2]).max(1)
 

@@ -35,7 +35,13 @@ class Scripted(gym.Env):
         kind = (self.episode - 1) % 3
         end = self.t == 3 + kind
         self.buffer[:] = self.episode, self.t
-        return self.buffer, 10.0 * self.episode + self.t, end and kind != 1, end and kind != 0, {}
+        return (
+            self.buffer,
+            10.0 * self.episode + self.t,
+            end and kind != 1,
+            end and kind != 0,
+            {},
+        )
 
 
 class OneState(gym.Env):

@@ -61,7 +61,10 @@ class SteppedRun:
         self.step = 0
         env.reset()
         if self.restored:
-            self.step, rng.bit_generator.state = self.restored["step"], self.restored["rng"]
+            self.step, rng.bit_generator.state = (
+                self.restored["step"],
+                self.restored["rng"],
+            )
             for name, part in self.parts.items():
                 part.load_state_dict(self.restored[name])
 
@@ -88,12 +91,16 @@ class SteppedRun:
             learner.update(rng)
 
 
-def trained(script, updates=0, compiled=False, cuda=False, after=None, restored=None, **settings):
+def trained(
+    script, updates=0, compiled=False, cuda=False, after=None, restored=None, **settings
+):
     """A run of `train` after 64 random transitions and, by default, as many updates as given."""
     rates = {name: 1e-2 for name in ("learning_rate", "q_lr", "policy_lr")}
     defaults = DEFAULTS | {k: v for k, v in rates.items() if hasattr(script.Args, k)}
     total = RANDOM_STEPS + updates
-    args = script.Args(**defaults | dict(total_timesteps=total, eval_episodes=2) | settings)
+    args = script.Args(
+        **defaults | dict(total_timesteps=total, eval_episodes=2) | settings
+    )
     run = SteppedRun(args, compiled, cuda, after, restored)
     script.train(args, run)
     return run

@@ -28,13 +28,24 @@ LIMITS = np.array(
     + [(0.279244, 1.57075), (-0.331603, 1.151883), FLEX, (-0.279244, 1.762731)]
 )
 LOW, HIGH = LIMITS.T
-NAMES = [f"{name}_{i}" for name in ("index", "middle", "ring", "thumb") for i in range(4)]
+NAMES = [
+    f"{name}_{i}" for name in ("index", "middle", "ring", "thumb") for i in range(4)
+]
 MASSES = 3 * [0.0119, 0.065, 0.0355, 0.0096] + [0.0176, 0.0119, 0.038, 0.0388]
-INERTIAS = 3 * [(1.02, 0.65, 1.02), (79.6, 24.7, 79.6), (26.4, 13.5, 26.4), (4.7, 3.65, 4.7)]
+INERTIAS = 3 * [
+    (1.02, 0.65, 1.02),
+    (79.6, 24.7, 79.6),
+    (26.4, 13.5, 26.4),
+    (4.7, 3.65, 4.7),
+]
 INERTIAS += [(18.9, 14.3, 18.9), (4.24, 4.52, 4.24), (43, 14.4, 43), (32.9, 14.7, 32.9)]
 # Base in the palm, direction f, axis of joint 1, 2 and 3; joint 0 turns about f.
 FINGERS = {
-    "index": ((0.05143, -0.03632, -0.0113), (0.99619, -0.0873, 0), (-0.0873, -0.99618, 0)),
+    "index": (
+        (0.05143, -0.03632, -0.0113),
+        (0.99619, -0.0873, 0),
+        (-0.0873, -0.99618, 0),
+    ),
     "middle": ((0.05374, 0.00878, -0.0113), (1, 0, 0), (0, -1, 0)),
     "ring": ((0.05143, 0.05387, -0.0113), (0.99619, 0.0871, 0), (0.0870, -0.99621, 0)),
 }
@@ -179,13 +190,27 @@ def test_collisions():
     for _ in range(300):
         for contact in forward(model, rng.uniform(LOW, HIGH)).contact:
             bodies = model.geom_bodyid[contact.geom]
-            pairs.add(frozenset(model.body(body).name.removesuffix("_tip") for body in bodies))
-    for pair in ("index_2 middle_2", "middle_3 ring_3", "index_1 thumb_3", "palm thumb_3"):
+            pairs.add(
+                frozenset(model.body(body).name.removesuffix("_tip") for body in bodies)
+            )
+    for pair in (
+        "index_2 middle_2",
+        "middle_3 ring_3",
+        "index_1 thumb_3",
+        "palm thumb_3",
+    ):
         assert frozenset(pair.split()) in pairs
     for finger in ("index", "middle", "ring", "thumb"):
-        links = ["palm", *(f"{finger}_{i}" for i in range(4)), finger]  # the last: its tip
+        links = [
+            "palm",
+            *(f"{finger}_{i}" for i in range(4)),
+            finger,
+        ]  # the last: its tip
         assert not pairs & {frozenset(pair) for pair in pairwise(links)}
-        assert not pairs & {frozenset(("palm", f"{finger}_1")), frozenset((finger, links[3]))}
+        assert not pairs & {
+            frozenset(("palm", f"{finger}_1")),
+            frozenset((finger, links[3])),
+        }
     assert frozenset(("palm", "thumb_2")) not in pairs
     assert forward(model, 12 * [0] + [0.3, 0, 0, 0]).ncon == 0  # open
 
@@ -238,7 +263,12 @@ def random_states(seed=0, n=50):
     quats[1, ::5] = quats[0, ::5] + 0.02 * rng.normal(size=(len(quats[0, ::5]), 4))
     quats /= np.linalg.norm(quats, axis=-1, keepdims=True)
     qpos = np.concatenate(
-        [rng.uniform(LOW, HIGH, (n, 16)), GOAL + 0.15 * rng.normal(size=(n, 3)), quats[0]], -1
+        [
+            rng.uniform(LOW, HIGH, (n, 16)),
+            GOAL + 0.15 * rng.normal(size=(n, 3)),
+            quats[0],
+        ],
+        -1,
     )
     qvel = rng.normal(size=(n, 22))
     return State(*map(torch.tensor, (qpos, qvel, np.zeros((n, 0)), quats[1]))), rng
@@ -323,8 +353,12 @@ def test_reward_at_the_goal(variant, turn, expected):
     task = AllegroHand(variant)
     goal = np.array([0.5, -0.5, 0.5, 0.5])
     row = [*np.zeros(16), *GOAL, *times(np.array(turn, dtype=float), goal)]
-    state = State(*(torch.tensor(np.array([x])) for x in (row, np.zeros(22), np.zeros(0), goal)))
-    assert_allclose(task.reward(state, state, torch.zeros(1, 16)), [expected], rtol=2e-4)
+    state = State(
+        *(torch.tensor(np.array([x])) for x in (row, np.zeros(22), np.zeros(0), goal))
+    )
+    assert_allclose(
+        task.reward(state, state, torch.zeros(1, 16)), [expected], rtol=2e-4
+    )
     effort = task.reward(state, state, torch.ones(1, 16)) - expected
     assert_allclose(effort, [-0.0032], atol=0.001 * expected)
 
@@ -372,7 +406,9 @@ def test_new_goal_after_a_success(variant):
     """In the step after it; the success itself is rewarded and observed with the old goal."""
     simulator = make_simulator(variant, 3)
     zeros = torch.zeros(3, 16)
-    simulator.memory[1] = simulator.physics.qpos[1, 19:]  # the cube hardly turns in one step
+    simulator.memory[1] = simulator.physics.qpos[
+        1, 19:
+    ]  # the cube hardly turns in one step
     old = simulator.memory.clone()
     at = 48 if variant == "oige" else 64  # of the goal's quaternion in the observation
     order = [0, 1, 2, 3] if variant == "oige" else [1, 2, 3, 0]
@@ -396,7 +432,9 @@ def test_end_of_an_episode(variant, end):
     simulator = make_simulator(variant, 3)
     simulator.step(torch.zeros(3, 16))
     if end != "time-out":
-        simulator.physics.qpos[1, 16:19] = torch.tensor([0.2, -0.2, 0.37])  # 0.25 m away
+        simulator.physics.qpos[1, 16:19] = torch.tensor(
+            [0.2, -0.2, 0.37]
+        )  # 0.25 m away
         simulator.physics.qvel[1, 16:19] = 0
     if end != "loss":
         simulator.progress[1] = simulator.max_steps - 1
@@ -427,7 +465,9 @@ def test_cube_stays_in_a_cupped_hand_and_falls_from_an_open_one(variant):
         for _ in range(60):
             _, _, terminated, _, _ = simulator.step(torch.full((32, 16), action))
             ended |= terminated
-            distance = (simulator.physics.qpos[:, 16:19] - torch.tensor(GOAL)).norm(dim=-1)
+            distance = (simulator.physics.qpos[:, 16:19] - torch.tensor(GOAL)).norm(
+                dim=-1
+            )
             assert (distance < 0.24).all()
         kept[action] = (~ended).sum()
     assert kept[-0.5] >= 24
@@ -450,7 +490,8 @@ def test_cube_lies_on_the_hand(variant):
         depths = [
             contact.dist
             for contact in data.contact
-            if simulator.model.body("cube").id in simulator.model.geom_bodyid[contact.geom]
+            if simulator.model.body("cube").id
+            in simulator.model.geom_bodyid[contact.geom]
         ]
         assert depths
         assert min(depths) > -0.002
@@ -467,14 +508,23 @@ def test_free_fall(variant):
     simulator = make_simulator(variant, 1)
     physics = simulator.physics
     physics.qpos[0, 16:19] = torch.tensor([0, -0.2, 0.7])
-    velocity, spin = torch.tensor([0.1, -0.2, 0.6]).double(), torch.tensor([3.0, -5, 8]).double()
+    velocity, spin = (
+        torch.tensor([0.1, -0.2, 0.6]).double(),
+        torch.tensor([3.0, -5, 8]).double(),
+    )
     physics.qvel[0, 16:19], physics.qvel[0, 19:] = velocity, spin
     seconds = 2 * 4 * simulator.task.time_step
     for _ in range(2):
         _, _, terminated, _, _ = simulator.step(torch.zeros(1, 16))
         assert not terminated
-    place = (0.1 * seconds, -0.2 - 0.2 * seconds, 0.7 + 0.6 * seconds - 9.81 * seconds**2 / 2)
-    assert_allclose(physics.qpos[0, 16:19], place, atol=9.81 * seconds * simulator.task.time_step)
+    place = (
+        0.1 * seconds,
+        -0.2 - 0.2 * seconds,
+        0.7 + 0.6 * seconds - 9.81 * seconds**2 / 2,
+    )
+    assert_allclose(
+        physics.qpos[0, 16:19], place, atol=9.81 * seconds * simulator.task.time_step
+    )
     assert_allclose(physics.qvel[0, 16:19], velocity.numpy() - [0, 0, 9.81 * seconds])
     assert_allclose(physics.qvel[0, 19:], spin * math.exp(-0.5 * seconds), rtol=1e-3)
 
@@ -517,7 +567,12 @@ def test_warp_agrees_with_mujoco(variant):
         physics.qacc_warmstart[:] = 0
         physics.step(1)
     assert abs(cpu.qvel - state["qvel"]).max() > 1
-    for world, tolerance in ((0, 0.5), (1, 0.5), (2, 1e-4), (3, 1e-4)):  # other contact points
+    for world, tolerance in (
+        (0, 0.5),
+        (1, 0.5),
+        (2, 1e-4),
+        (3, 1e-4),
+    ):  # other contact points
         assert_allclose(warp.qpos[world], cpu.qpos[world], atol=0.01 * tolerance)
         assert_allclose(warp.qvel[world], cpu.qvel[world], atol=tolerance)
 

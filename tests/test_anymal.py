@@ -22,7 +22,9 @@ every_variant = pytest.mark.parametrize("variant", ["oige", "ige"])
 LEGS = {"LF": (1, 1), "LH": (-1, 1), "RF": (1, -1), "RH": (-1, -1)}
 POSE = np.array([[0.03 * y, 0.4 * x, -0.8 * x] for x, y in LEGS.values()]).ravel()
 HAA = {1: (-0.72, 0.49), -1: (-0.49, 0.72)}
-LIMITS = np.array([r for _, y in LEGS.values() for r in (HAA[y], *2 * [(-9.42478, 9.42478)])])
+LIMITS = np.array(
+    [r for _, y in LEGS.values() for r in (HAA[y], *2 * [(-9.42478, 9.42478)])]
+)
 
 
 def make_simulator(variant="oige", num_envs=4, seed=0):
@@ -95,7 +97,9 @@ def test_default_pose():
     """The lowest points of the feet lie 0.543 m below the base."""
     _, data = forward()
     for leg in LEGS:
-        assert data.geom(f"{leg}_FOOT").xpos[2] - 0.03 == pytest.approx(1 - 0.543, abs=0.001)
+        assert data.geom(f"{leg}_FOOT").xpos[2] - 0.03 == pytest.approx(
+            1 - 0.543, abs=0.001
+        )
 
 
 def test_only_the_floor_is_touched():
@@ -118,7 +122,9 @@ def test_zero_action_stands(variant):
         if step == 100:
             place = simulator.physics.qpos.clone()
     assert (abs(simulator.physics.qpos - place)[:, :3] < 0.01).all()
-    assert (simulator.physics.qpos[:, 2] > 0.49).all()  # ige's drives give way under the weight
+    assert (
+        simulator.physics.qpos[:, 2] > 0.49
+    ).all()  # ige's drives give way under the weight
     assert (reward > (0.024 if variant == "oige" else 0.025)).all()
 
 
@@ -142,7 +148,9 @@ def test_target_follows_the_action():
     simulator = make_simulator("ige", 2)
     for a in (1.0, -0.4):
         simulator.step(torch.full((2, 12), a))
-        assert_allclose(simulator.physics.ctrl, np.tile(POSE + 0.5 * a, (2, 1)), atol=1e-6)
+        assert_allclose(
+            simulator.physics.ctrl, np.tile(POSE + 0.5 * a, (2, 1)), atol=1e-6
+        )
     assert (simulator.model.actuator_forcerange == [-80, 80]).all()
 
 
@@ -163,7 +171,9 @@ def test_a_scripted_trot_follows_the_command():
     simulator.memory[:, :3], simulator.memory[:, 0] = 0, torch.tensor(speed)
     rewards = []
     for step in range(1, 301):
-        now, soon = (trot(0.02 * i, speed * min(1, 0.02 * step)) for i in (step, step + 1))
+        now, soon = (
+            trot(0.02 * i, speed * min(1, 0.02 * step)) for i in (step, step + 1)
+        )
         ahead = now + 0.1 * (soon - now) / 0.02  # drives lag by 0.1 s
         action = ((ahead - target) / 0.225).clip(-1, 1)
         target = target + 0.225 * action
@@ -195,9 +205,13 @@ def random_state(task, n=200):
     )
     qvel = rng.normal(size=(n, 18)) * 0.7
     memory = rng.uniform(-1, 1, (n, task.memory_dim))
-    sensors = rng.normal(size=(n, 15)) * 0.5 if task.variant == "ige" else np.zeros((n, 0))
+    sensors = (
+        rng.normal(size=(n, 15)) * 0.5 if task.variant == "ige" else np.zeros((n, 0))
+    )
     action = rng.uniform(-1, 1, (n, 12))
-    return State(*map(torch.from_numpy, (qpos, qvel, sensors, memory))), torch.from_numpy(action)
+    return State(
+        *map(torch.from_numpy, (qpos, qvel, sensors, memory))
+    ), torch.from_numpy(action)
 
 
 def rotate(quat, vector):
@@ -210,12 +224,21 @@ def rotate(quat, vector):
 def test_observations(variant):
     task = Anymal(variant)
     state, action = random_state(task)
-    qpos, qvel, command = state.qpos.numpy(), state.qvel.numpy(), state.memory.numpy()[:, :3]
+    qpos, qvel, command = (
+        state.qpos.numpy(),
+        state.qvel.numpy(),
+        state.memory.numpy()[:, :3],
+    )
     quat = qpos[:, 3:7]
     inverse = quat * [1, -1, -1, -1]
     gravity = rotate(quat, np.tile([0.0, 0, -1], (len(quat), 1)))
     expected = [2 * rotate(inverse, qvel[:, :3]), 0.25 * qvel[:, 3:6], gravity]
-    expected += [command * [2, 2, 0.25], qpos[:, 7:] - POSE, 0.05 * qvel[:, 6:], action.numpy()]
+    expected += [
+        command * [2, 2, 0.25],
+        qpos[:, 7:] - POSE,
+        0.05 * qvel[:, 6:],
+        action.numpy(),
+    ]
     assert_allclose(task.observe(state, action), np.concatenate(expected, 1), atol=1e-9)
     assert task.clip_obs == 5
     assert task.obs_dim == 48
@@ -367,9 +390,9 @@ def test_contacts_that_end_an_episode(part):
     simulator = make_simulator("ige", 1)
     model, data = simulator.model, simulator.physics.data(0)
     names = ["base", "LF_THIGH", "LH_THIGH", "RF_THIGH", "RH_THIGH"]
-    assert [model.sensor(i).name or model.body(model.sensor_objid[i]).name for i in range(5)] == (
-        names
-    )
+    assert [
+        model.sensor(i).name or model.body(model.sensor_objid[i]).name for i in range(5)
+    ] == (names)
     data.qpos[2] = 5
     mujoco.mj_forward(model, data)
     lowest = data.body(part).xpos[2] - 5

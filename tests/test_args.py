@@ -32,7 +32,14 @@ PAPER_TABLE = {  # steps, tau, alpha, learning starts, log sigma max, log sigma 
 ALL_SCRIPTS = SCRIPTS + ISAAC_SCRIPTS
 each = pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda path: path.stem)
 BELOW_ZERO = {"log_sigma_min", "log_sigma_max"}
-ZERO = {"seed", "checkpoint_frequency", "gamma", "dropout", "log_sigma_min", "log_sigma_max"}
+ZERO = {
+    "seed",
+    "checkpoint_frequency",
+    "gamma",
+    "dropout",
+    "log_sigma_min",
+    "log_sigma_max",
+}
 
 
 def options_of(script):
@@ -40,7 +47,9 @@ def options_of(script):
 
 
 def parse(*words, script=SCRIPT):
-    return parse_args(options_of(script), script.stem, "", [str(word) for word in words])[0]
+    return parse_args(
+        options_of(script), script.stem, "", [str(word) for word in words]
+    )[0]
 
 
 # --- Defaults -------------------------------------------------------------------------------------
@@ -48,9 +57,17 @@ def parse(*words, script=SCRIPT):
 @pytest.mark.parametrize("name", PAPER_TABLE)
 def test_paper_settings_are_the_defaults(name, version):
     args = parse("--env-id", f"{name}-{version}")
-    columns = "total_timesteps tau alpha learning_starts log_sigma_max log_sigma_min".split()
+    columns = (
+        "total_timesteps tau alpha learning_starts log_sigma_max log_sigma_min".split()
+    )
     assert tuple(getattr(args, c) for c in columns) == PAPER_TABLE[name]
-    common = (args.learning_rate, args.max_grad_norm, args.batch_size, args.buffer_size, args.gamma)
+    common = (
+        args.learning_rate,
+        args.max_grad_norm,
+        args.batch_size,
+        args.buffer_size,
+        args.gamma,
+    )
     assert common == (1e-3, 30, 256, 1_000_000, 0.99)
     for script in SCRIPTS[1:]:  # the baselines train as long
         baseline = parse("--env-id", f"{name}-{version}", script=script)
@@ -60,16 +77,28 @@ def test_paper_settings_are_the_defaults(name, version):
 @each_script
 def test_multi_goal_settings_are_the_defaults(script):
     args = parse("--env-id", "multi_goal:MultiGoal-v0", script=script)
-    assert (args.total_timesteps, args.learning_starts, args.gamma) == (4_000, 1_000, 0.9)
+    assert (args.total_timesteps, args.learning_starts, args.gamma) == (
+        4_000,
+        1_000,
+        0.9,
+    )
 
 
 @pytest.mark.parametrize(
     "spelling", [["--env-id", "Ant-v4"], ["--env-id=Ant-v4"], ["--env_id", "Ant-v4"]]
 )
 def test_options_override_the_papers_settings(spelling):
-    for words in ([*spelling, "--tau", 0.5, "--seed", 7], ["--tau=0.5", "--seed", 7, *spelling]):
+    for words in (
+        [*spelling, "--tau", 0.5, "--seed", 7],
+        ["--tau=0.5", "--seed", 7, *spelling],
+    ):
         args = parse(*words)
-        assert (args.env_id, args.tau, args.seed, args.alpha) == ("Ant-v4", 0.5, 7, 0.05)
+        assert (args.env_id, args.tau, args.seed, args.alpha) == (
+            "Ant-v4",
+            0.5,
+            7,
+            0.05,
+        )
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "my/Ant-v4", "Ant-v40", "Ant-v3"])
@@ -79,9 +108,22 @@ def test_other_environments_get_general_defaults(env_id):
 
 def test_cleanrls_settings_are_sacs_defaults():
     args = options_of(SCRIPTS[1])()
-    assert (args.policy_lr, args.q_lr, args.tau, args.gamma) == (3e-4, 1e-3, 0.005, 0.99)
-    assert (args.batch_size, args.buffer_size, args.learning_starts) == (256, 1_000_000, 5_000)
-    assert (args.policy_frequency, args.autotune, args.reward_shifting) == (2, True, "none")
+    assert (args.policy_lr, args.q_lr, args.tau, args.gamma) == (
+        3e-4,
+        1e-3,
+        0.005,
+        0.99,
+    )
+    assert (args.batch_size, args.buffer_size, args.learning_starts) == (
+        256,
+        1_000_000,
+        5_000,
+    )
+    assert (args.policy_frequency, args.autotune, args.reward_shifting) == (
+        2,
+        True,
+        "none",
+    )
 
 
 # --- Help -----------------------------------------------------------------------------------------
@@ -112,14 +154,20 @@ def test_help_gives_every_option_its_type_text_and_default(script):
 # --- Impossible values ----------------------------------------------------------------------------
 def numbers_of(script):
     types = typing.get_type_hints(options_of(script))
-    return [f.name for f in dataclasses.fields(options_of(script)) if types[f.name] in (int, float)]
+    return [
+        f.name
+        for f in dataclasses.fields(options_of(script))
+        if types[f.name] in (int, float)
+    ]
 
 
 @each
 def test_numbers_that_make_no_sense_are_refused(script):
     """NaN, infinite, negative and zero, for every numeric option; the sentence names it."""
     defaults = options_of(script)()
-    for name, value in itertools.product(numbers_of(script), (math.nan, math.inf, -1, 0)):
+    for name, value in itertools.product(
+        numbers_of(script), (math.nan, math.inf, -1, 0)
+    ):
         if (value == -1 and name in BELOW_ZERO) or (value == 0 and name in ZERO):
             continue
         flag = f"--{name.replace('_', '-')}"
@@ -157,13 +205,19 @@ def test_resume_and_evaluate_exclude_each_other(capsys):
 # --- Pages and scripts ----------------------------------------------------------------------------
 def commands():
     """Each `python FILE.py ...` in a bash block of a page: (file name, its words)."""
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
     found = []
     for page in filter(lambda page: page.is_file(), pages):
         for block in re.findall(
             r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(), re.M | re.S
         ):
-            lines = re.sub(r"\\\n", " ", re.sub(r"\$\{?algo\}?", "meow", block)).splitlines()
+            lines = re.sub(
+                r"\\\n", " ", re.sub(r"\$\{?algo\}?", "meow", block)
+            ).splitlines()
             for line in lines:
                 for part in re.split(r"&&|\|\||[;|>]", re.sub(r"(^|\s)#.*", "", line)):
                     if match := re.search(r"\bpython3? (\S+\.py)\b(.*)", part):
@@ -203,7 +257,10 @@ def parses(file, words):
 def test_commands_of_the_pages_parse():
     """The options in README, CONTRIBUTING and docs/ exist and their values are allowed."""
     found = commands()
-    assert {file for file, _ in found} >= {"meow_continuous_action.py", "meow_isaacgym.py"}
+    assert {file for file, _ in found} >= {
+        "meow_continuous_action.py",
+        "meow_isaacgym.py",
+    }
     for file, words in found:
         for option in {"--resume", "--evaluate"} & set(words):  # that run doesn't exist
             at = words.index(option)

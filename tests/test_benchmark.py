@@ -68,9 +68,17 @@ class Bench:
 
     def __init__(self, folder):
         self.folder, self.out, self.gate = folder, folder / "runs", folder / "gate"
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "SLURM"))}
-        self.env |= {"PYTHON": str(self.program("stand-in", STAND_IN)), "CUDA_VISIBLE_DEVICES": ""}
-        self.env |= {"EVENTS": str(folder / "events"), "PATH": f"{folder}:{os.environ['PATH']}"}
+        self.env = {
+            k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "SLURM"))
+        }
+        self.env |= {
+            "PYTHON": str(self.program("stand-in", STAND_IN)),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        self.env |= {
+            "EVENTS": str(folder / "events"),
+            "PATH": f"{folder}:{os.environ['PATH']}",
+        }
 
     def program(self, name, text):
         (self.folder / name).write_text(text)
@@ -80,8 +88,16 @@ class Bench:
     def start(self, *words, script=BENCHMARK, **env):
         # a shell can't catch what was ignored when it began, as in jobs in the background
         options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        options |= {"cwd": self.folder, "env": self.env | env, "start_new_session": True}
-        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        options |= {
+            "cwd": self.folder,
+            "env": self.env | env,
+            "start_new_session": True,
+        }
+        options |= {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+        }
         return subprocess.Popen([str(script), *words], **options)
 
     def run(self, *words, code=0, **env):
@@ -131,10 +147,17 @@ def bench(tmp_path):
 def test_default_matrix(bench):
     """Two algorithms, five tasks, five seeds, each task with the script's own number of steps."""
     runs = [shlex.split(line) for line in bench.run("--dry-run").splitlines()]
-    envs = [f"{name}-v4" for name in ("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid")]
+    envs = [
+        f"{name}-v4"
+        for name in ("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid")
+    ]
     scripts = [str(ROOT / f"{name}_continuous_action.py") for name in ("meow", "sac")]
-    found = [(words[1], after(words, "--env-id"), after(words, "--seed")) for words in runs]
-    assert found == [(script, env, seed) for script in scripts for env in envs for seed in "12345"]
+    found = [
+        (words[1], after(words, "--env-id"), after(words, "--seed")) for words in runs
+    ]
+    assert found == [
+        (script, env, seed) for script in scripts for env in envs for seed in "12345"
+    ]
     assert all(after(words, "--resume") == "auto" for words in runs)
     assert not any("--total-timesteps" in words for words in runs)
     assert not bench.out.exists()
@@ -143,18 +166,41 @@ def test_default_matrix(bench):
 
 def test_dry_run_prints_what_is_run(bench):
     """The commands of a dry run are those that run, options after -- included."""
-    words = ["--algos", "sql,sb3-sac ppo", "--envs", "Hopper-v4 a:B*", "--seeds", "08,1-2"]
+    words = [
+        "--algos",
+        "sql,sb3-sac ppo",
+        "--envs",
+        "Hopper-v4 a:B*",
+        "--seeds",
+        "08,1-2",
+    ]
     words += ["--total-timesteps", "100", "--out", "a b", "--workers", "6"]
     text = bench.run(*words, "--dry-run", "--", "--tau", "0.1 2")
     runs = [shlex.split(line) for line in text.splitlines()]
     bench.run(*words, "--", "--tau", "0.1 2")
     assert sorted(command for _, _, command in bench.events()) == sorted(runs)
     scripts = [Path(words[1]).name for words in runs[::6]]
-    assert scripts == ["sql_continuous_action.py", "sb3_baselines.py", "sb3_baselines.py"]
+    assert scripts == [
+        "sql_continuous_action.py",
+        "sb3_baselines.py",
+        "sb3_baselines.py",
+    ]
     assert [after(words, "--algo") for words in runs[6::6]] == ["sac", "ppo"]
-    assert [after(words, "--env-id") for words in runs[::3]] == 3 * ["Hopper-v4", "a:B*"]
+    assert [after(words, "--env-id") for words in runs[::3]] == 3 * [
+        "Hopper-v4",
+        "a:B*",
+    ]
     assert [after(words, "--seed") for words in runs] == 6 * ["8", "1", "2"]
-    common = ["--runs-dir", "a b", "--resume", "auto", "--total-timesteps", "100", "--tau", "0.1 2"]
+    common = [
+        "--runs-dir",
+        "a b",
+        "--resume",
+        "auto",
+        "--total-timesteps",
+        "100",
+        "--tau",
+        "0.1 2",
+    ]
     assert all(words[-8:] == common for words in runs)
     assert len(list((bench.folder / "a b" / "logs").iterdir())) == 18
 
@@ -205,7 +251,9 @@ def test_failures_are_named(bench):
 @pytest.mark.slow
 def test_progress(bench):
     """Every 30 seconds (here after two) the counts and the last line of each log."""
-    process = bench.gated(*ONE, "--seeds", "1-3", "--workers", "2", runs=2, SECONDS="28")
+    process = bench.gated(
+        *ONE, "--seeds", "1-3", "--workers", "2", runs=2, SECONDS="28"
+    )
     lines = [process.stdout.readline() for _ in range(3)]
     bench.gate.touch()
     output(process)
@@ -214,14 +262,19 @@ def test_progress(bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "to_all"), [(2, False), (15, False), (2, True), (15, True)])
+@pytest.mark.parametrize(
+    ("number", "to_all"), [(2, False), (15, False), (2, True), (15, True)]
+)
 def test_a_signal_stops_with_checkpoints(bench, number, to_all):
     """Each run gets it once, even if it goes to all: a second one would end it before it saves."""
     words = (*ONE, "--seeds", "1-3", "--workers", "2")
     process = bench.gated(*words, runs=2, SAVING="0.6")
     (os.killpg if to_all else os.kill)(process.pid, number)
     text = output(process, 128 + number)
-    assert f"stopped; go on with the same command: {shlex.join([str(BENCHMARK), *words])}" in text
+    assert (
+        f"stopped; go on with the same command: {shlex.join([str(BENCHMARK), *words])}"
+        in text
+    )
     assert "failed:" not in text
     assert len(bench.events("end")) == len(bench.events()) == 2
     bench.run(*words)
@@ -256,22 +309,35 @@ def test_killed_alone_its_runs_live_on(bench):
 def test_edited_while_it_runs(bench):
     script = shutil.copy(BENCHMARK, bench.folder)
     (bench.folder / SCRIPT.name).touch()
-    process = bench.gated(*ONE, "--seeds", "1-3", "--workers", "1", script=script, runs=1)
+    process = bench.gated(
+        *ONE, "--seeds", "1-3", "--workers", "1", script=script, runs=1
+    )
     Path(script).write_text("exit 77\n" * 1000)
     bench.gate.touch()
     assert "3 runs are finished" in output(process)
 
 
 CORES = min(9, len(os.sched_getaffinity(0)))
-GPUS = [(None, "3", "0 1 2"), (None, "2", "0 1"), (None, "4", "0 0 1 2"), (None, "", "0 1 2")]
-GPUS += [("2,GPU-1b", "", "2 GPU-1b"), ("", "2", " "), ("-1", "", " ".join(["-1"] * CORES))]
+GPUS = [
+    (None, "3", "0 1 2"),
+    (None, "2", "0 1"),
+    (None, "4", "0 0 1 2"),
+    (None, "", "0 1 2"),
+]
+GPUS += [
+    ("2,GPU-1b", "", "2 GPU-1b"),
+    ("", "2", " "),
+    ("-1", "", " ".join(["-1"] * CORES)),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("given", "workers", "devices"), GPUS)
 def test_each_run_has_its_gpu(bench, given, workers, devices):
     """At no time are there more runs than workers, nor two on a GPU while there are enough."""
-    bench.program("nvidia-smi", "#!/bin/sh\nprintf 'GPU %s: A\\n  MIG 1g Device 0:\\n' 0 1 2\n")
+    bench.program(
+        "nvidia-smi", "#!/bin/sh\nprintf 'GPU %s: A\\n  MIG 1g Device 0:\\n' 0 1 2\n"
+    )
     bench.env.pop("CUDA_VISIBLE_DEVICES")
     env = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
     devices, running = devices.split(" "), []
@@ -288,7 +354,16 @@ def test_each_run_has_its_gpu(bench, given, workers, devices):
 
 def test_slurm_script(bench):
     """One array; each element trains the run of its index."""
-    words = ("--algos", "meow", "--envs", "Hopper-v4 Ant-v4", "--seeds", "1-2", "--workers", "3")
+    words = (
+        "--algos",
+        "meow",
+        "--envs",
+        "Hopper-v4 Ant-v4",
+        "--seeds",
+        "1-2",
+        "--workers",
+        "3",
+    )
     words += ("--slurm", "--slurm-options", "--partition=gpu --time=24:00:00")
     text = bench.run(*words, "--dry-run", "--", "--tau", "0.1")
     assert not bench.out.exists()
@@ -301,16 +376,23 @@ def test_slurm_script(bench):
     for index in ("0", "3"):  # as Slurm runs it
         output(bench.start(script=script, SLURM_ARRAY_TASK_ID=index))
     calls = [command for _, _, command in bench.events()]
-    assert [after(c, "--env-id") + after(c, "--seed") for c in calls] == ["Hopper-v41", "Ant-v42"]
+    assert [after(c, "--env-id") + after(c, "--seed") for c in calls] == [
+        "Hopper-v41",
+        "Ant-v42",
+    ]
     assert all(after(c, "--tau") == "0.1" for c in calls)
 
 
-@pytest.mark.parametrize(("number", "steps"), [(signal.SIGUSR1, "100"), (signal.SIGTERM, WHOLE)])
+@pytest.mark.parametrize(
+    ("number", "steps"), [(signal.SIGUSR1, "100"), (signal.SIGTERM, WHOLE)]
+)
 def test_slurm_signals(bench, number, steps):
     """The warning stops and requeues the run; SIGTERM isn't forwarded: Slurm sends it to all."""
     bench.program("scontrol", "#!/bin/sh\necho $* >requeued\n")
     script = bench.program("array", bench.run(*ONE, "--slurm", "--dry-run"))
-    process = bench.gated(script=script, runs=1, SLURM_ARRAY_TASK_ID="2", SLURM_JOB_ID="77")
+    process = bench.gated(
+        script=script, runs=1, SLURM_ARRAY_TASK_ID="2", SLURM_JOB_ID="77"
+    )
     process.send_signal(number)
     assert "stopping" in process.stdout.readline()
     if number == signal.SIGTERM:
@@ -325,7 +407,9 @@ def test_slurm_signals(bench, number, steps):
 
 def ask(*command):
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20
+        ).stdout
     except OSError:
         return ""
 
@@ -373,14 +457,22 @@ def test_real_run_killed_out_of_space_and_started_again(bench):
     output(start("whole"))
     process = start("killed")
     wait_for(lambda: "120" in [row[0] for row in rows("killed")], process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = (
+        Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    )
     for pid in (process.pid, *children):
-        with contextlib.suppress(ProcessLookupError):  # a `sleep` that has ended by itself
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # a `sleep` that has ended by itself
             os.kill(int(pid), signal.SIGKILL)
     process.communicate()
     assert int(rows("killed")[-1][0]) < 200
-    text = output(start("killed", "prlimit", "--fsize=100000"), 1)  # as if the disk were full
-    assert re.search("failed: .*: exit code 1: error: can't write .*previous one is intact", text)
+    text = output(
+        start("killed", "prlimit", "--fsize=100000"), 1
+    )  # as if the disk were full
+    assert re.search(
+        "failed: .*: exit code 1: error: can't write .*previous one is intact", text
+    )
     assert int(rows("killed")[-1][0]) < 200
     assert "1 runs are finished" in output(start("killed"))
     assert numbers("killed") == numbers("whole")

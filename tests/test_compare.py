@@ -22,16 +22,36 @@ MEOW, SAC = "meow_continuous_action", "sac_continuous_action"
 MODE = "deterministic, 10 episodes"
 
 
-def write_run(root, exp_name=MEOW, seed=1, returns=(1, 2, 3), env="Hopper-v4", time=1, **changes):
+def write_run(
+    root, exp_name=MEOW, seed=1, returns=(1, 2, 3), env="Hopper-v4", time=1, **changes
+):
     """A run with evaluations every 10 steps, 60 seconds each; `changes` of args.json's args."""
-    about = {"script": f"{exp_name}.py", "git_commit": "c0ffee", "cpu": "Z80", "device": "cpu"}
-    about |= {"threads": 1, "compiled": True, "versions": {"mujoco": changes.pop("mujoco", "4.0")}}
+    about = {
+        "script": f"{exp_name}.py",
+        "git_commit": "c0ffee",
+        "cpu": "Z80",
+        "device": "cpu",
+    }
+    about |= {
+        "threads": 1,
+        "compiled": True,
+        "versions": {"mujoco": changes.pop("mujoco", "4.0")},
+    }
     about |= {name: changes.pop(name) for name in ("script", "cpu") if name in changes}
     folders = f"--runs-dir '{root}/a b' --resume auto"
-    about["command"] = f"python {about['script']} --env-id {env} --seed {seed} {folders}"
+    about["command"] = (
+        f"python {about['script']} --env-id {env} --seed {seed} {folders}"
+    )
     frequency = changes.setdefault("eval_frequency", 10)
-    args = dict(env_id=env, exp_name=exp_name, seed=seed, total_timesteps=frequency * len(returns))
-    args |= dict(alpha=0.2, eval_episodes=10, deterministic_eval=True, runs_dir=str(root))
+    args = dict(
+        env_id=env,
+        exp_name=exp_name,
+        seed=seed,
+        total_timesteps=frequency * len(returns),
+    )
+    args |= dict(
+        alpha=0.2, eval_episodes=10, deterministic_eval=True, runs_dir=str(root)
+    )
     about["args"] = args | changes
     folder = root / f"{env}__{exp_name}__{seed}__{time}"
     folder.mkdir(parents=True)
@@ -39,7 +59,10 @@ def write_run(root, exp_name=MEOW, seed=1, returns=(1, 2, 3), env="Hopper-v4", t
     lines = ["step,seconds,name,value"]
     for i, value in enumerate(returns, 1):
         step, seconds = i * frequency, f"{i * 60:.3f}"
-        lines += [f"{step - 1},{seconds},losses/loss,nan", f"{step},{seconds},charts/SPS,100.0"]
+        lines += [
+            f"{step - 1},{seconds},losses/loss,nan",
+            f"{step},{seconds},charts/SPS,100.0",
+        ]
         names = ("eval/return_mean", "eval/return_0", "eval/return_1")
         lines += [f"{step},{seconds},{name},{float(value)!r}" for name in names]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
@@ -70,7 +93,11 @@ def run_compare(tmp_path, capsys):
 def cells(text):
     """The cells of each line of the report's first table, without the row's number."""
     lines = text.split("## ")[0].splitlines()
-    return [line.strip("| ").split(" | ")[1:] for line in lines if re.match(r"\| \d+ ", line)]
+    return [
+        line.strip("| ").split(" | ")[1:]
+        for line in lines
+        if re.match(r"\| \d+ ", line)
+    ]
 
 
 # --- Statistics -----------------------------------------------------------------------------------
@@ -83,7 +110,9 @@ def test_iqm():
 
 def test_iqm_interval_is_rliables():
     """The numbers are those of rliable 1.2.0 with 2,000 resamples, for 5 runs of 4 tasks."""
-    x = np.array([1, 0.8, 1.3, 0.5]) + 0.2 * np.random.default_rng(3).standard_normal((5, 4))
+    x = np.array([1, 0.8, 1.3, 0.5]) + 0.2 * np.random.default_rng(3).standard_normal(
+        (5, 4)
+    )
     low, high = compare.bootstrap(list(x.T), compare.iqm)
     assert np.isclose(compare.iqm(x.ravel()), 0.83971319, atol=1e-8)
     assert np.allclose((low, high), (0.74436998, 1.0280164), atol=0.01)
@@ -93,7 +122,9 @@ def test_interval_of_a_mean():
     """The limits of the normal approximation; it holds the true mean in about 95 of 100 cases."""
     x = np.random.default_rng(0).normal(5, 1, 40)
     half = 1.96 * x.std() / math.sqrt(40)
-    assert np.allclose(compare.bootstrap([x]), (x.mean() - half, x.mean() + half), atol=0.03)
+    assert np.allclose(
+        compare.bootstrap([x]), (x.mean() - half, x.mean() + half), atol=0.03
+    )
     assert compare.bootstrap([x]) == compare.bootstrap([x])  # the same each time
     rng = np.random.default_rng(1)
     intervals = [compare.bootstrap([rng.normal(size=40)]) for _ in range(30)]
@@ -101,7 +132,10 @@ def test_interval_of_a_mean():
 
 
 def test_interval_resamples_within_strata():
-    strata = [np.full(3, 1.0), np.full(3, 10.0)]  # runs differ between environments only
+    strata = [
+        np.full(3, 1.0),
+        np.full(3, 10.0),
+    ]  # runs differ between environments only
     assert compare.bootstrap(strata) == (5.5, 5.5)
     assert compare.bootstrap([np.array([4.0, 8.0]), np.zeros(6)]) == (1, 2)
     assert compare.bootstrap([np.array([4.0, 8.0]), np.array([1.0])]) is None
@@ -120,7 +154,9 @@ def test_interval_resamples_within_strata():
 )
 def test_final_return_is_of_the_last_twentieth(tmp_path, frequency, evaluations, mean):
     returns = np.arange(1.0, evaluations + 1)
-    run = run_table.read_run(write_run(tmp_path, returns=returns, eval_frequency=frequency))
+    run = run_table.read_run(
+        write_run(tmp_path, returns=returns, eval_frequency=frequency)
+    )
     assert run["final"] == mean
 
 
@@ -158,11 +194,16 @@ def test_table(runs, run_compare):
     ]  # fmt: skip
     scores = [0.3, 1.1, 1.3, 1.5, 3.0]
     assert f"| MEow | 3 + 2 | {stats.trim_mean(scores, 0.25):.3f} |" in text
-    assert f"SAC's mean final return: Hopper-v4 (30 steps, {MODE}) by 100.0, Swimmer" in text
+    assert (
+        f"SAC's mean final return: Hopper-v4 (30 steps, {MODE}) by 100.0, Swimmer"
+        in text
+    )
     assert "| TD3 (SB3) | 1 | no finished run of 30 steps on Swimmer-v4 | - |" in text
     assert "differ in library versions or machine: 2.\n" in text
     assert "- commit: c0ffee\n- versions: python None, mujoco 4.0\n" in text
-    assert "- machine: Z80, device cpu, 1 thread(s), compiled; 6502, device cpu, 1" in text
+    assert (
+        "- machine: Z80, device cpu, 1 thread(s), compiled; 6502, device cpu, 1" in text
+    )
     loop = "for seed in 1 2 3; do python meow_continuous_action.py --env-id Hopper-v4 --seed $seed;"
     assert f"\n{loop} done\n" in text  # as recorded, without the folders of its machine
     assert "python sb3_baselines.py --env-id Hopper-v4 --seed $seed; done" in text
@@ -175,20 +216,33 @@ def test_iqm_is_of_the_task_with_most_algorithms(tmp_path, run_compare):
     write_run(tmp_path / "runs", env="Swimmer-v4")
     _, text, _ = run_compare(tmp_path / "runs")
     assert "| MEow | 1 | 1.000 | - |" in text
-    assert f"Hopper-v4 (30 steps, {MODE}) by 3.000. Left out, without a positive divisor: S" in text
+    assert (
+        f"Hopper-v4 (30 steps, {MODE}) by 3.000. Left out, without a positive divisor: S"
+        in text
+    )
     shutil.rmtree(tmp_path / "runs" / f"Hopper-v4__{SAC}__3__1")
     shutil.rmtree(tmp_path / "runs" / f"Hopper-v4__{SAC}__4__1")
-    assert "None: SAC's mean final return is missing" in run_compare(tmp_path / "runs")[1]
+    assert (
+        "None: SAC's mean final return is missing" in run_compare(tmp_path / "runs")[1]
+    )
 
 
 def test_what_differs_is_not_averaged(tmp_path, run_compare):
-    changes = [{}, {"alpha": 0.5}, {"returns": (1, 2, 3, 4)}, {"deterministic_eval": False}]
+    changes = [
+        {},
+        {"alpha": 0.5},
+        {"returns": (1, 2, 3, 4)},
+        {"deterministic_eval": False},
+    ]
     changes += [{"eval_episodes": 3}, {"torch_threads": 2, "runs_dir": "elsewhere"}]
     changes += [{"script": "other.py"}]
     for seed, change in enumerate(changes, 1):
         write_run(tmp_path / "runs", seed=seed, **change)
     _, text, _ = run_compare(tmp_path / "runs")
-    alpha, other = f"MEow, alpha=0.2, script={MEOW}.py", f"MEow, alpha=0.5, script={MEOW}.py"
+    alpha, other = (
+        f"MEow, alpha=0.2, script={MEOW}.py",
+        f"MEow, alpha=0.5, script={MEOW}.py",
+    )
     assert [[*line[1:4], line[-1]] for line in cells(text)] == [
         [alpha, "30", "2 (1, 6)", MODE],
         ["MEow, alpha=0.2, script=other.py", "30", "1 (7)", MODE],
@@ -211,7 +265,10 @@ def test_runs_older_than_an_option_are_averaged_with_its_default(tmp_path, run_c
 def test_several_settings_have_no_iqm(tmp_path, run_compare):
     for name, alpha in ((MEOW, 0.2), (MEOW, 0.5), (SAC, 0.2)):
         write_run(tmp_path / "runs", name, alpha=alpha, time=alpha)
-    assert "| MEow | 0 | several settings on Hopper-v4 | - |" in run_compare(tmp_path / "runs")[1]
+    assert (
+        "| MEow | 0 | several settings on Hopper-v4 | - |"
+        in run_compare(tmp_path / "runs")[1]
+    )
     write_run(tmp_path / "runs", SAC, alpha=0.5)
     _, text, _ = run_compare(tmp_path / "runs")
     assert "None: SAC's mean final return is missing" in text
@@ -226,8 +283,12 @@ def test_not_run_and_unfinished(tmp_path, run_compare):
     write_run(root, seed=3, returns=(1, math.nan, 3))
     empty = write_run(root, seed=4)
     (empty / "metrics.csv").write_text("step,seconds,name,value\n")
-    torn = write_run(root, seed=5) / "metrics.csv"  # 3.0 becomes 3: still a number, but cut off
-    torn.write_text(torn.read_text()[: torn.read_text().rindex("eval/return_mean") + 18])
+    torn = (
+        write_run(root, seed=5) / "metrics.csv"
+    )  # 3.0 becomes 3: still a number, but cut off
+    torn.write_text(
+        torn.read_text()[: torn.read_text().rindex("eval/return_mean") + 18]
+    )
     _, text, err = run_compare(root, "--envs", "Ant-v4", "--algos", "sac", "new")
     assert f"{torn}: its last line is incomplete" in err
     table = [line[:5] for line in cells(text)]
@@ -241,7 +302,9 @@ def test_not_run_and_unfinished(tmp_path, run_compare):
         ["Hopper-v4", "SAC", "-", "0", "not run"],
     ]
     assert [line[1] for line in table[-4:]] == ["new", "MEow", "SAC", "new"]
-    assert "python tools/compare.py RUNS --out OUT --envs Ant-v4 --algos sac new`" in text
+    assert (
+        "python tools/compare.py RUNS --out OUT --envs Ant-v4 --algos sac new`" in text
+    )
 
 
 def test_steps_of_many_environments_are_environment_steps(tmp_path, run_compare):
@@ -250,7 +313,9 @@ def test_steps_of_many_environments_are_environment_steps(tmp_path, run_compare)
     meow, sac = cells(run_compare(tmp_path / "runs")[1])
     assert meow[1:3] == ["MEow", "3,840"]
     assert sac[1:3] == ["SAC", "3,840"]
-    assert meow[7] == "2,560"  # step 20 of 30 has SAC's final return, in each of 128 environments
+    assert (
+        meow[7] == "2,560"
+    )  # step 20 of 30 has SAC's final return, in each of 128 environments
 
 
 # --- Copies and figures ---------------------------------------------------------------------------
@@ -260,7 +325,12 @@ def test_figures_of_thinned_copies_have_the_same_bytes(tmp_path, run_compare):
         write_run(tmp_path / "runs", SAC, seed, returns, eval_frequency=20_000)
     assert run_compare(tmp_path / "runs", "--copy")[0] == 0
     assert run_compare(*out.iterdir(), out=again)[0] == 0  # the figures are no folders
-    for name in ("comparison.md", "learning_curves.png", "learning_curves.svg", "iqm.svg"):
+    for name in (
+        "comparison.md",
+        "learning_curves.png",
+        "learning_curves.svg",
+        "iqm.svg",
+    ):
         assert (out / name).read_bytes() == (again / name).read_bytes(), name
     assert "MEow in the paper" in (out / "learning_curves.svg").read_text()
     thin = "".join(
@@ -292,7 +362,9 @@ def test_copies_count_once_and_replace_no_fuller_file(tmp_path, run_compare):
 
 @pytest.mark.parametrize("folder", ["results", "results/isaac"])
 def test_the_committed_runs_give_the_committed_report(folder, run_compare):
-    assert run_compare(ROOT / folder)[1] == (ROOT / folder / "comparison.md").read_text()
+    assert (
+        run_compare(ROOT / folder)[1] == (ROOT / folder / "comparison.md").read_text()
+    )
 
 
 # --- Bad input ------------------------------------------------------------------------------------
@@ -370,6 +442,8 @@ def test_missing_package(tmp_path):
     (tmp_path / "scipy.py").write_text("raise ModuleNotFoundError(name='scipy')")
     shutil.copy(ROOT / "tools" / "compare.py", tmp_path)
     words = [sys.executable, "compare.py", "runs"]
-    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     expected = "error: scipy is missing: pip install '.[bench]'\n"
     assert (result.returncode, result.stderr) == (1, expected)

@@ -31,13 +31,23 @@ BAD_SPACES = {
 # --- What can be trained in -----------------------------------------------------------------------
 @pytest.mark.parametrize(("name", "message"), BAD_SPACES.items())
 def test_unsuitable_spaces_are_refused(name, message):
-    with pytest.raises(UsageError, match=f"--env-id scripted_env:{name}-v0: .*{message}"):
+    with pytest.raises(
+        UsageError, match=f"--env-id scripted_env:{name}-v0: .*{message}"
+    ):
         make_env(f"scripted_env:{name}-v0")
 
 
 @pytest.mark.parametrize(
     "env_id",
-    ["Nope-v4", "Hopper-v99", "nomodule:X-v0", "scripted_env:X-v0", "CartPole-v1", "a b", ""],
+    [
+        "Nope-v4",
+        "Hopper-v99",
+        "nomodule:X-v0",
+        "scripted_env:X-v0",
+        "CartPole-v1",
+        "a b",
+        "",
+    ],
 )
 def test_unusable_ids_are_refused(env_id):
     with pytest.raises(UsageError, match=f"--env-id {env_id}: ") as refused:
@@ -92,7 +102,9 @@ def test_environment_state_is_restored_exactly(env_id):
         for action in actions:
             _, _, next_obs, reward, terminated = env.step(action)
             end = tuple(env.episode_metrics(False).values())
-            rows.append((*next_obs, *env.obs, reward, terminated, env.episode, env.steps, *end))
+            rows.append(
+                (*next_obs, *env.obs, reward, terminated, env.episode, env.steps, *end)
+            )
         return rows
 
     play(env, actions[:137])
@@ -105,7 +117,9 @@ def test_environment_state_is_restored_exactly(env_id):
 def test_mujocos_warnings_are_shown_once():
     """Not once for each of the environments of training and evaluation."""
     code = "import harness.envs as e; [e.make_env('HalfCheetah-v4') for _ in range(3)]"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert done.stderr.count("Warning") == done.stderr.count("'settotalmass'") == 1
 
@@ -122,12 +136,17 @@ def test_each_episode_and_seed_starts_differently():
 
 def test_numbers_that_are_not_finite_stop_training():
     """Where and when is said: an action, an observation, a reward."""
-    for name, needle in (("NanObs", r"observation\[0\] = nan"), ("InfReward", "reward = inf")):
+    for name, needle in (
+        ("NanObs", r"observation\[0\] = nan"),
+        ("InfReward", "reward = inf"),
+    ):
         env = TrainingEnv(f"scripted_env:{name}-v0", 1)
         env.reset()
         for _ in range(24):
             env.step(np.zeros(1, np.float32))
-        with pytest.raises(RunError, match=rf"scripted_env:{name}-v0: {needle} at step 24; "):
+        with pytest.raises(
+            RunError, match=rf"scripted_env:{name}-v0: {needle} at step 24; "
+        ):
             env.step(np.zeros(1, np.float32))
         assert env.steps == 24
     with pytest.raises(RunError, match=r"action\[0\] = nan at step 24"):
@@ -168,7 +187,9 @@ def test_stochastic_evaluation_draws_and_deterministic_does_not():
 
 def test_evaluation_is_gymnasiums_own_loop():
     """Each episode is that of one environment alone, whatever the other rows do meanwhile."""
-    run = evaluator(lambda obs, _z: torch.tanh(obs[:, :3]), "Hopper-v4", eval_episodes=3)
+    run = evaluator(
+        lambda obs, _z: torch.tanh(obs[:, :3]), "Hopper-v4", eval_episodes=3
+    )
     returns, lengths = run.run(7, UNUSED)
     assert len(set(lengths)) > 1
     for i in range(3):
@@ -184,7 +205,9 @@ def test_evaluation_is_gymnasiums_own_loop():
 
 def test_numbers_that_are_not_finite_stop_an_evaluation():
     with pytest.raises(RunError, match=r"Pendulum-v1: action\[1, 0\] = nan at step 5"):
-        evaluator(lambda _o, z: z + torch.tensor([[0], [np.nan]]), eval_episodes=2).run(5, UNUSED)
+        evaluator(lambda _o, z: z + torch.tensor([[0], [np.nan]]), eval_episodes=2).run(
+            5, UNUSED
+        )
     run = evaluator(lambda _obs, z: z, "scripted_env:InfReward-v0", eval_episodes=2)
     run.envs.envs.envs[1].unwrapped.at = 3
     with pytest.raises(RunError, match=r"reward\[1\] = inf at step 5"):

@@ -38,20 +38,28 @@ def integral_of_exp_q(flow, obs, u):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("alpha", "low", "high"), [(0.25, -5.0, -0.3), (2.5, -2.0, 0.5)])
+@pytest.mark.parametrize(
+    ("alpha", "low", "high"), [(0.25, -5.0, -0.3), (2.5, -2.0, 0.5)]
+)
 @pytest.mark.parametrize(("act_dim", "points"), [(1, 2001), (2, 161)])
-def test_soft_value_is_the_integral(make_random_flow, alpha, low, high, options, act_dim, points):
+def test_soft_value_is_the_integral(
+    make_random_flow, alpha, low, high, options, act_dim, points
+):
     """V = alpha log int exp(Q/alpha) da, the identity that makes MEow exact."""
     if act_dim == 2:
         low = max(low, -1.5)  # the coarser grid resolves sigma down to e^-1.5
     flow = make_random_flow(3, act_dim, alpha, low, high, **options)
     obs = torch.randn(1, 3, dtype=torch.float64)
     value = flow.soft_values(obs)[0, 0]
-    integral = integral_of_exp_q(flow, obs, torch.linspace(-13, 13, points, dtype=torch.float64))
+    integral = integral_of_exp_q(
+        flow, obs, torch.linspace(-13, 13, points, dtype=torch.float64)
+    )
     assert abs(value - alpha * torch.log(integral)) < 1e-6
 
 
-@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tol"), [(torch.float64, 1e-8), (torch.float32, 1e-3)]
+)
 @pytest.mark.parametrize("script", [meow_continuous_action, meow_isaacgym])
 def test_what_others_may_import(script, dtype, tol):
     """EnergyFlow(obs_dim, act_dim, alpha, log_sigma_min, log_sigma_max) in both precisions."""
@@ -62,14 +70,21 @@ def test_what_others_may_import(script, dtype, tol):
     obs = torch.randn(9, 3, dtype=dtype)
     action, log_prob = flow.sample(obs)
     q, v = flow.q_values(obs, action), flow.soft_values(obs)
-    assert (action.shape, log_prob.shape, q.shape, v.shape) == ((9, 1), (9,), (9, 2), (9, 2))
+    assert (action.shape, log_prob.shape, q.shape, v.shape) == (
+        (9, 1),
+        (9,),
+        (9, 2),
+        (9, 2),
+    )
     assert {x.dtype for x in (action, log_prob, q, v)} == {dtype}
     close = dict(rtol=0, atol=tol)
     torch.testing.assert_close(flow.log_prob(obs, action), log_prob, **close)
     torch.testing.assert_close(q - v, 0.25 * log_prob[:, None].expand(9, 2), **close)
     torch.testing.assert_close(flow.mode_action(obs), flow.sample(obs, 0 * action)[0])
     torch.testing.assert_close(q[:, 0] - q[:, 1], v[:, 0] - v[:, 1], **close)
-    integral = integral_of_exp_q(flow, obs[:1], torch.linspace(-10, 10, 2001, dtype=dtype))
+    integral = integral_of_exp_q(
+        flow, obs[:1], torch.linspace(-10, 10, 2001, dtype=dtype)
+    )
     assert abs(v[0, 0] - 0.25 * torch.log(integral)) < tol
 
 
@@ -85,7 +100,9 @@ def test_q_v_and_log_prob(make_random_flow, act_dim, options):
     q, v = flow.q_values(obs, action), flow.soft_values(obs)
     n_values = 1 if options.get("reward_shifting") in ("single", "none") else 2
     assert q.shape == v.shape == (64, n_values)
-    torch.testing.assert_close(q - v, (flow.alpha * log_prob)[:, None].expand_as(q), **EXACT)
+    torch.testing.assert_close(
+        q - v, (flow.alpha * log_prob)[:, None].expand_as(q), **EXACT
+    )
 
 
 @pytest.mark.parametrize(("units", "moved"), [("nats", 0.3), ("reward", 3.0)])
@@ -93,7 +110,11 @@ def test_units_of_the_shifts(make_random_flow, units, moved):
     """If a network's output grows by 3, Q_k and V_k grow by 3 alpha or by 3; log pi is the same."""
     flow = make_random_flow(3, 2, alpha=0.1, shift_units=units)
     obs, action = torch.randn(6, 3).double(), torch.rand(6, 2).double() - 0.5
-    before = flow.q_values(obs, action), flow.soft_values(obs), flow.log_prob(obs, action)
+    before = (
+        flow.q_values(obs, action),
+        flow.soft_values(obs),
+        flow.log_prob(obs, action),
+    )
     flow.b[0].layers[-1].bias.data += 3.0
     moved = torch.tensor([moved, 0.0], dtype=torch.float64).expand(6, 2)
     torch.testing.assert_close(flow.q_values(obs, action) - before[0], moved, **EXACT)
@@ -101,18 +122,26 @@ def test_units_of_the_shifts(make_random_flow, units, moved):
     torch.testing.assert_close(flow.log_prob(obs, action), before[2], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-7), (torch.float32, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tol"), [(torch.float64, 1e-7), (torch.float32, 1e-3)]
+)
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
 @pytest.mark.parametrize("act_dim", [1, 2, 5])
-def test_log_determinants_are_those_of_the_jacobian(make_random_flow, act_dim, options, dtype, tol):
+def test_log_determinants_are_those_of_the_jacobian(
+    make_random_flow, act_dim, options, dtype, tol
+):
     flow = make_random_flow(4, act_dim, low=-1.0, high=0.3, **options).to(dtype)
     obs, z = torch.randn(1, 4, dtype=dtype), 0.5 * torch.randn(1, act_dim, dtype=dtype)
     action, nonlinear, linear = flow.to_action(obs, z)
-    det = torch.linalg.slogdet(jacobian(lambda z: flow.to_action(obs, z)[0], z)[0, :, 0])[1]
+    det = torch.linalg.slogdet(
+        jacobian(lambda z: flow.to_action(obs, z)[0], z)[0, :, 0]
+    )[1]
     close = dict(rtol=tol, atol=tol)
     torch.testing.assert_close(nonlinear + linear, det[None], **close)
     back, nonlinear_back, linear_back = flow.to_latent(obs, action)
-    det = torch.linalg.slogdet(jacobian(lambda a: flow.to_latent(obs, a)[0], action)[0, :, 0])[1]
+    det = torch.linalg.slogdet(
+        jacobian(lambda a: flow.to_latent(obs, a)[0], action)[0, :, 0]
+    )[1]
     torch.testing.assert_close(nonlinear_back + linear_back, det[None], **close)
     torch.testing.assert_close(back, z, **close)
     torch.testing.assert_close(nonlinear_back, -nonlinear, **close)
@@ -167,11 +196,21 @@ def test_mode_action_is_the_mode_before_tanh(make_random_flow):
     mode = flow.mode_action(obs)
     latent, nonlinear, linear = flow.to_latent(obs, mode)
     torch.testing.assert_close(latent, torch.zeros_like(latent), rtol=0, atol=1e-9)
-    before_tanh = log_prior(latent) + nonlinear + log_tanh_slope(torch.atanh(mode)).sum(-1) + linear
+    before_tanh = (
+        log_prior(latent)
+        + nonlinear
+        + log_tanh_slope(torch.atanh(mode)).sum(-1)
+        + linear
+    )
     for _ in range(20):
         action = flow.sample(obs)[0]
         latent, nonlinear, linear = flow.to_latent(obs, action)
-        other = log_prior(latent) + nonlinear + log_tanh_slope(torch.atanh(action)).sum(-1) + linear
+        other = (
+            log_prior(latent)
+            + nonlinear
+            + log_tanh_slope(torch.atanh(action)).sum(-1)
+            + linear
+        )
         assert (other < before_tanh).all()
 
 
@@ -183,7 +222,9 @@ def test_rows_are_independent(make_random_flow):
     q, order = flow.q_values(obs, action), torch.randperm(7)
     torch.testing.assert_close(flow.q_values(obs[order], action[order]), q[order])
     torch.testing.assert_close(flow.q_values(obs[:1], action[:1]), q[:1])
-    torch.testing.assert_close(flow.soft_values(obs[order]), flow.soft_values(obs)[order])
+    torch.testing.assert_close(
+        flow.soft_values(obs[order]), flow.soft_values(obs)[order]
+    )
 
 
 def test_soft_values_never_run_the_flow(make_random_flow, monkeypatch):
@@ -194,8 +235,12 @@ def test_soft_values_never_run_the_flow(make_random_flow, monkeypatch):
 
 def test_one_flow_pass_gives_both_q_values(make_random_flow, monkeypatch):
     flow, calls, original = make_random_flow(4, 3), [], EnergyFlow.coupling
-    monkeypatch.setattr(EnergyFlow, "coupling", lambda *a: (calls.append(a[1]), original(*a))[1])
-    assert flow.q_values(torch.randn(5, 4).double(), torch.zeros(5, 3).double()).shape == (5, 2)
+    monkeypatch.setattr(
+        EnergyFlow, "coupling", lambda *a: (calls.append(a[1]), original(*a))[1]
+    )
+    assert flow.q_values(
+        torch.randn(5, 4).double(), torch.zeros(5, 3).double()
+    ).shape == (5, 2)
     assert calls == [3, 2, 1, 0]
 
 
@@ -205,11 +250,18 @@ def test_initial_network():
     weight = flow.t[0].layers[1].weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(64), rtol=0, atol=1e-5)
     for mlp in (flow.h, *flow.b):
-        assert all((layer.weight == 0).all() and (layer.bias != 0).any() for layer in mlp.layers)
+        assert all(
+            (layer.weight == 0).all() and (layer.bias != 0).any()
+            for layer in mlp.layers
+        )
         assert all(isinstance(norm, torch.nn.Identity) for norm in mlp.norms)
     assert all(isinstance(norm, torch.nn.LayerNorm) for norm in flow.t[3].norms)
-    assert all((s.beta == 1).all() for mlp in (flow.h, *flow.t, *flow.b) for s in mlp.swishes)
-    widths = [[x.out_features for x in mlp.layers] for mlp in (flow.t[0], flow.h, flow.b[1])]
+    assert all(
+        (s.beta == 1).all() for mlp in (flow.h, *flow.t, *flow.b) for s in mlp.swishes
+    )
+    widths = [
+        [x.out_features for x in mlp.layers] for mlp in (flow.t[0], flow.h, flow.b[1])
+    ]
     assert widths == [[64, 64, 3], [64, 64, 3], [256, 256, 1]]
     for p in flow.h.parameters():
         p.data.normal_(0, 10)
@@ -232,7 +284,10 @@ def test_masks_alternate(make_random_flow):
 
 
 def test_state_dict_round_trip(make_random_flow):
-    flow, other = make_random_flow(3, 2, alpha=0.7), make_random_flow(3, 2, alpha=0.1, seed=5)
+    flow, other = (
+        make_random_flow(3, 2, alpha=0.7),
+        make_random_flow(3, 2, alpha=0.1, seed=5),
+    )
     other.load_state_dict(flow.state_dict())  # alpha too
     obs, action = torch.randn(4, 3).double(), torch.zeros(4, 2).double()
     assert torch.equal(other.q_values(obs, action), flow.q_values(obs, action))
@@ -272,7 +327,9 @@ def test_only_before_tanh_float32_reaches_the_whole_policy(pre_tanh, reach):
     flow.pre_tanh = pre_tanh
     obs, u = torch.zeros(2001, 3), torch.linspace(2, 22, 2001)[:, None]
     q = flow.q_values(obs, u if pre_tanh else torch.tanh(u))[:, 0]
-    integral = torch.exp(q / flow.alpha + log_tanh_slope(u)[:, 0]).sum() * (u[1, 0] - u[0, 0])
+    integral = torch.exp(q / flow.alpha + log_tanh_slope(u)[:, 0]).sum() * (
+        u[1, 0] - u[0, 0]
+    )
     value = flow.soft_values(obs[:1])[0, 0]
     assert abs(integral / torch.exp(value / flow.alpha) - reach) < 1e-3
 

@@ -43,7 +43,9 @@ def compiled(variant):
     return task, task.spec().compile()
 
 
-def make_state(joints=DEFAULT, opening=0.0, speeds=(0,) * 9, drawer_speed=0.0, targets=None):
+def make_state(
+    joints=DEFAULT, opening=0.0, speeds=(0,) * 9, drawer_speed=0.0, targets=None
+):
     """One environment."""
     targets = joints if targets is None else targets
     rows = [opening, *joints], [drawer_speed, *speeds], [], targets
@@ -75,7 +77,9 @@ def no_action(n=1):
 
 
 def make_simulator(variant, num_envs=4, seed=0, **kwargs):
-    simulator = MujocoSimulator(TASKS["FrankaCabinet"], num_envs, seed, variant=variant, **kwargs)
+    simulator = MujocoSimulator(
+        TASKS["FrankaCabinet"], num_envs, seed, variant=variant, **kwargs
+    )
     simulator.reset()
     return simulator
 
@@ -97,7 +101,12 @@ def test_model(variant):
     assert_allclose(model.body_mass.sum(), sum(MASSES.values()) + DRAWER_MASS[variant])
     assert_allclose(model.joint("drawer").damping, 10)
     assert_allclose(model.joint("drawer").axis, (1, 0, 0))
-    assert (task.obs_dim, task.act_dim, task.episode_length, task.clip_obs) == (23, 9, 500, 5)
+    assert (task.obs_dim, task.act_dim, task.episode_length, task.clip_obs) == (
+        23,
+        9,
+        500,
+        5,
+    )
     assert_allclose(task.time_step * task.substeps, 0.0166)
     assert (model.opt.gravity == 0).all()
     assert_allclose(model.jnt_solref, [(0.0166, 1)] * 10)  # stiff limits: two steps
@@ -139,12 +148,18 @@ def test_what_collides(variant):
     first, last = (model.body(name).geomadr[0] for name in ("link_2", "hand"))
     for _ in range(500):
         data = forward(model, random_state(rng))
-        overlap = min(overlap, mujoco.mj_geomDistance(model, data, first, last, 1.0, None))
+        overlap = min(
+            overlap, mujoco.mj_geomDistance(model, data, first, last, 1.0, None)
+        )
         for geoms in data.contact.geom:
-            pairs.add(frozenset(model.body(model.geom_bodyid[geom]).name for geom in geoms))
+            pairs.add(
+                frozenset(model.body(model.geom_bodyid[geom]).name for geom in geoms)
+            )
     assert overlap < 0
     fixed = {"world", "cabinet", "drawer"}
-    assert all(len(pair & fixed) == 1 and len(pair & set(MASSES)) == 1 for pair in pairs)
+    assert all(
+        len(pair & fixed) == 1 and len(pair & set(MASSES)) == 1 for pair in pairs
+    )
     touching = set().union(*pairs)
     assert touching >= fixed
     assert touching >= {"link_4", "link_5", "link_6", "link_7", "hand", "left_finger"}
@@ -165,7 +180,9 @@ def test_targets(variant):
     assert_allclose(control[0], expected)
     assert torch.equal(control, memory)
     for side, limits in ((1, HIGH), (-1, LOW)):
-        control, _ = task.act(make_state(targets=limits), torch.full((1, 9), float(side)).double())
+        control, _ = task.act(
+            make_state(targets=limits), torch.full((1, 9), float(side)).double()
+        )
         assert_allclose(control[0], limits)
     simulator = make_simulator(variant)
     start = simulator.memory.clone().numpy()
@@ -270,8 +287,12 @@ def expected_reward(variant, data, handle, action):
         reward = 2 * near + 0.5 * turned + 7.5 * x + 10 * closing + 0.5 * (x > 0.01)
         return reward - 0.01 * np.square(action).sum(), set()
     around = 0.5 if left[2] > handle[2] > right[2] else 0
-    fingers = 0.08 - abs(left[2] - handle[2]) - abs(right[2] - handle[2]) if around else 0
-    reward = 2 * near + 0.5 * turned + 0.25 * around + 7.5 * (x * around + x) + 5 * fingers
+    fingers = (
+        0.08 - abs(left[2] - handle[2]) - abs(right[2] - handle[2]) if around else 0
+    )
+    reward = (
+        2 * near + 0.5 * turned + 0.25 * around + 7.5 * (x * around + x) + 5 * fingers
+    )
     reward += 0.5 * (x > 0.01) + around * (x > 0.2) + 2 * around * (x > 0.39)
     reward -= 0.01 * np.square(action).sum()
     behind = min(left[0], right[0]) < handle[0] - 0.04
@@ -297,9 +318,13 @@ def test_reward(monkeypatch, variant):
         reward = task.reward(state, state, torch.tensor(action)[None])
         assert_allclose(reward, expected, rtol=0, atol=1e-9)
         distance = np.linalg.norm(grip - handle)
-        seen |= rules | {name for name, most in (("0.02", 0.02), ("0.03", 0.03)) if distance < most}
+        seen |= rules | {
+            name for name, most in (("0.02", 0.02), ("0.03", 0.03)) if distance < most
+        }
         assert task.failed(state).item() == (data.qpos[0] > 0.39)
-    assert seen >= ({"0.02", "0.03"} | ({"around", "behind"} if variant == "ige" else set()))
+    assert seen >= (
+        {"0.02", "0.03"} | ({"around", "behind"} if variant == "ige" else set())
+    )
 
 
 # --- Episodes ---
@@ -346,14 +371,20 @@ def test_end_of_an_episode(variant, end):
     world = physics.data(1)
     control, memory = task.act(before, action.double())
     world.ctrl[:] = control[1]
-    mujoco.mj_step(simulator.model, world, task.substeps)  # what the episode's last step does
-    rows = [torch.tensor(row)[None] for row in (world.qpos, world.qvel, world.sensordata)]
+    mujoco.mj_step(
+        simulator.model, world, task.substeps
+    )  # what the episode's last step does
+    rows = [
+        torch.tensor(row)[None] for row in (world.qpos, world.qvel, world.sensordata)
+    ]
     last = task.limit(State(*rows, memory[1:2]))
     obs, reward, terminated, truncated, final_obs = simulator.step(action)
     assert terminated.tolist() == [False, end != "time-out", False]
     assert truncated.tolist() == [False, end == "time-out", False]
     assert simulator.progress.tolist() == [2, 0, 2]
-    assert_allclose(final_obs[1:2], task.observe(last, no_action()), rtol=1e-6, atol=1e-6)
+    assert_allclose(
+        final_obs[1:2], task.observe(last, no_action()), rtol=1e-6, atol=1e-6
+    )
     expected = task.reward(last, last, action[1:2].double())
     assert_allclose(reward[1:2], expected, rtol=1e-5)
     first = State(physics.qpos[1:2], physics.qvel[1:2], rows[2], simulator.memory[1:2])
@@ -389,8 +420,12 @@ def test_resume(variant):
 class Controller:
     """Reaches for the handle with one finger above and one below it, closes them and pulls."""
 
-    handle = np.array([0.345, 0.0, 0.7264])  # middle of the bar, where the finger tips go
-    axes = np.array([[0, 0, -1.0], [-1, 0, 0], [0, 1, 0]])  # of the hand: fingers forward, upright
+    handle = np.array(
+        [0.345, 0.0, 0.7264]
+    )  # middle of the bar, where the finger tips go
+    axes = np.array(
+        [[0, 0, -1.0], [-1, 0, 0], [0, 1, 0]]
+    )  # of the hand: fingers forward, upright
 
     def __init__(self, simulator, world, grips=True):
         self.simulator, self.world, self.grips = simulator, world, grips
@@ -411,9 +446,13 @@ class Controller:
         jacobian = np.zeros((6, model.nv))
         mujoco.mj_jac(model, data, jacobian[:3], jacobian[3:], tips, hand.id)
         arm = jacobian[:, 1:8]
-        velocity = 4 * np.concatenate([to_goal * min(1, 0.1 / np.linalg.norm(to_goal)), turn])
+        velocity = 4 * np.concatenate(
+            [to_goal * min(1, 0.1 / np.linalg.norm(to_goal)), turn]
+        )
         speeds = arm.T @ np.linalg.solve(arm @ arm.T + 1e-3 * np.eye(6), velocity)
-        ahead_of_joints = 0.2 * speeds  # the drives are so many seconds behind their targets
+        ahead_of_joints = (
+            0.2 * speeds
+        )  # the drives are so many seconds behind their targets
         targets = self.simulator.memory[self.world].numpy()[:7]
         arm_action = (data.qpos[1:8] + ahead_of_joints - targets) / self.steps[:7]
         closes = self.grips and self.phase in ("grip", "pull")

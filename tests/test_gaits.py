@@ -24,7 +24,10 @@ def write_arm(folder, name, runs, step=90_000):
     """runs: (return, stride) of seeds 1, 2, ... at `step`, each after a row of an earlier one."""
     rows = ["seed,step,return,stride"]
     for seed, (value, hertz) in enumerate(runs, 1):
-        rows += [f"{seed},{step - 10_000},{value - 100},3.0", f"{seed},{step},{value},{hertz}"]
+        rows += [
+            f"{seed},{step - 10_000},{value - 100},3.0",
+            f"{seed},{step},{value},{hertz}",
+        ]
     (folder / f"{name}.csv").write_text("\n".join(rows) + "\n")
 
 
@@ -39,7 +42,10 @@ def test_shares_and_probabilities_are_those_worked_out_by_hand(tmp_path):
     done = gaits(tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "gaits.md").read_text() == done.stdout
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in done.stdout.splitlines()
+    ]
     # Clopper-Pearson for 5 of 5: low^5 = 0.025; for 1 of 4: (1 - low)^4 = 0.975 and, with
     # high = 0.806, (1 - high)^4 + 4 high (1 - high)^3 = 0.025
     assert rows[2] == ["ours", "4", "1 of 4", f"{1 - 0.975 ** (1 / 4):.0%}".replace("%", " %")
@@ -98,7 +104,10 @@ def test_a_policy_is_measured_by_the_thigh_that_is_asked_for(monkeypatch):
         def run(self, *_):
             for t in 0.05 * np.arange(1000):
                 obs = np.sin(2 * np.pi * t) * torch.ones(3, 17)
-                obs[:, 2], obs[:, 5] = np.sin(2 * np.pi * 4.5 * t), np.sin(2 * np.pi * 2.25 * t)
+                obs[:, 2], obs[:, 5] = (
+                    np.sin(2 * np.pi * 4.5 * t),
+                    np.sin(2 * np.pi * 2.25 * t),
+                )
                 self.policy(obs, None)
             return [7.0, 8.0, 9.0], None
 
@@ -128,7 +137,9 @@ def test_each_q_of_two_masks_has_its_own():
 def test_each_arm_differs_in_what_it_is_named_after(monkeypatch, capsys):
     monkeypatch.setattr(same_update, "Hardware", lambda *_: Hardware(False, 1, False))
     args = meow.Args(env_id="HalfCheetah-v4")
-    arms = {n: same_update.make_arm(n, args, None) for n in ("ours", "two masks", "bf16")}
+    arms = {
+        n: same_update.make_arm(n, args, None) for n in ("ours", "two masks", "bf16")
+    }
     assert [type(arm.flow) for arm in arms.values()] == [
         meow.EnergyFlow,
         same_update.TwoMasks,
@@ -141,8 +152,12 @@ def test_each_arm_differs_in_what_it_is_named_after(monkeypatch, capsys):
         for _ in range(3):
             arm.update(batch)
         values.append(arm.q_v_next(batch[:, :17], batch[:, 17:23], batch[:, 23:40])[0])
-    assert all((values[0] - other).abs().max() > 1e-5 for other in values[1:])  # not the same arm
-    torch.testing.assert_close(values[0], values[2], rtol=0.02, atol=0.02)  # bf16 rounds
+    assert all(
+        (values[0] - other).abs().max() > 1e-5 for other in values[1:]
+    )  # not the same arm
+    torch.testing.assert_close(
+        values[0], values[2], rtol=0.02, atol=0.02
+    )  # bf16 rounds
     monkeypatch.setattr(sys, "argv", ["same_update.py", "runs/x"])
     assert same_update.exit_code(same_update.main) == 2
     assert "--repository" in capsys.readouterr().err
@@ -150,13 +165,18 @@ def test_each_arm_differs_in_what_it_is_named_after(monkeypatch, capsys):
 
 def test_twins_of_a_doubled_batch_become_columns():
     x = torch.arange(3.0)[:, None]
-    both = same_update.Theirs.twice(lambda doubled: doubled + torch.arange(6)[:, None] // 3 * 10, x)
+    both = same_update.Theirs.twice(
+        lambda doubled: doubled + torch.arange(6)[:, None] // 3 * 10, x
+    )
     assert both.tolist() == [[0, 10], [1, 11], [2, 12]]
 
 
 def test_a_measurement_is_the_squared_td_error_and_its_share():
     rows = torch.zeros(4, same_update.ROW)
-    rows[:, -2], rows[3, -1] = torch.tensor([1.0, 2, 3, 4]), 1  # rewards; the last one terminated
+    rows[:, -2], rows[3, -1] = (
+        torch.tensor([1.0, 2, 3, 4]),
+        1,
+    )  # rewards; the last one terminated
     y = torch.tensor([5.0, 6, 7, 4])  # r + 0.5 min(10, 8), or r
     v = torch.tensor([[2.0, 3], [2, 3], [2, 3], [9, 3]])
 

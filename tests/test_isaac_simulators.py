@@ -63,7 +63,11 @@ def play(simulator, steps: int, obs: Tensor) -> list[list]:
         action = torch.full((simulator.num_envs, 2), step / 128)  # exact in float32
         before, expected = decode(obs), 1 - 2 * (step / 128 - 0.5) ** 2
         obs, reward, terminated, truncated, final_obs = simulator.step(action)
-        valid = [True] * simulator.num_envs if simulator.valid is None else simulator.valid.tolist()
+        valid = (
+            [True] * simulator.num_envs
+            if simulator.valid is None
+            else simulator.valid.tolist()
+        )
         after, flags = decode(final_obs), (terminated.tolist(), truncated.tolist())
         for i, timeline in enumerate(timelines):
             row = before[i], after[i], flags[0][i], flags[1][i]
@@ -73,7 +77,9 @@ def play(simulator, steps: int, obs: Tensor) -> list[list]:
     return timelines
 
 
-def timeline(env, first, steps, start, late, falls=FALLS, stale=False, fall_wins=False) -> list:
+def timeline(
+    env, first, steps, start, late, falls=FALLS, stale=False, fall_wins=False
+) -> list:
     """What `play` must return for environment `env`, from episode `first` on.
 
     start: the first step of an episode that can be observed; late: rows lost to a reset;
@@ -117,7 +123,9 @@ def test_the_rows_of_one_environment_written_out():
     """Environment 1 falls at steps 6, 7 (the limit), 1 and 3: checks `timeline` itself."""
     rows = [((1, t), (1, t + 1), t == 5, False) for t in range(6)]  # the fall at step 6
     rows += [None]
-    rows += [((2, t), (2, t + 1), False, t == 6) for t in range(7)]  # a fall at the limit
+    rows += [
+        ((2, t), (2, t + 1), False, t == 6) for t in range(7)
+    ]  # a fall at the limit
     rows += [None, ((3, 0), (3, 1), True, False), None]
     rows += [((4, 0), (4, 1), False, False), ((4, 1), (4, 2), False, False)]
     rows += [((4, 2), (4, 3), True, False), None, ((5, 0), (5, 1), False, False)]
@@ -138,7 +146,9 @@ def test_observations_at_an_episodes_end(name, env_id):
             assert now[i] == (final[i] if name == "isaacgym" else (final[i][0] + 1, 0))
         if name == "isaacgym":
             first = HOW[env_id]["start"]
-            assert all(now[i][1] == first for i in (~simulator.valid).nonzero()[:, 0].tolist())
+            assert all(
+                now[i][1] == first for i in (~simulator.valid).nonzero()[:, 0].tolist()
+            )
     assert ends > 20
 
 
@@ -188,7 +198,9 @@ def test_protocol(name, env_id):
         assert min(distances) == simulator.max_steps
 
 
-@pytest.mark.parametrize(("name", "env_id"), [("mujoco", "Ant"), ("mujoco", "Humanoid"), *ALL])
+@pytest.mark.parametrize(
+    ("name", "env_id"), [("mujoco", "Ant"), ("mujoco", "Humanoid"), *ALL]
+)
 def test_results_stay_as_they_were(name, env_id):
     """Later steps change none of them, and they share no memory with each other."""
     simulator = make_simulator(name, env_id, 4, seed=1)
@@ -211,7 +223,9 @@ def test_actions_are_clipped_and_the_seed_decides(name, env_id):
         simulator = make_simulator(name, env_id, 4, seed)
         rows, generator = [(simulator.reset(),)], torch.Generator().manual_seed(0)
         for _ in range(50):
-            sign = torch.randint(2, (4, simulator.act_dim), generator=generator) * 2.0 - 1
+            sign = (
+                torch.randint(2, (4, simulator.act_dim), generator=generator) * 2.0 - 1
+            )
             rows.append(simulator.step(scale * sign))
         return torch.cat([t.flatten().float() for row in rows for t in row])
 
@@ -248,7 +262,8 @@ def test_missing_packages(monkeypatch):
 def test_refusals_of_isaac_gym(monkeypatch):
     unknown = refusal("isaacgym", "Nope")
     assert (
-        unknown == "Isaac Gym can't make Nope: LookupError: In 'config': Could not find 'task/Nope'"
+        unknown
+        == "Isaac Gym can't make Nope: LookupError: In 'config': Could not find 'task/Nope'"
     )
     import isaacgymenvs
 
@@ -266,8 +281,14 @@ def test_refusals_of_isaac_gym(monkeypatch):
     [
         ("Isaac-Nope-v0", "no task Isaac-Nope-v0; since 3.0 names have no ending -v0"),
         ("Isaac-Humanoid-Direct-v0", "no task Isaac-Humanoid-Direct-v0; since 3.0"),
-        ("Isaac-Terms-v0", 'Isaac-Terms-v0: observations "policy" must be one flat vector'),
-        ("Isaac-Image-v0", 'Isaac-Image-v0: observations "policy" must be one flat vector'),
+        (
+            "Isaac-Terms-v0",
+            'Isaac-Terms-v0: observations "policy" must be one flat vector',
+        ),
+        (
+            "Isaac-Image-v0",
+            'Isaac-Image-v0: observations "policy" must be one flat vector',
+        ),
         ("Isaac-Discrete-v0", "Isaac-Discrete-v0: actions must be one flat vector"),
     ],
 )
@@ -290,7 +311,9 @@ def test_an_isaac_lab_without_final_observations_is_refused(monkeypatch):
         assert needed in refusal("isaaclab", "Isaac-Ant-Direct-v0")
     simulator = make_simulator("isaaclab", "Isaac-Ant-Direct-v0", 5, seed=1)
     play(simulator, 8, simulator.reset())
-    simulator.env.unwrapped.cfg.compute_final_obs = False  # and no old one is taken instead
+    simulator.env.unwrapped.cfg.compute_final_obs = (
+        False  # and no old one is taken instead
+    )
     with pytest.raises(SimulatorError, match="did not return the final observation"):
         play(simulator, 8, simulator.reset())
 
@@ -307,12 +330,32 @@ def test_an_isaac_lab_without_launch_simulation_starts_by_its_app_launcher(monke
 @pytest.mark.parametrize(
     ("name", "env_id", "options", "message"),
     [
-        ("mujoco", "Bee", {}, f"no task Bee; the embedded tasks are {', '.join(TASKS)}"),
-        ("isaac", "Ant", {}, "simulator isaac: must be one of auto, isaacgym, isaaclab, mujoco"),
-        ("mujoco", "Ant", {"variant": "isaac"}, "variant isaac: must be one of oige, ige"),
+        (
+            "mujoco",
+            "Bee",
+            {},
+            f"no task Bee; the embedded tasks are {', '.join(TASKS)}",
+        ),
+        (
+            "isaac",
+            "Ant",
+            {},
+            "simulator isaac: must be one of auto, isaacgym, isaaclab, mujoco",
+        ),
+        (
+            "mujoco",
+            "Ant",
+            {"variant": "isaac"},
+            "variant isaac: must be one of oige, ige",
+        ),
         ("mujoco", "Ant", {"num_envs": 0}, "0 environments: must be at least 1"),
         ("mujoco", "Ant", {"num_envs": 10**9}, "1000000000 environments need "),
-        ("mujoco", "Ant", {"device": "cuda"}, "device cuda: there is no usable GPU here"),
+        (
+            "mujoco",
+            "Ant",
+            {"device": "cuda"},
+            "device cuda: there is no usable GPU here",
+        ),
     ],
 )
 def test_bad_input(monkeypatch, name, env_id, options, message):
@@ -329,7 +372,9 @@ def test_imports_go_one_way():
     imported = {}
     for file in package.glob("*.py"):
         nodes = ast.walk(ast.parse(file.read_text()))
-        names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        names = [
+            node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)
+        ]
         names = [name.partition(".") for name in names]
         ours = {inner for package, _, inner in names if package == "isaac_tasks"}
         imported[file.stem] = ours
@@ -339,10 +384,19 @@ def test_imports_go_one_way():
         done |= ready
     assert done == set(imported), f"a circle: {set(imported) - done}"
     assert imported["interface"] == imported["task"] == set()
-    for name in ("physics", "mujoco_simulator", "isaacgym_simulator", "isaaclab_simulator"):
+    for name in (
+        "physics",
+        "mujoco_simulator",
+        "isaacgym_simulator",
+        "isaaclab_simulator",
+    ):
         assert not imported[name] & {"make", "training"}
     for task in TASKS.values():  # a task knows no simulator
-        assert not imported[task.__module__.split(".")[1]] & {"make", "training", "physics"}
+        assert not imported[task.__module__.split(".")[1]] & {
+            "make",
+            "training",
+            "physics",
+        }
 
 
 @pytest.mark.parametrize(
@@ -375,6 +429,8 @@ for name, env_id in ("isaacgym", "Ant"), ("isaaclab", "Isaac-Ant-Direct-v0"):
     paths = os.pathsep.join([str(STAND_INS), str(STAND_INS.parent.parent)])
     environment = os.environ | {"PYTHONPATH": paths, "STRICT_IMPORT_ORDER": "1"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[1.0, 1.0, 1.0]\n" * 2

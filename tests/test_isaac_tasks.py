@@ -41,13 +41,41 @@ RADIUS = 0.08  # of all capsules of the Ant
 # Body, parent, place in the parent; its joint, axis, range (degrees).
 ANT = [
     ("front_left_leg", "torso", (0.2, 0.2, 0), "hip_1", (0, 0, 1), (-40, 40)),
-    ("front_left_foot", "front_left_leg", (0.2, 0.2, 0), "ankle_1", (-1, 1, 0), (30, 100)),
+    (
+        "front_left_foot",
+        "front_left_leg",
+        (0.2, 0.2, 0),
+        "ankle_1",
+        (-1, 1, 0),
+        (30, 100),
+    ),
     ("front_right_leg", "torso", (-0.2, 0.2, 0), "hip_2", (0, 0, 1), (-40, 40)),
-    ("front_right_foot", "front_right_leg", (-0.2, 0.2, 0), "ankle_2", (1, 1, 0), (-100, -30)),
+    (
+        "front_right_foot",
+        "front_right_leg",
+        (-0.2, 0.2, 0),
+        "ankle_2",
+        (1, 1, 0),
+        (-100, -30),
+    ),
     ("left_back_leg", "torso", (-0.2, -0.2, 0), "hip_3", (0, 0, 1), (-40, 40)),
-    ("left_back_foot", "left_back_leg", (-0.2, -0.2, 0), "ankle_3", (-1, 1, 0), (-100, -30)),
+    (
+        "left_back_foot",
+        "left_back_leg",
+        (-0.2, -0.2, 0),
+        "ankle_3",
+        (-1, 1, 0),
+        (-100, -30),
+    ),
     ("right_back_leg", "torso", (0.2, -0.2, 0), "hip_4", (0, 0, 1), (-40, 40)),
-    ("right_back_foot", "right_back_leg", (0.2, -0.2, 0), "ankle_4", (1, 1, 0), (30, 100)),
+    (
+        "right_back_foot",
+        "right_back_leg",
+        (0.2, -0.2, 0),
+        "ankle_4",
+        (1, 1, 0),
+        (30, 100),
+    ),
 ]
 
 # Body: parent, place in it, mass (kg), capsules (radius, end, end; spheres have equal ends).
@@ -63,10 +91,30 @@ HUMANOID = {
             (0.09, (0, 0, 0.19), (0, 0, 0.19)),
         ],
     ),
-    "lwaist": ("torso", (-0.01, 0, -0.26), 2.262, [(0.06, (0, -0.06, 0), (0, 0.06, 0))]),
-    "pelvis": ("lwaist", (0, 0, -0.165), 6.616, [(0.09, (-0.02, -0.07, 0), (-0.02, 0.07, 0))]),
-    "right_thigh": ("pelvis", (0, -0.1, -0.04), 4.752, [(0.06, (0, 0, 0), (0, 0.01, -0.34))]),
-    "right_shin": ("right_thigh", (0, 0.01, -0.403), 2.756, [(0.049, (0, 0, 0), (0, 0, -0.3))]),
+    "lwaist": (
+        "torso",
+        (-0.01, 0, -0.26),
+        2.262,
+        [(0.06, (0, -0.06, 0), (0, 0.06, 0))],
+    ),
+    "pelvis": (
+        "lwaist",
+        (0, 0, -0.165),
+        6.616,
+        [(0.09, (-0.02, -0.07, 0), (-0.02, 0.07, 0))],
+    ),
+    "right_thigh": (
+        "pelvis",
+        (0, -0.1, -0.04),
+        4.752,
+        [(0.06, (0, 0, 0), (0, 0.01, -0.34))],
+    ),
+    "right_shin": (
+        "right_thigh",
+        (0, 0.01, -0.403),
+        2.756,
+        [(0.049, (0, 0, 0), (0, 0, -0.3))],
+    ),
     "right_foot": (
         "right_shin",
         (0, 0, -0.39),
@@ -112,21 +160,120 @@ HUMANOID_JOINTS = {
     "right_hip_x": ("right_thigh", (0, 0, 0), (1, 0, 0), (-45, 15), 10, 5, 0.01, 45),
     "right_hip_z": ("right_thigh", (0, 0, 0), (0, 0, 1), (-60, 35), 10, 5, 0.01, 45),
     "right_hip_y": ("right_thigh", (0, 0, 0), (0, 1, 0), (-120, 45), 20, 5, 0.01, 135),
-    "right_knee": ("right_shin", (0, 0, 0.02), (0, -1, 0), (-160, 2), 5, 0.1, 0.007, 90),
-    "right_ankle_y": ("right_foot", (0, 0, 0.08), (0, 1, 0), (-50, 50), 2, 1, 0.006, 22.5),
-    "right_ankle_x": ("right_foot", (0, 0, 0.08), (1, 0, 0.5), (-50, 50), 2, 1, 0.006, 22.5),
+    "right_knee": (
+        "right_shin",
+        (0, 0, 0.02),
+        (0, -1, 0),
+        (-160, 2),
+        5,
+        0.1,
+        0.007,
+        90,
+    ),
+    "right_ankle_y": (
+        "right_foot",
+        (0, 0, 0.08),
+        (0, 1, 0),
+        (-50, 50),
+        2,
+        1,
+        0.006,
+        22.5,
+    ),
+    "right_ankle_x": (
+        "right_foot",
+        (0, 0, 0.08),
+        (1, 0, 0.5),
+        (-50, 50),
+        2,
+        1,
+        0.006,
+        22.5,
+    ),
     "left_hip_x": ("left_thigh", (0, 0, 0), (-1, 0, 0), (-45, 15), 10, 5, 0.01, 45),
     "left_hip_z": ("left_thigh", (0, 0, 0), (0, 0, -1), (-60, 35), 10, 5, 0.01, 45),
     "left_hip_y": ("left_thigh", (0, 0, 0), (0, 1, 0), (-120, 45), 20, 5, 0.01, 135),
     "left_knee": ("left_shin", (0, 0, 0.02), (0, -1, 0), (-160, 2), 5, 0.1, 0.007, 90),
-    "left_ankle_y": ("left_foot", (0, 0, 0.08), (0, 1, 0), (-50, 50), 2, 1, 0.006, 22.5),
-    "left_ankle_x": ("left_foot", (0, 0, 0.08), (1, 0, 0.5), (-50, 50), 2, 1, 0.006, 22.5),
-    "right_shoulder1": ("right_upper_arm", (0, 0, 0), (2, 1, 1), (-90, 70), 10, 5, 0.01, 67.5),
-    "right_shoulder2": ("right_upper_arm", (0, 0, 0), (0, -1, 1), (-90, 70), 10, 5, 0.01, 67.5),
-    "right_elbow": ("right_lower_arm", (0, 0, 0), (0, -1, 1), (-90, 50), 2, 1, 0.006, 45),
-    "left_shoulder1": ("left_upper_arm", (0, 0, 0), (-2, 1, -1), (-90, 70), 10, 5, 0.01, 67.5),
-    "left_shoulder2": ("left_upper_arm", (0, 0, 0), (0, -1, -1), (-90, 70), 10, 5, 0.01, 67.5),
-    "left_elbow": ("left_lower_arm", (0, 0, 0), (0, -1, -1), (-90, 50), 2, 1, 0.006, 45),
+    "left_ankle_y": (
+        "left_foot",
+        (0, 0, 0.08),
+        (0, 1, 0),
+        (-50, 50),
+        2,
+        1,
+        0.006,
+        22.5,
+    ),
+    "left_ankle_x": (
+        "left_foot",
+        (0, 0, 0.08),
+        (1, 0, 0.5),
+        (-50, 50),
+        2,
+        1,
+        0.006,
+        22.5,
+    ),
+    "right_shoulder1": (
+        "right_upper_arm",
+        (0, 0, 0),
+        (2, 1, 1),
+        (-90, 70),
+        10,
+        5,
+        0.01,
+        67.5,
+    ),
+    "right_shoulder2": (
+        "right_upper_arm",
+        (0, 0, 0),
+        (0, -1, 1),
+        (-90, 70),
+        10,
+        5,
+        0.01,
+        67.5,
+    ),
+    "right_elbow": (
+        "right_lower_arm",
+        (0, 0, 0),
+        (0, -1, 1),
+        (-90, 50),
+        2,
+        1,
+        0.006,
+        45,
+    ),
+    "left_shoulder1": (
+        "left_upper_arm",
+        (0, 0, 0),
+        (-2, 1, -1),
+        (-90, 70),
+        10,
+        5,
+        0.01,
+        67.5,
+    ),
+    "left_shoulder2": (
+        "left_upper_arm",
+        (0, 0, 0),
+        (0, -1, -1),
+        (-90, 70),
+        10,
+        5,
+        0.01,
+        67.5,
+    ),
+    "left_elbow": (
+        "left_lower_arm",
+        (0, 0, 0),
+        (0, -1, -1),
+        (-90, 50),
+        2,
+        1,
+        0.006,
+        45,
+    ),
 }
 RANGES = {
     "Ant": np.radians([row[5] for row in ANT]),
@@ -153,7 +300,10 @@ LAYOUT = {
     ("Humanoid", "oige"): (12, 33, 54, 54, 66, 87),
     ("Humanoid", "ige"): (12, 33, 54, 75, 87, 108),
 }
-SCALES = {"Ant": (1.0, 0.2, 0.1), "Humanoid": (0.25, 0.1, 0.01)}  # spin, q', foot sensors
+SCALES = {
+    "Ant": (1.0, 0.2, 0.1),
+    "Humanoid": (0.25, 0.1, 0.01),
+}  # spin, q', foot sensors
 FALLEN = {"Ant": (0.31, -2.0), "Humanoid": (0.8, -1.0)}  # height, reward
 START_HEIGHT = {("Ant", "oige"): 0.5, ("Ant", "ige"): 0.44}  # Humanoid: 1.34
 
@@ -172,7 +322,9 @@ def quaternion(yaw=0.0, pitch=0.0, roll=0.0):
     return quat
 
 
-def make_state(task, model, position=(0, 0, 2), quat=(1, 0, 0, 0), velocity=(0,) * 6, **rest):
+def make_state(
+    task, model, position=(0, 0, 2), quat=(1, 0, 0, 0), velocity=(0,) * 6, **rest
+):
     """One environment at a place with a velocity (linear: world axes, angular: body axes).
 
     rest: joints, joint_velocities, sensors, memory; joints default to the middle of their range.
@@ -231,7 +383,9 @@ def zero_action(task):
 
 def random_action(task, n=1, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    return scale * (2 * torch.rand(n, task.act_dim, dtype=torch.float64, generator=generator) - 1)
+    return scale * (
+        2 * torch.rand(n, task.act_dim, dtype=torch.float64, generator=generator) - 1
+    )
 
 
 # --- Models ---
@@ -240,7 +394,9 @@ def random_action(task, n=1, seed=0, scale=1.0):
 def shapes(model, body):
     """Sorted rows (radius, end, end) of a body's capsules and spheres, in body axes."""
     rows = []
-    for geom in np.flatnonzero(own_shapes(model) & (model.geom_bodyid == model.body(body).id)):
+    for geom in np.flatnonzero(
+        own_shapes(model) & (model.geom_bodyid == model.body(body).id)
+    ):
         radius, half, _ = model.geom_size[geom]
         axis = np.zeros(3)
         mujoco.mju_rotVecQuat(axis, np.array([0, 0, half]), model.geom_quat[geom])
@@ -250,7 +406,9 @@ def shapes(model, body):
 
 def sort_shapes(rows):
     """Sorted by radius and ends, the two ends of each row too: an array (geoms, 7)."""
-    rows = [(r, *sorted(tuple(np.round(end, 9) + 0.0) for end in ends)) for r, *ends in rows]
+    rows = [
+        (r, *sorted(tuple(np.round(end, 9) + 0.0) for end in ends)) for r, *ends in rows
+    ]
     return np.array([(r, *a, *b) for r, a, b in sorted(rows)])
 
 
@@ -268,7 +426,9 @@ def runner_tables(name):
     if name == "Humanoid":
         return HUMANOID, HUMANOID_JOINTS
     inner = [capsule(x, y, 0) for x in (0.2, -0.2) for y in (0.2, -0.2)]
-    bodies = {"torso": ("world", (0, 0, 0.75), 0.4839, [(0.25, (0, 0, 0), (0, 0, 0)), *inner])}
+    bodies = {
+        "torso": ("world", (0, 0, 0.75), 0.4839, [(0.25, (0, 0, 0), (0, 0, 0)), *inner])
+    }
     joints = {}
     for body, parent, place, joint, axis, limits in ANT:
         foot = body.endswith("foot")
@@ -288,10 +448,14 @@ def test_bodies_and_joints(name, variant):
         assert model.body(got.parentid[0]).name == parent
         assert_allclose(got.pos, place)
         assert_allclose(got.mass, mass, atol=5e-5 if name == "Ant" else 1e-3)
-        quat = np.array((1, 0, -0.002, 0) if body in ("lwaist", "pelvis") else (1, 0, 0, 0))
+        quat = np.array(
+            (1, 0, -0.002, 0) if body in ("lwaist", "pelvis") else (1, 0, 0, 0)
+        )
         assert_allclose(got.quat, quat / np.linalg.norm(quat))
         assert_allclose(shapes(model, body), sort_shapes(ends), atol=1e-8)
-    assert_allclose(model.body_mass.sum(), 0.9109 if name == "Ant" else 40.844, atol=5e-4)
+    assert_allclose(
+        model.body_mass.sum(), 0.9109 if name == "Ant" else 40.844, atol=5e-4
+    )
     assert [model.joint(i).name for i in range(1, model.njnt)] == list(joints)
     assert model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE
     for joint, (body, anchor, axis, limits, *passive, _) in joints.items():
@@ -303,7 +467,11 @@ def test_bodies_and_joints(name, variant):
         assert model.jnt_limited[got.id]
         assert [*got.stiffness, *got.damping, *got.armature] == passive
         assert model.qpos_spring[got.qposadr[0]] == 0 or name == "Ant"
-    for passive in (model.dof_damping[:6], model.dof_armature[:6], model.dof_frictionloss):
+    for passive in (
+        model.dof_damping[:6],
+        model.dof_armature[:6],
+        model.dof_frictionloss,
+    ):
         assert np.all(passive == 0)
 
 
@@ -312,7 +480,9 @@ def test_ant_model(variant):
     """What only the Ant has; masses exactly, by its density of 5 kg/m^3."""
     task, model = compiled("Ant", variant)
     for body, length in (("front_left_leg", 0.2), ("front_left_foot", 0.4)):
-        assert_allclose(model.body(body).mass, capsule_mass(RADIUS, length * math.sqrt(2), 5))
+        assert_allclose(
+            model.body(body).mass, capsule_mass(RADIUS, length * math.sqrt(2), 5)
+        )
     inner = 4 * capsule_mass(RADIUS, 0.2 * math.sqrt(2), 5)
     assert_allclose(model.body("torso").mass, 5 * 4 / 3 * math.pi * 0.25**3 + inner)
     assert_allclose(model.body("torso").inertia, (0.0136, 0.0111, 0.0111), atol=5e-5)
@@ -375,7 +545,9 @@ def test_options(name, variant):
     flags = mujoco.mjtDisableBit
     useless = flags.mjDSBL_ISLAND.value | flags.mjDSBL_WARMSTART.value
     assert model.opt.disableflags == flags.mjDSBL_AUTORESET.value | useless
-    assert (task.episode_length, task.clip_obs) == ((2000, 5.0) if copter else (1000, math.inf))
+    assert (task.episode_length, task.clip_obs) == (
+        (2000, 5.0) if copter else (1000, math.inf)
+    )
 
 
 def test_unknown_variant():
@@ -419,7 +591,9 @@ def distance(model, data, one, other):
 @every_variant
 def test_ant_does_not_collide_with_itself(variant):
     task, model = compiled("Ant", variant)
-    joints = np.radians([90, 30, -90, -30, 0, -30, 0, 30])  # beyond the limits: front legs cross
+    joints = np.radians(
+        [90, 30, -90, -30, 0, -30, 0, 30]
+    )  # beyond the limits: front legs cross
     data = forward(model, make_state(task, model, joints=joints))
     assert distance(model, data, "front_left_leg", "front_right_leg") < 0
     assert data.ncon == 0
@@ -429,11 +603,16 @@ def test_ant_does_not_collide_with_itself(variant):
 def test_humanoid_collides_with_itself(variant):
     task, model = compiled("Humanoid", variant)
     data = forward(model, make_state(task, model, joints=np.zeros(21)))
-    assert distance(model, data, "right_thigh", "right_shin") < 0  # parent and child: not counted
+    assert (
+        distance(model, data, "right_thigh", "right_shin") < 0
+    )  # parent and child: not counted
     assert data.ncon == 0
     crossed = [math.radians(15) * name.endswith("hip_x") for name in HUMANOID_JOINTS]
     data = forward(model, make_state(task, model, joints=crossed))
-    pairs = [{model.body(model.geom_bodyid[g]).name for g in geoms} for geoms in data.contact.geom]
+    pairs = [
+        {model.body(model.geom_bodyid[g]).name for g in geoms}
+        for geoms in data.contact.geom
+    ]
     assert {"right_shin", "left_shin"} in pairs
 
 
@@ -446,7 +625,10 @@ def test_ingenuity_collides_with_the_floor_only(variant):
     assert all(model.geom("floor").id in geoms for geoms in data.contact.geom)
     target = model.body("target")
     assert target.mass == 0
-    assert not model.geom_contype[target.geomadr[0]] | model.geom_conaffinity[target.geomadr[0]]
+    assert (
+        not model.geom_contype[target.geomadr[0]]
+        | model.geom_conaffinity[target.geomadr[0]]
+    )
 
 
 @every_variant
@@ -491,7 +673,9 @@ def test_root_observations(name, variant, yaw, roll):
     """Indices 0 to 11, for a torso that is turned, moves and spins."""
     task, model = compiled(name, variant)
     pitch, velocity = 0.4, (3, -2, 1, 4, 5, -6)
-    state = make_state(task, model, (400, 450, 1.2), quaternion(yaw, pitch, roll), velocity)
+    state = make_state(
+        task, model, (400, 450, 1.2), quaternion(yaw, pitch, roll), velocity
+    )
     obs = task.observe(state, zero_action(task))[0]
     linear, angular = body_velocity(model, forward(model, state), "torso", local=True)
     assert obs[0] == 1.2
@@ -515,7 +699,9 @@ def test_joint_observations(name, variant):
     """Positions scaled to [-1, 1] between the limits, velocities, and the action."""
     task, model = compiled(name, variant)
     low, high = RANGES[name].T
-    fraction = np.linspace(-0.1, 1.1, task.act_dim)  # beyond the limits too: not clipped
+    fraction = np.linspace(
+        -0.1, 1.1, task.act_dim
+    )  # beyond the limits too: not clipped
     speeds = np.linspace(-100, 200, task.act_dim)
     joints = low + fraction * (high - low)
     state = make_state(task, model, joints=joints, joint_velocities=speeds)
@@ -592,7 +778,9 @@ def terms(task, model, action=None, moved=(0, 0), **after):
     before = after.clone()
     before.qpos[:, :2] -= torch.tensor(moved)
     action = zero_action(task) if action is None else action
-    values = {key: t.item() for key, t in task.reward_terms(before, after, action).items()}
+    values = {
+        key: t.item() for key, t in task.reward_terms(before, after, action).items()
+    }
     reward = task.reward(before, after, action).item()
     if not task.failed(after):
         assert_allclose(reward, sum(values.values()))
@@ -626,7 +814,9 @@ def test_posture_rewards(name, variant):
         assert_allclose(values["heading"], expected, atol=1e-12)
     for offset in (-1e-6, 1e-6):  # continuous at 0.8
         values, _ = terms(task, model, quat=quaternion(yaw=math.acos(0.8 + offset)))
-        assert_allclose(values["heading"], 0.5 + min(offset, 0) * 0.5 / 0.8, rtol=0, atol=1e-12)
+        assert_allclose(
+            values["heading"], 0.5 + min(offset, 0) * 0.5 / 0.8, rtol=0, atol=1e-12
+        )
 
 
 @every_runner
@@ -693,12 +883,17 @@ def test_progress_in_float32(start):
     before = np.array(start, np.float32) + rng.normal(size=(100, 2)).astype(np.float32)
     after = before + (0.05 * rng.normal(size=(100, 2))).astype(np.float32)
     target = np.array([1000.0, 0.0])
-    exact = np.linalg.norm(target - before, axis=1) - np.linalg.norm(target - after, axis=1)
+    exact = np.linalg.norm(target - before, axis=1) - np.linalg.norm(
+        target - after, axis=1
+    )
     way = np.linalg.norm(after.astype(float) - before, axis=1)
     for dtype, error in ((torch.float32, 1e-6 * way), (torch.float64, 1e-12)):
         task = TASKS["Ant"]("oige", dtype=dtype)
         one = make_state(task, compiled("Ant", "oige")[1])
-        states = [State(*(t.to(dtype).repeat(100, 1) for t in vars(one).values())) for _ in "ab"]
+        states = [
+            State(*(t.to(dtype).repeat(100, 1) for t in vars(one).values()))
+            for _ in "ab"
+        ]
         for state, position in zip(states, (before, after), strict=True):
             state.qpos[:, :2] = torch.tensor(position)
         speed = task.reward_terms(*states, torch.zeros(100, 8, dtype=dtype))["progress"]
@@ -716,7 +911,13 @@ def test_progress_in_float32(start):
         ((0, 0, 0), {"pitch": math.pi / 3}, (0, 0, 0), 1 + 4 + 1, 1 + 1 / 8.5 + 1),
         ((0, 0, 0), {}, (5, -5, -2), 1 + 5 + 1 / 5, 1 + 1 + 1 / 41),
         # on its side, spinning about its y axis, which is upright
-        ((0, 0, 0), {"roll": math.pi / 2}, (0, 2, 0), 1 + 2.5 + 1 / 5, 1 + 1 / 31 + 1 / 41),
+        (
+            (0, 0, 0),
+            {"roll": math.pi / 2},
+            (0, 2, 0),
+            1 + 2.5 + 1 / 5,
+            1 + 1 / 31 + 1 / 41,
+        ),
     ],
 )
 def test_ingenuity_reward(variant, away, quat, spin, ige, oige):
@@ -735,7 +936,12 @@ def test_ingenuity_failure(variant):
     """Too far away or below half a metre; the reward stays as it is."""
     task, model = compiled("Ingenuity", variant)
     limit = 8 if variant == "ige" else 20
-    for z, failed in ((0.5, False), (0.5 - 1e-9, True), (1 + limit, False), (1.001 + limit, True)):
+    for z, failed in (
+        (0.5, False),
+        (0.5 - 1e-9, True),
+        (1 + limit, False),
+        (1.001 + limit, True),
+    ):
         place = dict(position=(0, 0, z), memory=(0, 0, 1))
         assert task.failed(make_state(task, model, **place)).item() == failed
         values, reward = terms(task, model, **place)
@@ -749,7 +955,10 @@ def foot_wrenches(name, variant, data):
     """{foot: (force, torque)} in foot axes, as the task reports them for MuJoCo's data."""
     task, _ = compiled(name, variant)
     state = State(
-        *(torch.tensor(np.array([x])) for x in (data.qpos, data.qvel, data.sensordata, []))
+        *(
+            torch.tensor(np.array([x]))
+            for x in (data.qpos, data.qvel, data.sensordata, [])
+        )
     )
     rows = task.foot_sensors(state)[0].unflatten(0, (-1, 2, 3)).numpy()
     return dict(zip(FEET[name, variant], rows, strict=True))
@@ -802,7 +1011,12 @@ def test_feet_carry_the_weight(name):
         assert floor[2] > 0
         gravity = np.array([0, 0, -9.81 * mass])
         assert_allclose(force + floor + gravity, 0, atol=1e-3 * weight)
-        moments = torque + np.cross(ankle, force) + floor_torque + np.cross(body.xipos, gravity)
+        moments = (
+            torque
+            + np.cross(ankle, force)
+            + floor_torque
+            + np.cross(body.xipos, gravity)
+        )
         assert_allclose(moments, 0, atol=1e-3 * weight)
         total, feet_mass = total + force, feet_mass + mass
     assert_allclose(total, (0, 0, 9.81 * feet_mass - weight), atol=1e-3 * weight)
@@ -839,7 +1053,9 @@ def test_net_wrench_is_the_change_of_momentum(name, seed):
         neighbour.qvel[0] += step * torch.tensor(data.qacc)
         moved.append(forward(model, neighbour))
     for foot, (force, torque) in foot_wrenches(name, "ige", data).items():
-        change = (momentum(model, moved[0], foot) - momentum(model, moved[1], foot)) / (2 * h)
+        change = (momentum(model, moved[0], foot) - momentum(model, moved[1], foot)) / (
+            2 * h
+        )
         rotation = data.body(foot).xmat.reshape(3, 3)
         lever = data.body(foot).xipos - data.body(foot).xpos
         expected_torque = change[3:] + np.cross(lever, change[:3])
@@ -909,7 +1125,10 @@ def test_without_action_the_ant_stands_and_the_humanoid_falls(name, variant):
         data = simulator.physics.data(world)
         mujoco.mj_forward(simulator.model, data)
         bodies = simulator.model.geom_bodyid[data.contact.geom].flatten()
-        assert {simulator.model.body(body).name for body in bodies} == {"world", *ANT_FEET}
+        assert {simulator.model.body(body).name for body in bodies} == {
+            "world",
+            *ANT_FEET,
+        }
 
 
 @every_runner
@@ -920,7 +1139,9 @@ def test_joints_rest_at_their_limits(name, variant):
     model.opt.gravity[:] = 0
     low, high = RANGES[name].T
     names = [model.joint(i).name for i in range(1, model.njnt)]
-    single = ["shoulder" not in joint for joint in names]  # shoulders: two joints push each other
+    single = [
+        "shoulder" not in joint for joint in names
+    ]  # shoulders: two joints push each other
     physics = CpuPhysics(model, 2, 1)
     physics.qpos[:] = make_state(task, model).qpos
     physics.ctrl[:] = torch.tensor([[1.0], [-1.0]])
@@ -1016,7 +1237,9 @@ def test_energy_does_not_grow_in_free_flight(name, variant):
     assert np.all(later < np.array(start) * 1.01)
 
 
-every_stander = pytest.mark.parametrize("name", ["Ant", "Humanoid", "Ingenuity", "Anymal"])
+every_stander = pytest.mark.parametrize(
+    "name", ["Ant", "Humanoid", "Ingenuity", "Anymal"]
+)
 
 
 @every_stander
@@ -1040,9 +1263,13 @@ def test_spheres_at_the_floor_are_the_robot(name):
 
 def test_a_body_that_turns_about_a_far_anchor_is_far_from_the_root():
     """Half a turn of the hinge, half a metre outside the body's origin, takes it 1 m outwards."""
-    body = "<body pos='1 0 0'><joint axis='0 0 1' pos='.5 0 0'/><geom size='.1'/></body>"
+    body = (
+        "<body pos='1 0 0'><joint axis='0 0 1' pos='.5 0 0'/><geom size='.1'/></body>"
+    )
     root = f"<body><freejoint/><geom size='.1'/>{body}</body>"
-    model = mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{root}</worldbody></mujoco>")
+    model = mujoco.MjModel.from_xml_string(
+        f"<mujoco><worldbody>{root}</worldbody></mujoco>"
+    )
     data = mujoco.MjData(model)
     data.qpos[7] = np.pi
     mujoco.mj_forward(model, data)
@@ -1085,7 +1312,9 @@ def test_a_robot_far_above_the_floor_needs_no_look(name, monkeypatch):
     physics.qpos[:], physics.qvel[:] = state.qpos, state.qvel
     physics.qpos[1, 2] = 0.1
     looked, forward = [], physics.looker.forward
-    monkeypatch.setattr(physics.looker, "forward", lambda i, s: looked.append(i) or forward(i, s))
+    monkeypatch.setattr(
+        physics.looker, "forward", lambda i, s: looked.append(i) or forward(i, s)
+    )
     physics._look()
     floor = physics.limits.floor
     assert [*looked[0]] == [1]
@@ -1114,7 +1343,9 @@ def dropped(name, height, speed):
     model = copy.copy(model)
     model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ACTUATION.value
     physics = CpuPhysics(model, 1, 1)
-    physics.qpos[:] = task.initial(lambda *range_and_n: torch.zeros(1, range_and_n[2])).qpos
+    physics.qpos[:] = task.initial(
+        lambda *range_and_n: torch.zeros(1, range_and_n[2])
+    ).qpos
     physics.qpos[:, 2] = 0
     physics._look()
     physics.qpos[:, 2] = height - physics.limits.floor.height.min()
@@ -1162,7 +1393,9 @@ def pulled(share):
 def test_friction():
     """Of 1: less than the weight doesn't move a body, more accelerates it by the difference."""
     assert abs(pulled(0.8)).max() < 0.02
-    assert_allclose(np.diff(pulled(1.5)).mean(), 0.5 * 3.721 * 0.1, rtol=0.15)  # it wobbles
+    assert_allclose(
+        np.diff(pulled(1.5)).mean(), 0.5 * 3.721 * 0.1, rtol=0.15
+    )  # it wobbles
 
 
 @pytest.mark.slow
@@ -1192,7 +1425,9 @@ def actions(simulator, steps, scale=0.3, seed=0):
 
 def near_the_end(simulator):
     """Time-outs follow in all environments, one after the other."""
-    simulator.progress[:] = simulator.max_steps - 3 - 2 * torch.arange(simulator.num_envs)
+    simulator.progress[:] = (
+        simulator.max_steps - 3 - 2 * torch.arange(simulator.num_envs)
+    )
 
 
 def rollout(simulator, steps=12):
@@ -1233,8 +1468,12 @@ def test_rollouts_depend_on_the_seed_only(name, variant):
     assert reward.shape == terminated.shape == truncated.shape == (12, 4)
     assert {t.dtype for t in (obs, reward, final_obs)} == {torch.float32}
     assert {t.dtype for t in (terminated, truncated)} == {torch.bool}
-    assert torch.equal(obs[~truncated & ~terminated], final_obs[~truncated & ~terminated])
-    assert simulator.fps == {"Ant": 60, "Humanoid": 60, "Ingenuity": 100}.get(name, simulator.fps)
+    assert torch.equal(
+        obs[~truncated & ~terminated], final_obs[~truncated & ~terminated]
+    )
+    assert simulator.fps == {"Ant": 60, "Humanoid": 60, "Ingenuity": 100}.get(
+        name, simulator.fps
+    )
     assert truncated.any(0).all()  # each environment has been reset
     assert same(rollouts[0], rollouts[1])
     assert not torch.equal(rollouts[0][0], rollouts[2][0])
@@ -1256,7 +1495,9 @@ def test_batch_equals_single_environments(name, variant):
         singles.append(single)
     alive, steps = torch.ones(3, dtype=torch.bool), 0
     for action in actions(batch, 26):
-        alone = zip(*(s.step(action[i : i + 1]) for i, s in enumerate(singles)), strict=True)
+        alone = zip(
+            *(s.step(action[i : i + 1]) for i, s in enumerate(singles)), strict=True
+        )
         obs, *rest = batch.step(action)
         obs_alone, *rest_alone = (torch.cat(column) for column in alone)
         assert same([t[alive] for t in rest], [t[alive] for t in rest_alone])
@@ -1310,14 +1551,21 @@ def test_first_states_of_the_runners(start_everywhere, name, variant):
         assert abs(at_limit - clipped) < 0.06
         assert q.min() >= low - 1e-12
         assert q.max() <= high + 1e-12
-    assert abs(torch.corrcoef(torch.cat([joints, physics.qvel[:, 6:]], 1).T).tril(-1)).max() < 0.15
+    assert (
+        abs(
+            torch.corrcoef(torch.cat([joints, physics.qvel[:, 6:]], 1).T).tril(-1)
+        ).max()
+        < 0.15
+    )
 
 
 @every_variant
 def test_first_states_of_ingenuity(start_everywhere, variant):
     simulator = start_everywhere("Ingenuity", variant)
     position, quat = simulator.physics.qpos.split([3, 4], -1)
-    width, low, high, target = (0.5, 0.5, 1.5, 1) if variant == "oige" else (1.5, 0.8, 2.5, 5)
+    width, low, high, target = (
+        (0.5, 0.5, 1.5, 1) if variant == "oige" else (1.5, 0.8, 2.5, 5)
+    )
     for axis in range(2):
         assert_uniform(position[:, axis], -width, width)
         assert_uniform(simulator.memory[:, axis], -target, target)
@@ -1367,10 +1615,14 @@ def test_end_of_an_episode(name, variant, end):
     assert terminated.tolist() == [False, end != "time-out", False]
     assert truncated.tolist() == [False, end == "time-out", False]
     assert simulator.progress.tolist() == [3, 0, 3]
-    expected = task.observe(last, action[1:2].double()).clamp(-task.clip_obs, task.clip_obs)
+    expected = task.observe(last, action[1:2].double()).clamp(
+        -task.clip_obs, task.clip_obs
+    )
     assert_allclose(final_obs[1:2], expected, rtol=1e-6, atol=1e-6)
     old = State(*(t[1:2] for t in vars(before).values()))
-    assert_allclose(reward[1], task.reward(old, last, action[1:2].double())[0], rtol=1e-5)
+    assert_allclose(
+        reward[1], task.reward(old, last, action[1:2].double())[0], rtol=1e-5
+    )
     assert torch.equal(obs[[0, 2]], final_obs[[0, 2]])
     now = [physics.qpos[1:2], physics.qvel[1:2], torch.zeros_like(last.sensors)]
     first = State(*now, simulator.memory[1:2])
@@ -1382,7 +1634,9 @@ def test_end_of_an_episode(name, variant, end):
         feet = LAYOUT[name, variant][3]
         assert obs[1, 0] == torch.tensor(START_HEIGHT.get((name, variant), 1.34))
         assert (obs[1, 1:7] == 0).all()
-        assert (obs[1, feet:] == 0).all()  # neither a wrench at the feet nor an action yet
+        assert (
+            obs[1, feet:] == 0
+        ).all()  # neither a wrench at the feet nor an action yet
         assert (final_obs[1, feet:] != 0).all()
     assert (physics.qacc_warmstart[1] == 0).all()
     simulator.step(action)
@@ -1437,7 +1691,9 @@ def test_speed_limit_of_the_runners(name, variant):
         cut = task.limit(state)
         factor = min(factor, 1)
         assert (cut.qvel[0, :3] == 200).all()
-        assert_allclose(cut.qvel[0, 3:6], factor * limit * np.array([0, -0.6, 0.8]), rtol=1e-6)
+        assert_allclose(
+            cut.qvel[0, 3:6], factor * limit * np.array([0, -0.6, 0.8]), rtol=1e-6
+        )
         assert_allclose(cut.qvel[0, 6:], -factor * limit)
         assert torch.equal(cut.qpos, state.qpos)
 
@@ -1548,7 +1804,9 @@ def test_steps_copy_nothing_from_the_host(name, variant):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", ["Ingenuity", *(pytest.param(n, marks=SLOW) for n in RANGES)])
+@pytest.mark.parametrize(
+    "name", ["Ingenuity", *(pytest.param(n, marks=SLOW) for n in RANGES)]
+)
 def test_render(name):
     try:
         mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>")).close()
@@ -1559,7 +1817,9 @@ def test_render(name):
     simulator.physics.qpos[0, 0] = 5
     before = simulator.state_dict()
     image = simulator.render()
-    assert abs(simulator.renderer.scene.camera[0].pos[0] - 5) < 1  # it follows the robot
+    assert (
+        abs(simulator.renderer.scene.camera[0].pos[0] - 5) < 1
+    )  # it follows the robot
     assert image.shape == (480, 640, 3)
     assert image.dtype == np.uint8
     assert image.std() > 5
@@ -1595,7 +1855,11 @@ def test_warp_agrees_with_mujoco(name, variant):
     task, model = compiled(name, variant)
     cpu = CpuPhysics(model, 4, 1)
     warp = WarpPhysics(model, 4, "cpu", task.contacts, task.constraints)
-    height, settle = {"Ant": (0.5, 30), "Humanoid": (1.285, 25), "Ingenuity": (0.07, 50)}[name]
+    height, settle = {
+        "Ant": (0.5, 30),
+        "Humanoid": (1.285, 25),
+        "Ingenuity": (0.07, 50),
+    }[name]
     neutral = np.clip(0, *model.jnt_range[1:].T)
     floor = [make_state(task, model, (i, 0, height), joints=neutral) for i in range(2)]
     air = [random_state(task, model, seed) for seed in range(2)]
@@ -1634,8 +1898,12 @@ def test_warp_prints_nothing():
     code = "from isaac_tasks import TASKS, physics; "
     code += "model = TASKS['Ingenuity']('oige').spec().compile(); "
     code += "physics.WarpPhysics(model, 4, 'cpu', 64, 256)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    unexpected = [line for line in done.stderr.splitlines() if "CUDA driver" not in line]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    unexpected = [
+        line for line in done.stderr.splitlines() if "CUDA driver" not in line
+    ]
     assert (done.returncode, done.stdout, unexpected) == (0, "", [])
 
 
@@ -1647,7 +1915,9 @@ def test_warp_says_why_there_are_no_environments(monkeypatch):
         raise RuntimeError("Failed to allocate 9 bytes on device 'cpu'\nand more")
 
     monkeypatch.setattr(mujoco_warp, "make_data", refuse)
-    with pytest.raises(SimulatorError, match=r"^can't make 4 environments on cpu: .* 'cpu'$"):
+    with pytest.raises(
+        SimulatorError, match=r"^can't make 4 environments on cpu: .* 'cpu'$"
+    ):
         WarpPhysics(compiled("Ant", "oige")[1], 4, "cpu", 64, 256)
 
 

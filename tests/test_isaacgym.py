@@ -29,7 +29,12 @@ from harness.files import RunError, UsageError
 from harness.runs import main
 from isaac_tasks import TASKS, make_simulator
 from isaac_tasks.ingenuity import Ingenuity
-from isaac_tasks.training import ObservationNorm, SimulatorEnvs, TrainingEnvs, VectorReplayBuffer
+from isaac_tasks.training import (
+    ObservationNorm,
+    SimulatorEnvs,
+    TrainingEnvs,
+    VectorReplayBuffer,
+)
 
 BOTH = [meow, sac]
 both_scripts = pytest.mark.parametrize("script", BOTH, ids=lambda s: s.__name__)
@@ -58,7 +63,9 @@ def command(script, words, folder):
     """The exit code of a script's command line, run in this process in a folder of its own."""
     folder.mkdir(exist_ok=True)
     with contextlib.chdir(folder):
-        return main(script.Args, script.train, script.load_evaluator, list(map(str, words)))
+        return main(
+            script.Args, script.train, script.load_evaluator, list(map(str, words))
+        )
 
 
 # --- Replay buffer --------------------------------------------------------------------------------
@@ -82,7 +89,9 @@ class Counter:
         action = torch.full((self.n, 2), float(self.clock))
         valid = torch.from_numpy(~self.dead)
         self.step_in_episode[~self.dead] += 1
-        self._start(self.dead)  # late resets: the row goes from a dead state to a new episode
+        self._start(
+            self.dead
+        )  # late resets: the row goes from a dead state to a new episode
         failed = ~self.dead & (self.rng.random(self.n) < 0.15)
         timed_out = ~self.dead & ~failed & (self.step_in_episode == self.max_steps)
         final_obs, done = self.obs(), failed | timed_out
@@ -123,7 +132,9 @@ def gathered(replay):
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["same-step", "late"])
-@pytest.mark.parametrize(("capacity", "steps"), [(50, 7), (50, 50), (17, 200), (4, 9), (1, 5)])
+@pytest.mark.parametrize(
+    ("capacity", "steps"), [(50, 7), (50, 50), (17, 200), (4, 9), (1, 5)]
+)
 def test_replay_returns_the_last_transitions_and_nothing_else(capacity, steps, late):
     """Exactly the stored rows, through time-outs, terminations and the ring's end; next_obs is the
     final observation wherever the target looks at it. Late resets' rows are never drawn."""
@@ -147,7 +158,9 @@ def test_replay_draws_uniformly():
 
 def test_replay_holds_each_observation_once():
     replay = VectorReplayBuffer(15_000, 128, 60, 8, max_steps=999, batch_size=1)
-    floats = sum(t.numel() for t in vars(replay).values() if isinstance(t, torch.Tensor))
+    floats = sum(
+        t.numel() for t in vars(replay).values() if isinstance(t, torch.Tensor)
+    )
     assert floats < 1.05 * 15_000 * 128 * (60 + 8 + 3)
     assert replay.obs.shape == (15_001, 128, 60)
 
@@ -165,14 +178,18 @@ def test_replay_survives_a_checkpoint_and_forgets_an_outcome_after_a_reset():
 
 
 def test_replay_that_does_not_fit_is_refused():
-    with pytest.raises(UsageError, match="--buffer-size 1000000: the replay buffer needs"):
+    with pytest.raises(
+        UsageError, match="--buffer-size 1000000: the replay buffer needs"
+    ):
         VectorReplayBuffer(1_000_000, 1_000_000, 60, 8, max_steps=999, batch_size=1)
 
 
 # --- Observation normalisation --------------------------------------------------------------------
 def test_norm_is_that_of_all_observations_together():
     torch.manual_seed(0)
-    batches = [3 * torch.randn(n, 4) + torch.tensor([0.0, 1e4, -5.0, 2.0]) for n in (1, 7, 128)]
+    batches = [
+        3 * torch.randn(n, 4) + torch.tensor([0.0, 1e4, -5.0, 2.0]) for n in (1, 7, 128)
+    ]
     batches[1][:, 2] = -5.0
     norm = ObservationNorm(4)
     for batch in batches:
@@ -214,9 +231,15 @@ def updates_made(script, run):
 def test_updates_per_vector_step(script, per_step):
     """None while acting at random, then exactly as many as asked for, actor included."""
     seen = []
-    stepped(script, lambda run: seen.append(updates_made(script, run)), updates_per_step=per_step)
+    stepped(
+        script,
+        lambda run: seen.append(updates_made(script, run)),
+        updates_per_step=per_step,
+    )
     networks = 1 if script is meow else 2
-    assert seen == [[per_step * max(0, step - STARTS)] * networks for step in range(1, 10)]
+    assert seen == [
+        [per_step * max(0, step - STARTS)] * networks for step in range(1, 10)
+    ]
 
 
 def test_a_rarer_actor_catches_up():
@@ -276,7 +299,10 @@ def test_evaluation_plays_the_policy_on_normalised_observations(
 ):
     """Without noise; with --no-deterministic-eval with normal noise, and the same each time."""
     run = stepped(script, deterministic_eval=deterministic)
-    network, norm = run.policy["flow" if script is meow else "actor"], run.policy["norm"]
+    network, norm = (
+        run.policy["flow" if script is meow else "actor"],
+        run.policy["norm"],
+    )
     observed, played, reset, step = [], [], SimulatorEnvs.reset, SimulatorEnvs.step
 
     def recorded_reset(self, *key):
@@ -307,7 +333,9 @@ def test_evaluation_plays_the_policy_on_normalised_observations(
 def test_replay_pre_tanh_is_the_same_run_but_for_rounding(monkeypatch):
     """The buffer keeps u, the simulator and every evaluation get a = tanh(u)."""
     played, step = [], TrainingEnvs.step
-    monkeypatch.setattr(TrainingEnvs, "step", lambda env, a: played.append(a) or step(env, a))
+    monkeypatch.setattr(
+        TrainingEnvs, "step", lambda env, a: played.append(a) or step(env, a)
+    )
     usual, run = stepped(meow), stepped(meow, replay_pre_tanh=True)
     before, after = torch.stack(played).split(len(played) // 2)
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
@@ -339,7 +367,9 @@ def metrics(run):
 def same(one, other):
     """Whether two checkpoints hold the same, bit for bit, but for times and what names the run."""
     if isinstance(one, dict):
-        keys = [k for k in one if k not in ("args", "description", "csv_bytes", "seconds")]
+        keys = [
+            k for k in one if k not in ("args", "description", "csv_bytes", "seconds")
+        ]
         return one.keys() == other.keys() and all(same(one[k], other[k]) for k in keys)
     if isinstance(one, list):
         return len(one) == len(other) and all(map(same, one, other))
@@ -365,15 +395,23 @@ def finished(request, tmp_path_factory):
 
 def test_files_of_a_run(finished):
     script, run = finished
-    assert {f.name for f in run.iterdir()} >= {"args.json", "metrics.csv", "policy_final.pt"}
+    assert {f.name for f in run.iterdir()} >= {
+        "args.json",
+        "metrics.csv",
+        "policy_final.pt",
+    }
     assert run.name.startswith(f"Ingenuity__{script.__name__}__1__")
     evaluated = [step for step, name, _ in metrics(run) if name == "eval/return_mean"]
     assert evaluated == [40, 60]
     losses = [step for step, name, _ in metrics(run) if name.startswith("losses/")]
     assert min(losses) == 15
-    assert sum(float(v) for _, name, v in metrics(run) if name == "charts/episodes") >= 8
+    assert (
+        sum(float(v) for _, name, v in metrics(run) if name == "charts/episodes") >= 8
+    )
     saved = load(run)
-    assert saved["norm"]["count"].item() == 4 * 61  # the first observations and one a step
+    assert (
+        saved["norm"]["count"].item() == 4 * 61
+    )  # the first observations and one a step
     assert saved["replay"]["added"] == 60
 
 
@@ -386,7 +424,9 @@ def resumed_is_the_whole_run(finished, tmp_path, *words):
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+def test_stopped_and_resumed_run_is_the_uninterrupted_one(
+    finished, tmp_path, monkeypatch
+):
     """SIGTERM in the middle of a step: the run ends that step, saves, and later goes on."""
     step = TrainingEnvs.step
 
@@ -405,7 +445,9 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_broken_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+def test_broken_and_resumed_run_is_the_uninterrupted_one(
+    finished, tmp_path, monkeypatch
+):
     """It goes on from its last checkpoint, in the middle of episodes, with other threads."""
     step = TrainingEnvs.step
 
@@ -427,9 +469,15 @@ def test_evaluation_repeats_the_runs_last_one(finished, tmp_path, capsys):
     assert command(script, ["--evaluate", run], tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
     printed = [float(line.split("return ")[1].split(",")[0]) for line in lines[:2]]
-    last = [v for s, n, v in metrics(run) if s == 60 and n in ("eval/return_0", "eval/return_1")]
+    last = [
+        v
+        for s, n, v in metrics(run)
+        if s == 60 and n in ("eval/return_0", "eval/return_1")
+    ]
     assert printed == pytest.approx(list(map(float, last)), abs=0.02, rel=1e-3)
-    assert command(script, ["--evaluate", run, "--no-deterministic-eval"], tmp_path) == 0
+    assert (
+        command(script, ["--evaluate", run, "--no-deterministic-eval"], tmp_path) == 0
+    )
     assert "2 stochastic episodes" in capsys.readouterr().out
 
 
@@ -440,10 +488,16 @@ def test_what_a_robots_policy_does(finished, monkeypatch):
 
     _, run = finished
     means = play(run / "policy_final.pt", 2)
-    last = dict((n, float(v)) for s, n, v in metrics(run) if s == 60 and n.startswith("eval/"))
-    assert means["return"] == pytest.approx(last["eval/return_mean"], abs=0.02, rel=1e-3)
+    last = dict(
+        (n, float(v)) for s, n, v in metrics(run) if s == 60 and n.startswith("eval/")
+    )
+    assert means["return"] == pytest.approx(
+        last["eval/return_mean"], abs=0.02, rel=1e-3
+    )
     assert means["length"] == pytest.approx(last["eval/length_mean"])
-    mean, most = (means[f"{word}distance to the target, m"] for word in ("", "largest "))
+    mean, most = (
+        means[f"{word}distance to the target, m"] for word in ("", "largest ")
+    )
     assert 0.1 < mean < most < 3
 
 
@@ -454,7 +508,9 @@ def test_measures_count_until_an_episode_ends(monkeypatch):
 
     measured = iter(torch.tensor([[10.0, 1.0], [90.0, 2.0], [90.0, 6.0]]))
     simulator = SimpleNamespace(task=None, measures=lambda: {"height": next(measured)})
-    evaluator = SimpleNamespace(envs=SimpleNamespace(simulator=simulator), policy=lambda *_: 0)
+    evaluator = SimpleNamespace(
+        envs=SimpleNamespace(simulator=simulator), policy=lambda *_: 0
+    )
 
     def run(_step, _video):
         for _ in range(3):
@@ -463,7 +519,12 @@ def test_measures_count_until_an_episode_ends(monkeypatch):
 
     evaluator.run = run
     monkeypatch.setattr(robot_policy, "load_evaluator", lambda *_: (evaluator, 7))
-    means = {"return": 5, "length": 2, "height": (10 + 3) / 2, "largest height": (10 + 6) / 2}
+    means = {
+        "return": 5,
+        "length": 2,
+        "height": (10 + 3) / 2,
+        "largest height": (10 + 6) / 2,
+    }
     assert robot_policy.play("policy_final.pt", 2) == means
 
 
@@ -474,7 +535,9 @@ def test_tools_say_in_one_sentence_what_they_cannot_play(finished, tmp_path):
         assert done.returncode == 2
         return done.stderr.splitlines()[-1]
 
-    assert "was trained on Ingenuity: strides are HalfCheetah's" in tool("stride", finished[1])
+    assert "was trained on Ingenuity: strides are HalfCheetah's" in tool(
+        "stride", finished[1]
+    )
     assert tool("robot_policy", tmp_path).startswith("error: [Errno 2]")
 
 
@@ -508,7 +571,13 @@ def test_video_shows_the_robot(finished, tmp_path):
     """On a machine without a screen: one frame per step, and the robot moves in it."""
     _, run = finished
     env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "DISPLAY")}
-    words = [sys.executable, str(ISAAC_SCRIPTS[0]), "--evaluate", str(run), "--capture-video"]
+    words = [
+        sys.executable,
+        str(ISAAC_SCRIPTS[0]),
+        "--evaluate",
+        str(run),
+        "--capture-video",
+    ]
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (path,) = (run / "videos").glob("*.mp4")
@@ -529,7 +598,11 @@ BAD = [
         2,
         "--num-envs 1000000, --buf",
     ),
-    (dict(buffer_size=10**9, total_timesteps=10**9), 2, "--buffer-size 1000000000: the replay"),
+    (
+        dict(buffer_size=10**9, total_timesteps=10**9),
+        2,
+        "--buffer-size 1000000000: the replay",
+    ),
 ]
 
 
@@ -540,7 +613,9 @@ def test_bad_input_is_one_sentence(script, options, code, needle, tmp_path, caps
 
 
 def one_sentence(code, expected_code, needle, capsys):
-    (error,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    (error,) = [
+        x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")
+    ]
     assert code == expected_code
     assert needle in error
 
@@ -551,7 +626,9 @@ def test_counts_are_positive(script, name, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command(script, quick(**{name: 0}), tmp_path)
     assert stop.value.code == 2
-    assert f"--{name.replace('_', '-')} 0: must be at least 1" in capsys.readouterr().err
+    assert (
+        f"--{name.replace('_', '-')} 0: must be at least 1" in capsys.readouterr().err
+    )
 
 
 def test_a_policy_of_another_task_is_refused(finished, tmp_path, capsys):
@@ -575,7 +652,9 @@ def test_a_diverging_update_stops_the_run(script, tmp_path, capsys):
 
 
 @both_scripts
-def test_a_diverged_environment_is_counted_and_never_learned_from(script, monkeypatch, tmp_path):
+def test_a_diverged_environment_is_counted_and_never_learned_from(
+    script, monkeypatch, tmp_path
+):
     """World 2 breaks down at steps 5 and 30: no such row in the buffer, the run goes on."""
     step, valids = TrainingEnvs.step, []
 
@@ -592,7 +671,9 @@ def test_a_diverged_environment_is_counted_and_never_learned_from(script, monkey
     assert command(script, quick(eval_frequency=100, total_timesteps=40), tmp_path) == 0
     run = only_run(tmp_path)
     assert [i for i, valid in enumerate(valids) if valid is not None] == [5, 30]
-    counts = {step: float(v) for step, name, v in metrics(run) if name == "charts/diverged"}
+    counts = {
+        step: float(v) for step, name, v in metrics(run) if name == "charts/diverged"
+    }
     assert (counts[5], counts[10], counts[30], counts[35]) == (0, 1, 1, 2)
     replay = load(run)["replay"]
     assert replay["invalid"].nonzero().tolist() == [[5, 2], [30, 2]]
@@ -622,7 +703,10 @@ def stored(run):
     place, after = 64 * obs[:, :3], 64 * next_obs[:, :3]
     assert torch.equal(place[going_on] + torch.tensor([0, 0, 1]), after[going_on])
     assert (reward < 2).all()
-    return {tuple(row) for row in torch.cat([place, terminated], -1).long().unique(dim=0).tolist()}
+    return {
+        tuple(row)
+        for row in torch.cat([place, terminated], -1).long().unique(dim=0).tolist()
+    }
 
 
 @pytest.mark.slow
@@ -643,7 +727,9 @@ def test_nvidias_simulators(script, simulator, env_id, tmp_path, capsys):
     names = {name for _, name, _ in metrics(run)}
     assert "charts/episodic_return" in names
     assert "eval/return_mean" not in names
-    rows = [(i, row) for i in range(5) for row in timeline(i, 1, 80, **HOW[env_id]) if row]
+    rows = [
+        (i, row) for i in range(5) for row in timeline(i, 1, 80, **HOW[env_id]) if row
+    ]
     assert stored(run) == {(i, *before, fell) for i, (before, _, fell, _) in rows}
     resume = ["--resume", run, "--total-timesteps", 100]
     assert command(script, resume, tmp_path) == 0
@@ -659,7 +745,10 @@ def test_the_scripts_import_isaac_gym_before_torch(name):
     """As the real one demands; the stand-in does so here."""
     code = f"import {name}; from isaac_tasks import make_simulator as make\n"
     code += "print(make('isaacgym', 'Ant', 2, seed=1).obs_dim)"
-    env = os.environ | {"PYTHONPATH": f"{ROOT}/tests/stand_ins", "STRICT_IMPORT_ORDER": "1"}
+    env = os.environ | {
+        "PYTHONPATH": f"{ROOT}/tests/stand_ins",
+        "STRICT_IMPORT_ORDER": "1",
+    }
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "5\n", done.stderr

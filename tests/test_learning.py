@@ -25,7 +25,11 @@ def evaluations(script, folder, **settings) -> list[float]:
     assert script.main(script.Args, script.train, script.load_evaluator, words) == 0
     (metrics,) = folder.glob("*/metrics.csv")
     with open(metrics) as f:
-        return [float(r["value"]) for r in csv.DictReader(f) if r["name"] == "eval/return_mean"]
+        return [
+            float(r["value"])
+            for r in csv.DictReader(f)
+            if r["name"] == "eval/return_mean"
+        ]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,9 @@ def test_inverted_pendulum_is_solved(script, settings, tmp_path):
 
     A random policy gets 5; MEow with the sign of the target's soft value flipped got 58.
     """
-    settings |= dict(env_id="InvertedPendulum-v4", total_timesteps=8_000, learning_starts=500)
+    settings |= dict(
+        env_id="InvertedPendulum-v4", total_timesteps=8_000, learning_starts=500
+    )
     returns = evaluations(script, tmp_path, eval_frequency=1_000, **settings)
     assert statistics.median(returns[-3:]) > 500
 
@@ -79,6 +85,8 @@ class Pendulum(Task):
 def test_many_inverted_pendulums_are_solved(tmp_path, monkeypatch):
     """The same on 16 environments with two updates per step; with that sign flipped it got 109."""
     monkeypatch.setitem(isaac_tasks.TASKS, "Pendulum", Pendulum)
-    settings = dict(env_id="Pendulum", total_timesteps=3_500, num_envs=16, updates_per_step=2)
+    settings = dict(
+        env_id="Pendulum", total_timesteps=3_500, num_envs=16, updates_per_step=2
+    )
     returns = evaluations(meow_isaacgym, tmp_path, eval_frequency=500, **settings)
     assert statistics.median(returns[-3:]) > 500

@@ -36,11 +36,21 @@ def step_from(state, action):
     ("state", "action", "new", "reward"),
     [
         ((0, 0), (0, 0), (0, 0), -25),
-        ((1, 1), (0.5, -0.25), (1.5, 0.75), -30 * 0.3125 - (3.5**2 + 0.75**2)),  # right is nearest
+        (
+            (1, 1),
+            (0.5, -0.25),
+            (1.5, 0.75),
+            -30 * 0.3125 - (3.5**2 + 0.75**2),
+        ),  # right is nearest
         ((-1, 3), (0, -1), (-1, 2), -30 - (1 + 9)),  # up
         ((-3, 0), (0.5, 0), (-2.5, 0), -7.5 - 6.25),  # left
         ((0.5, -6.5), (0.5, 0), (1, -6.5), -7.5 - (1 + 2.25)),  # down
-        ((0, 0), (5, -3), (1, -1), -60 - (16 + 1)),  # clipped, and the cost is the clipped action's
+        (
+            (0, 0),
+            (5, -3),
+            (1, -1),
+            -60 - (16 + 1),
+        ),  # clipped, and the cost is the clipped action's
         ((6.5, -6.5), (1, -1), (7, -7), -60 - (49 + 4)),  # stopped by the walls
         ((-6.75, 6.75), (-1, 0.5), (-7, 7), -37.5 - (49 + 4)),
     ],
@@ -55,7 +65,9 @@ def test_dynamics_and_reward(state, action, new, reward):
 
 
 @pytest.mark.parametrize("goal", [(5, 0), (-5, 0), (0, 5), (0, -5)])
-@pytest.mark.parametrize(("distance", "arrives"), [(1.001, False), (1.0, False), (0.999, True)])
+@pytest.mark.parametrize(
+    ("distance", "arrives"), [(1.001, False), (1.0, False), (0.999, True)]
+)
 def test_arrival_ends_the_episode_and_pays_ten(goal, distance, arrives):
     """At the edge of each goal's disc, from two units away along the axis."""
     goal = np.float64(goal)
@@ -74,7 +86,9 @@ def test_a_goal_can_be_crossed_without_arrival():
 def test_time_limit():
     env = gym.make(ENV_ID)
     env.reset(seed=0)
-    ends = [env.step(np.zeros(2, np.float32))[2:4] for _ in range(multi_goal.TIME_LIMIT)]
+    ends = [
+        env.step(np.zeros(2, np.float32))[2:4] for _ in range(multi_goal.TIME_LIMIT)
+    ]
     assert ends == [(False, False)] * (multi_goal.TIME_LIMIT - 1) + [(False, True)]
 
 
@@ -187,7 +201,9 @@ def test_quadrature_of_a_known_integral():
 
     for alpha in (0.2, 0.4, 2.5):
         value = figure.quadrature_value(q_values, torch.zeros(40, 2), alpha)
-        inside = math.erf((30 / alpha) ** 0.5) ** 2  # of a normal with variance alpha / 60
+        inside = (
+            math.erf((30 / alpha) ** 0.5) ** 2
+        )  # of a normal with variance alpha / 60
         expected = alpha * math.log(inside * math.pi * alpha / 30)
         np.testing.assert_allclose(value, expected, atol=1e-4)
 
@@ -204,7 +220,9 @@ def random_run(script, folder, env_id=ENV_ID, settings=(), **changes):
     """A run folder with the untrained policy of one of the scripts."""
     args = script.Args.for_env(env_id)
     args.seed = 7
-    state = {name: network.state_dict() for name, network in networks(script, args).items()}
+    state = {
+        name: network.state_dict() for name, network in networks(script, args).items()
+    }
     folder.mkdir(parents=True)
     content = {"args": vars(args) | dict(settings), "step": 4000, **state, **changes}
     save_file(folder / "policy_final.pt", content, script.__name__)
@@ -283,10 +301,14 @@ def test_figure(tmp_path, monkeypatch, capsys):
     runs = [str(random_run(s, tmp_path / s.__name__)) for s in (meow, sac)]
     runs.append(str(random_run(sql, tmp_path / "east", env_id=east)))
     for chosen in (runs, runs[2:]):
-        assert figure.main(["--run", *chosen, "--out", str(out), "--name", "goals"]) == 0
+        assert (
+            figure.main(["--run", *chosen, "--out", str(out), "--name", "goals"]) == 0
+        )
         table = (out / "goals.md").read_text(encoding="utf-8")
         assert capsys.readouterr().out == table
-        rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+        rows = [
+            line.split(" | ") for line in table.splitlines() if line.startswith("| ")
+        ][1:]
         names = [row[0].removeprefix("| ") for row in rows]
         assert names == ["MEow", "SAC", "Soft Q-learning (NorthEast)"][-len(chosen) :]
         for row in rows:
@@ -321,9 +343,21 @@ def bad_runs(folder):
         "empty folder": (["--run", f"{folder}/empty"], 2, ["empty", "policy_final.pt"]),
         "damaged": (["--run", f"{folder}/damaged"], 1, ["damaged"]),
         "no args.json": (["--run", f"{folder}/nameless"], 2, ["nameless/args.json"]),
-        "another program": (["--run", f"{folder}/foreign"], 2, ["td3", "sac_continuous_action"]),
-        "another environment": (["--run", f"{folder}/hopper"], 2, ["Hopper-v4", "MultiGoal-v0"]),
-        "other networks": (["--run", f"{folder}/unfitting"], 1, ["unfitting", "another version"]),
+        "another program": (
+            ["--run", f"{folder}/foreign"],
+            2,
+            ["td3", "sac_continuous_action"],
+        ),
+        "another environment": (
+            ["--run", f"{folder}/hopper"],
+            2,
+            ["Hopper-v4", "MultiGoal-v0"],
+        ),
+        "other networks": (
+            ["--run", f"{folder}/unfitting"],
+            1,
+            ["unfitting", "another version"],
+        ),
         "other options": (["--run", f"{folder}/option"], 1, ["no_such_option"]),
         "not finite": (["--run", f"{folder}/nan"], 1, ["MEow, seed 7", "not finite"]),
         "out is a file": (["--run", good, "--out", f"{folder}/file"], 1, ["file"]),
@@ -360,7 +394,14 @@ def test_it_trains_and_the_figure_reads_the_run(script, tmp_path, monkeypatch, c
     """From the command line of each script to the table."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figure, "MAP_POINTS", 5)
-    sizes = ["--total-timesteps", "40", "--learning-starts", "30", "--eval-episodes", "1"]
+    sizes = [
+        "--total-timesteps",
+        "40",
+        "--learning-starts",
+        "30",
+        "--eval-episodes",
+        "1",
+    ]
     words = ["--env-id", ENV_ID, *sizes, "--batch-size", "8", "--no-compile"]
     assert main(script.Args, script.train, script.load_evaluator, words) == 0
     (run,) = (tmp_path / "runs").iterdir()
@@ -368,7 +409,9 @@ def test_it_trains_and_the_figure_reads_the_run(script, tmp_path, monkeypatch, c
     assert "| 1 | 40 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "goals"), [("NorthEast", (0, 2)), ("SouthEast", (0, 3))])
+@pytest.mark.parametrize(
+    ("name", "goals"), [("NorthEast", (0, 2)), ("SouthEast", (0, 3))]
+)
 def test_worlds_to_compose_have_two_goals(name, goals):
     """Only their own goals end an episode and draw the point; MEow's settings apply there too."""
     env_id = f"multi_goal:MultiGoal{name}-v0"

@@ -8,7 +8,11 @@ import tomllib
 import pytest
 from conftest import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 REPORTS = sorted((ROOT / "results").rglob("*.md"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 README = (ROOT / "README.md").read_text()
@@ -24,10 +28,15 @@ def names(requirements: list[str]) -> set[str]:
 def anchors(page) -> set[str]:
     """What `page.md#...` can point to, as GitHub derives it from the headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
 
 
-@pytest.mark.parametrize("page", [*PAGES, *REPORTS, ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *REPORTS, ROOT / "CHANGELOG.md"], ids=lambda p: p.name
+)
 def test_links_and_images_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith(("http://", "https://")):
@@ -53,10 +62,14 @@ def test_commands_run_files_that_exist(page):
 
 @each_page
 def test_files_that_are_named_exist(page):
-    folders = "harness|isaac_tasks|multi_goal|tools|tests|docs|results|meow_|sac_|sql_|sb3_"
+    folders = (
+        "harness|isaac_tasks|multi_goal|tools|tests|docs|results|meow_|sac_|sql_|sb3_"
+    )
     found = re.findall(rf"`((?:{folders})[\w/.-]*(?:/|\.\w+))`", page.read_text())
     files = [name for name in found if "/" in name or name.endswith((".py", ".md"))]
-    missing = [n for n in files if not any((f / n).exists() for f in (ROOT, ROOT / "tools"))]
+    missing = [
+        n for n in files if not any((f / n).exists() for f in (ROOT, ROOT / "tools"))
+    ]
     assert missing == []
 
 
@@ -93,7 +106,9 @@ def test_every_import_is_a_requirement_and_every_requirement_is_used():
     extras = set().union(*map(names, project["optional-dependencies"].values()))
     assert not required & extras
 
-    files = [f for f in ROOT.rglob("*.py") if not {"runs", ".venv", "build"} & set(f.parts)]
+    files = [
+        f for f in ROOT.rglob("*.py") if not {"runs", ".venv", "build"} & set(f.parts)
+    ]
     own = {file.stem for file in files} | {file.parent.name for file in files}
     imported = set()
     for file in files:
@@ -106,7 +121,11 @@ def test_every_import_is_a_requirement_and_every_requirement_is_used():
     imported -= sys.stdlib_module_names | own
     nvidia = {"isaacgym", "isaacgymenvs", "isaaclab", "isaaclab_tasks"}
     assert imported - nvidia <= required | extras
-    alone = {"tensorboard", "pytest_xdist", "ruff"}  # used by torch or from the command line
+    alone = {
+        "tensorboard",
+        "pytest_xdist",
+        "ruff",
+    }  # used by torch or from the command line
     assert (required | extras) - imported <= alone
 
 
@@ -129,5 +148,7 @@ def test_citation_has_the_software_and_the_paper():
     assert all(re.match(r" *(- )?[\w-]+:( |$)", line) for line in text.splitlines())
     assert top["version"] == PROJECT["project"]["version"]
     authors = re.search(r"author += \{(.*)\}", README)[1].split(" and ")
-    family, given = (re.findall(rf"{key}-names: (.*)", text) for key in ("family", "given"))
+    family, given = (
+        re.findall(rf"{key}-names: (.*)", text) for key in ("family", "given")
+    )
     assert [f"{f}, {g}" for f, g in zip(family, given, strict=True)] == authors

@@ -16,14 +16,18 @@ SCRIPTS = GYMNASIUM + ISAAC
 
 
 def files(*patterns: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+    return sorted(
+        str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)
+    )
 
 
 HARNESS, PACKAGE = files("harness/*.py"), files("isaac_tasks/*.py")
 OTHERS = files("sb3_baselines.py", "multi_goal.py", "multi_goal/*.py", "tools/*.py")
 
 # The same algorithm in two scripts: these blocks are identical.
-MEOW = "Triple Swish MLP EnergyFlow log_prior log_tanh_slope Keep soft_target meow_loss "
+MEOW = (
+    "Triple Swish MLP EnergyFlow log_prior log_tanh_slope Keep soft_target meow_loss "
+)
 MEOW += "clip_gradient METRICS make_update make_flow"
 SAC = "MLP Actor Critics log_normal log_tanh_slope Normal soft_target critic_loss actor_loss "
 SAC += "temperature_loss CRITIC_METRICS ACTOR_METRICS make_critic_update make_actor_update "
@@ -32,14 +36,26 @@ TWINS = {("meow_continuous_action.py", "meow_isaacgym.py"): MEOW.split()}
 TWINS[("sac_continuous_action.py", "sac_isaacgym.py")] = SAC.split()
 # What each script has of its own under a common name, and what two algorithms call alike.
 OWN = set("Args PAPER_SETTINGS paper HIDDEN train load_evaluator".split())
-ALIKE = OWN | set("MLP log_tanh_slope soft_target critic_loss METRICS make_update".split())
+ALIKE = OWN | set(
+    "MLP log_tanh_slope soft_target critic_loss METRICS make_update".split()
+)
 ALIKE |= {"make_networks", "MULTI_GOAL", "Normal"}
 # Formulas and networks that two algorithms share word for word.
 COPIES = {"MLP", "MLP.__init__", "log_tanh_slope", "log_prior", "log_normal", "Normal"}
-ENTRY = {"main", "parse_args", "Policy", "Run"}  # names that a tool may use for its own things
+ENTRY = {
+    "main",
+    "parse_args",
+    "Policy",
+    "Run",
+}  # names that a tool may use for its own things
 LINES = {script: 450 for script in GYMNASIUM} | {script: 480 for script in ISAAC}
 LINES |= {module: 260 for module in HARNESS}
-LINES |= {"benchmark.sh": 100, "tools/compare.py": 350, "sb3_baselines.py": 220, "README.md": 200}
+LINES |= {
+    "benchmark.sh": 100,
+    "tools/compare.py": 350,
+    "sb3_baselines.py": 220,
+    "README.md": 200,
+}
 
 
 @cache
@@ -72,7 +88,11 @@ def definitions(path: str) -> dict[str, ast.AST]:
 def docstring(node: ast.AST) -> ast.Constant | None:
     first = node.body[0] if getattr(node, "body", None) else None
     value = first.value if isinstance(first, ast.Expr) else None
-    return value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
+    return (
+        value
+        if isinstance(value, ast.Constant) and isinstance(value.value, str)
+        else None
+    )
 
 
 def substance(node: ast.AST) -> str:
@@ -89,7 +109,11 @@ def substance(node: ast.AST) -> str:
 @cache
 def substances(path: str) -> dict[str, str]:
     """Names of functions and classes by their substance, those of a line or two left out."""
-    found = {n: substance(d) for n, d in definitions(path).items() if not isinstance(d, ast.Assign)}
+    found = {
+        n: substance(d)
+        for n, d in definitions(path).items()
+        if not isinstance(d, ast.Assign)
+    }
     return {text: name for name, text in found.items() if text.count("\n") >= 3}
 
 
@@ -105,7 +129,10 @@ def test_twins_have_the_same_algorithm(pair):
     one, two = map(definitions, pair)
     for name in TWINS[pair]:
         assert ast.unparse(one[name]) == ast.unparse(two[name]), name
-    assert {name for name in one if name in two and "." not in name} <= {*TWINS[pair], *OWN}
+    assert {name for name in one if name in two and "." not in name} <= {
+        *TWINS[pair],
+        *OWN,
+    }
 
 
 @pytest.mark.parametrize("path", SCRIPTS + OTHERS)
@@ -117,7 +144,9 @@ def test_nothing_of_the_harness_is_repeated(path):
         names = {n for n in definitions(module) if "." not in n} & set(own) - allowed
         assert names == set(), module
         texts = substances(module)
-        assert [(n, own_texts[t]) for t, n in texts.items() if t in own_texts] == [], module
+        assert [(n, own_texts[t]) for t, n in texts.items() if t in own_texts] == [], (
+            module
+        )
 
 
 @pytest.mark.parametrize(
@@ -129,12 +158,16 @@ def test_two_scripts_share_nothing_but_the_algorithm(pair):
     one, two = map(substances, pair)
     copied = {(name, two[text]) for text, name in one.items() if text in two}
     blocks = {*TWINS.get(pair, []), *COPIES}
-    assert [names for names in copied if not {n.split(".")[0] for n in names} <= blocks] == []
+    assert [
+        names for names in copied if not {n.split(".")[0] for n in names} <= blocks
+    ] == []
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, "sb3_baselines.py", *HARNESS, *PACKAGE])
 def test_no_script_is_imported(path):
-    names = "|".join(script.removesuffix(".py") for script in [*SCRIPTS, "sb3_baselines"])
+    names = "|".join(
+        script.removesuffix(".py") for script in [*SCRIPTS, "sb3_baselines"]
+    )
     assert not re.search(rf"^\s*(from|import) ({names})\b", read(path), re.M)
 
 
@@ -155,7 +188,11 @@ def test_readme_is_short():
 def test_networks_come_early(path):
     """The first one by line 140."""
     classes = [d for d in definitions(path).values() if isinstance(d, ast.ClassDef)]
-    networks = [c.lineno for c in classes if c.bases and ast.unparse(c.bases[0]).startswith("nn.")]
+    networks = [
+        c.lineno
+        for c in classes
+        if c.bases and ast.unparse(c.bases[0]).startswith("nn.")
+    ]
     assert min(networks) <= 140
 
 
@@ -163,15 +200,23 @@ def test_networks_come_early(path):
 def test_harness_knows_no_algorithm(path):
     """No identifier and no text but docstrings speaks of what only an algorithm has."""
     tree, words = ast.parse(read(path)), set()
-    texts = [docstring(n) for n in ast.walk(tree) if isinstance(n, ast.Module | ast.FunctionDef)]
+    texts = [
+        docstring(n)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Module | ast.FunctionDef)
+    ]
     texts += [docstring(n) for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
     for node in ast.walk(tree):
         if not any(node is text for text in texts):
             fields = [value for _, value in ast.iter_fields(node)]
-            words |= {w.lower() for f in fields if isinstance(f, str) for w in split_words(f)}
+            words |= {
+                w.lower() for f in fields if isinstance(f, str) for w in split_words(f)
+            }
     algorithm = "flow flows critic critics actor actors temperature alpha entropy latent sampler"
     assert (
-        words & set(f"{algorithm} shift shifts coupling dropout polyak tau gamma".split()) == set()
+        words
+        & set(f"{algorithm} shift shifts coupling dropout polyak tau gamma".split())
+        == set()
     )
 
 
@@ -180,12 +225,20 @@ def split_words(text: str) -> list[str]:
 
 
 # --- Deviations from other code: D1, I1, S1, Q1, ... ------------------------------------------
-UNMARKED = {"D4", "D5", "D6", "I3", "Q1"}  # no line to mark: left out there, settings, the harness
+UNMARKED = {
+    "D4",
+    "D5",
+    "D6",
+    "I3",
+    "Q1",
+}  # no line to mark: left out there, settings, the harness
 
 
 def listed(path: str) -> list[str]:
     """The tags that a script's docstring explains, in its order."""
-    return re.findall(r"^([DISQ]\d+) (?!to )", ast.get_docstring(ast.parse(read(path))), re.M)
+    return re.findall(
+        r"^([DISQ]\d+) (?!to )", ast.get_docstring(ast.parse(read(path))), re.M
+    )
 
 
 def marked(path: str) -> set[str]:
@@ -230,7 +283,9 @@ def options(path: str) -> list[ast.AnnAssign]:
     classes = [d for n, d in definitions(path).items() if isinstance(d, ast.ClassDef)]
     fields = [field for c in classes if c.name.endswith("Args") for field in c.body]
     fields = [field for field in fields if isinstance(field, ast.AnnAssign)]
-    return [field for field in fields if "ClassVar" not in ast.unparse(field.annotation)]
+    return [
+        field for field in fields if "ClassVar" not in ast.unparse(field.annotation)
+    ]
 
 
 OPTION_FILES = [p for p in SCRIPTS + OTHERS + HARNESS + PACKAGE if options(p)]
@@ -253,8 +308,18 @@ def test_every_option_is_read(path):
     """As args.name, in the script itself or, if it is everyone's, anywhere."""
     shared = {field.target.id for file in HARNESS + PACKAGE for field in options(file)}
     everyone = path in HARNESS + PACKAGE
-    nodes = [n for f in (SCRIPTS + HARNESS + PACKAGE if everyone else [path]) for n in walk(f)]
-    attributes = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-    used = {n.attr for n in attributes if re.search(r"\b(args|given)$", ast.unparse(n.value))}
+    nodes = [
+        n
+        for f in (SCRIPTS + HARNESS + PACKAGE if everyone else [path])
+        for n in walk(f)
+    ]
+    attributes = [
+        n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+    ]
+    used = {
+        n.attr
+        for n in attributes
+        if re.search(r"\b(args|given)$", ast.unparse(n.value))
+    }
     names = {field.target.id for field in options(path)}
     assert names - used - (set() if everyone else shared) == set()

@@ -72,7 +72,9 @@ def test_split_batch_cuts_what_add_was_given():
 def test_a_saved_buffer_goes_on_as_if_never_stopped(n):
     whole, restored = filled(10, n), ReplayBuffer(10, 2, 1, 8)
     state = whole.state_dict()
-    assert state["rows"].untyped_storage().nbytes() == 4 * 7 * min(n, 10)  # no empty rows
+    assert state["rows"].untyped_storage().nbytes() == 4 * 7 * min(
+        n, 10
+    )  # no empty rows
     restored.load_state_dict(state)
     for replay in (whole, restored):
         replay.add(*numbered(99))
@@ -98,7 +100,10 @@ def test_stored_transitions_are_the_environments_own():
 
     The next observation is the episode's true last one, not the first of the episode after it.
     """
-    env, replay = TrainingEnv("scripted_env:Scripted-v0", seed=1), ReplayBuffer(30, 2, 2, 8)
+    env, replay = (
+        TrainingEnv("scripted_env:Scripted-v0", seed=1),
+        ReplayBuffer(30, 2, 2, 8),
+    )
     env.reset()
     statistics = []
     for step in range(30):
@@ -107,7 +112,9 @@ def test_stored_transitions_are_the_environments_own():
             statistics.append((step + 1, *ended.values()))
     expected, ends = [], []
     for episode in range(1, 10):
-        kind = (episode - 1) % 3  # termination after 3 steps, time-out after 4, both after 5
+        kind = (
+            episode - 1
+        ) % 3  # termination after 3 steps, time-out after 4, both after 5
         length = 3 + kind
         for t in range(1, length + 1):
             terminated = t == length and kind != 1

@@ -71,7 +71,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, script):
     resumed = launch(script, words, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(folder) == metrics(finished(script)[0])
-    final, expected = (read(f / "policy_final.pt") for f in (folder, finished(script)[0]))
+    final, expected = (
+        read(f / "policy_final.pt") for f in (folder, finished(script)[0])
+    )
     for name in expected.keys() - {"format", "args", "step"}:
         for key, value in expected[name].items():
             assert torch.equal(value, final[name][key]), key
@@ -96,7 +98,12 @@ def test_more_steps_continue_a_finished_run(finished, tmp_path):
     """45 steps, then resumed to 60, gives the numbers of 60 at once (besides those of step 45)."""
     assert launch(SCRIPT, quick(total_timesteps=45), tmp_path).returncode == 0
     folder, expected = only_run(tmp_path), metrics(finished(SCRIPT)[0])
-    assert launch(SCRIPT, ["--resume", folder, "--total-timesteps", 60], tmp_path).returncode == 0
+    assert (
+        launch(
+            SCRIPT, ["--resume", folder, "--total-timesteps", 60], tmp_path
+        ).returncode
+        == 0
+    )
     more = [row for row in metrics(folder) if row not in expected]
     assert {step for step, _, _ in more} == {"45"}
     assert [row for row in metrics(folder) if row not in more] == expected
@@ -111,7 +118,10 @@ def test_an_environment_that_does_not_replay_is_announced(tmp_path):
     folder = only_run(tmp_path)
     resumed = launch(SCRIPT, ["--resume", folder, "--total-timesteps", 40], tmp_path)
     assert resumed.returncode == 0
-    assert "warning: scripted_env:Drifting-v0 did not replay its episode exactly" in resumed.stderr
+    assert (
+        "warning: scripted_env:Drifting-v0 did not replay its episode exactly"
+        in resumed.stderr
+    )
     env = read(folder / "checkpoint.pt")["env"]
     assert (env["steps"], env["episode"], len(env["actions"])) == (40, 8, 2)
 
@@ -122,13 +132,17 @@ def test_a_changed_machine_is_announced(stopped, tmp_path):
     torch.save(content, stopped / "checkpoint.pt")
     resumed = launch(SCRIPT, ["--resume", stopped], tmp_path)
     assert resumed.returncode == 0
-    assert "warning: other cpu than before: not bit for bit the same run" in resumed.stderr
+    assert (
+        "warning: other cpu than before: not bit for bit the same run" in resumed.stderr
+    )
 
 
 # --- --resume auto --------------------------------------------------------------------------------
 def test_auto_starts_goes_on_and_does_nothing(finished, tmp_path):
     """One command line, given again and again, makes one complete run."""
-    assert launch(SCRIPT, AUTO, tmp_path, signals={47: signal.SIGTERM}).returncode == 143
+    assert (
+        launch(SCRIPT, AUTO, tmp_path, signals={47: signal.SIGTERM}).returncode == 143
+    )
     assert launch(SCRIPT, AUTO, tmp_path).returncode == 0
     assert metrics(only_run(tmp_path)) == metrics(finished(SCRIPT)[0])
     before = {path: path.read_bytes() for path in only_run(tmp_path).iterdir()}
@@ -141,7 +155,10 @@ def test_auto_starts_goes_on_and_does_nothing(finished, tmp_path):
 
 def test_auto_extends_a_run_and_tells_runs_apart(tmp_path):
     """Only what changes the numbers makes another run; more steps go on with the same one."""
-    assert launch(SCRIPT, quick(resume="auto", total_timesteps=32), tmp_path).returncode == 0
+    assert (
+        launch(SCRIPT, quick(resume="auto", total_timesteps=32), tmp_path).returncode
+        == 0
+    )
     folder = only_run(tmp_path)
     words = quick(resume="auto", total_timesteps=34, keep_policies=True)
     assert launch(SCRIPT, words, tmp_path).returncode == 0
@@ -156,12 +173,16 @@ def test_auto_extends_a_run_and_tells_runs_apart(tmp_path):
 
 def test_auto_starts_again_without_a_checkpoint(tmp_path):
     """A run that never came to its first checkpoint; its rows are written again, once each."""
-    assert launch(SCRIPT, AUTO, tmp_path, signals={15: signal.SIGTERM}).returncode == 143
+    assert (
+        launch(SCRIPT, AUTO, tmp_path, signals={15: signal.SIGTERM}).returncode == 143
+    )
     folder = only_run(tmp_path)
     before = metrics(folder)
     (folder / "checkpoint.pt").unlink()
     (folder / "notes.txt").write_text("mine")
-    assert launch(SCRIPT, AUTO, tmp_path, signals={15: signal.SIGTERM}).returncode == 143
+    assert (
+        launch(SCRIPT, AUTO, tmp_path, signals={15: signal.SIGTERM}).returncode == 143
+    )
     assert only_run(tmp_path) == folder
     assert metrics(folder) == before
     assert (folder / "notes.txt").read_text() == "mine"
@@ -187,7 +208,10 @@ def test_a_second_process_waits_for_the_first(tmp_path):
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         process = start([sys.executable, SCRIPT, *AUTO], tmp_path)
-        assert process.stderr.readline() == "waiting for another process that trains this run\n"
+        assert (
+            process.stderr.readline()
+            == "waiting for another process that trains this run\n"
+        )
         assert process.poll() is None
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, "is finished" in out) == (0, True)
@@ -196,21 +220,39 @@ def test_a_second_process_waits_for_the_first(tmp_path):
 # --- Refused --------------------------------------------------------------------------------------
 def test_other_settings_are_refused_and_named(stopped, tmp_path):
     before = {path: path.read_bytes() for path in stopped.iterdir()}
-    words = ["--resume", stopped, "--tau", 0.5, "--env-id", "Ant-v4", "--total-timesteps", 90]
+    words = [
+        "--resume",
+        stopped,
+        "--tau",
+        0.5,
+        "--env-id",
+        "Ant-v4",
+        "--total-timesteps",
+        90,
+    ]
     named = ["--env-id InvertedPendulum-v4", "--tau 0.005"]
     is_one_sentence(launch(SCRIPT, words, tmp_path), 2, "other settings", *named)
-    is_one_sentence(launch(SCRIPT, ["--evaluate", stopped, "--alpha", 3], tmp_path), 2, "--alpha")
+    is_one_sentence(
+        launch(SCRIPT, ["--evaluate", stopped, "--alpha", 3], tmp_path), 2, "--alpha"
+    )
     assert before == {path: path.read_bytes() for path in stopped.iterdir()}
 
 
 def test_a_policy_can_not_be_resumed(finished, tmp_path):
-    words = ["--resume", finished(SCRIPT)[0] / "policy_final.pt", "--total-timesteps", 90]
+    words = [
+        "--resume",
+        finished(SCRIPT)[0] / "policy_final.pt",
+        "--total-timesteps",
+        90,
+    ]
     is_one_sentence(launch(SCRIPT, words, tmp_path), 2, "a policy, not a checkpoint")
 
 
 DAMAGED = {
     "truncated": lambda content: content[: len(content) // 2],
-    "flipped": lambda c: c[:900_000] + bytes([c[900_000] ^ 64]) + c[900_001:],  # one bit of theta
+    "flipped": lambda c: (
+        c[:900_000] + bytes([c[900_000] ^ 64]) + c[900_001:]
+    ),  # one bit of theta
     "empty": lambda _: b"",
     "text": lambda _: b"hello, not a checkpoint\n" * 99,
 }
@@ -234,7 +276,9 @@ def test_damaged_checkpoints(stopped, tmp_path, how):
 def test_missing_checkpoints_and_those_of_other_scripts(stopped, tmp_path):
     for option in ("--resume", "--evaluate"):
         for path in (tmp_path, tmp_path / "nothing"):
-            is_one_sentence(launch(SCRIPT, [option, path], tmp_path), 2, f"{option} {path}")
+            is_one_sentence(
+                launch(SCRIPT, [option, path], tmp_path), 2, f"{option} {path}"
+            )
         other = launch(SCRIPTS[1], [option, stopped], tmp_path)
         is_one_sentence(other, 1, "was not written by", "sac_continuous_action.py")
 
@@ -249,7 +293,9 @@ def test_settings_of_another_version_are_refused(stopped, tmp_path):
 
 def test_a_shortened_log_is_refused(stopped, tmp_path):
     (stopped / "metrics.csv").write_text("step,seconds,name,value\n")
-    is_one_sentence(launch(SCRIPT, ["--resume", stopped], tmp_path), 1, "metrics.csv is shorter")
+    is_one_sentence(
+        launch(SCRIPT, ["--resume", stopped], tmp_path), 1, "metrics.csv is shorter"
+    )
 
 
 # --- A full disk ----------------------------------------------------------------------------------
@@ -257,9 +303,13 @@ def test_a_full_disk_keeps_the_previous_checkpoint(finished, stopped, tmp_path):
     """No file can grow as large as a checkpoint; later there is room and the run goes on."""
     before = (stopped / "checkpoint.pt").read_bytes()
     full = launch(SCRIPT, ["--resume", stopped], tmp_path, largest_file=300_000)
-    is_one_sentence(full, 1, "can't write", "policy_final.pt", "there is no earlier one")
+    is_one_sentence(
+        full, 1, "can't write", "policy_final.pt", "there is no earlier one"
+    )
     full = launch(SCRIPT, ["--resume", stopped], tmp_path, largest_file=1_000_000)
-    is_one_sentence(full, 1, "can't write", "checkpoint.pt ([Errno 27]", "previous one is intact")
+    is_one_sentence(
+        full, 1, "can't write", "checkpoint.pt ([Errno 27]", "previous one is intact"
+    )
     assert (stopped / "checkpoint.pt").read_bytes() == before
     assert not list(stopped.glob("*.tmp"))
     assert launch(SCRIPT, ["--resume", stopped], tmp_path).returncode == 0

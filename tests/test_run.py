@@ -60,7 +60,10 @@ def test_files_and_numbers_of_a_run(finished, script):
     seconds = [float(line.split(",")[1]) for line in lines[1:]]
     assert seconds == sorted(seconds)
     rows = by_name(folder)
-    assert rows.keys() >= LOSSES[script.stem] | {"charts/episodic_return", "charts/episodic_length"}
+    assert rows.keys() >= LOSSES[script.stem] | {
+        "charts/episodic_return",
+        "charts/episodic_length",
+    }
     assert [step for step, _ in rows["eval/return_mean"]] == [25, 50, 60]
     for name in LOSSES[script.stem]:  # every 10 steps once learning has begun
         assert [step for step, _ in rows[name]] == [40, 50, 60]
@@ -77,9 +80,14 @@ def test_args_json_says_how_to_reproduce_a_run(finished):
     folder, _ = finished(SCRIPT)
     described = json.loads((folder / "args.json").read_text())
     settings = described["args"]
-    assert settings.items() >= {"env_id": "InvertedPendulum-v4", "tau": 0.005, "seed": 1}.items()
+    assert (
+        settings.items()
+        >= {"env_id": "InvertedPendulum-v4", "tau": 0.005, "seed": 1}.items()
+    )
     assert described["script"] == SCRIPT.name
-    assert described["command"].startswith(f"python {SCRIPT.name} --env-id InvertedPendulum-v4 ")
+    assert described["command"].startswith(
+        f"python {SCRIPT.name} --env-id InvertedPendulum-v4 "
+    )
     assert described["versions"]["torch"] == torch.__version__
     assert described["compiled"] is False
     assert described["threads"] == 1
@@ -94,7 +102,9 @@ def test_tensorboard_has_the_same_numbers(finished):
     assert set(events.Tags()["scalars"]) == {*rows, "charts/SPS"}
     for name, values in rows.items():
         found = [(event.step, event.value) for event in events.Scalars(name)]
-        assert found == [(step, pytest.approx(value, nan_ok=True)) for step, value in values]
+        assert found == [
+            (step, pytest.approx(value, nan_ok=True)) for step, value in values
+        ]
 
 
 def test_speed_is_steps_per_second(tmp_path):
@@ -120,14 +130,21 @@ def test_another_seed_gives_another_run(finished, tmp_path, script):
 
 def test_evaluations_do_not_disturb_training(finished, tmp_path):
     """More evaluations, of more episodes, drawn from the policy: the same losses and episodes."""
-    changes = dict(eval_frequency=9, eval_episodes=3, deterministic_eval=False, log_frequency=5)
-    assert launch(SCRIPT, quick(**changes, keep_policies=True), tmp_path).returncode == 0
+    changes = dict(
+        eval_frequency=9, eval_episodes=3, deterministic_eval=False, log_frequency=5
+    )
+    assert (
+        launch(SCRIPT, quick(**changes, keep_policies=True), tmp_path).returncode == 0
+    )
     rows = by_name(only_run(tmp_path))
     for name, values in by_name(finished(SCRIPT)[0]).items():
         if not name.startswith("eval/"):
             assert set(values) <= set(rows[name]), name
     names = [f"step-{step:09d}.pt" for step in (9, 18, 27, 36, 45, 54, 60)]
-    assert sorted(path.name for path in (only_run(tmp_path) / "policies").iterdir()) == names
+    assert (
+        sorted(path.name for path in (only_run(tmp_path) / "policies").iterdir())
+        == names
+    )
 
 
 @pytest.mark.slow
@@ -139,7 +156,10 @@ def test_a_terminal_shows_a_bar(tmp_path):
     process = subprocess.Popen(words, cwd=tmp_path, stderr=child)
     os.close(child)
     text = b""
-    with open(parent, "rb", buffering=0) as shown, contextlib.suppress(OSError):  # the end
+    with (
+        open(parent, "rb", buffering=0) as shown,
+        contextlib.suppress(OSError),
+    ):  # the end
         while piece := shown.read(4096):
             text += piece
     assert process.wait() == 0
@@ -155,7 +175,12 @@ def test_wandb_offline_gets_the_same_names(tmp_path):
     assert result.returncode == 0, result.stderr
     (offline,) = only_run(tmp_path).glob("wandb/offline-run-*/*.wandb")
     content = offline.read_bytes()
-    for name in [*by_name(only_run(tmp_path)), "charts/SPS", "git_commit", "learning_starts"]:
+    for name in [
+        *by_name(only_run(tmp_path)),
+        "charts/SPS",
+        "git_commit",
+        "learning_starts",
+    ]:
         assert name.encode() in content, name
 
 
@@ -187,7 +212,15 @@ def test_evaluate_plays_the_last_evaluation_again(finished, tmp_path, script):
         assert "2 deterministic episodes of " in lines[2]
         assert f" on InvertedPendulum-v4: return {np.mean(last):.2f} +- " in lines[2]
         printed.append(lines[:2])
-    words = ["--evaluate", folder, "--seed", 8, "--no-deterministic-eval", "--eval-episodes", 5]
+    words = [
+        "--evaluate",
+        folder,
+        "--seed",
+        8,
+        "--no-deterministic-eval",
+        "--eval-episodes",
+        5,
+    ]
     other = launch(script, words, tmp_path).stdout
     assert "5 stochastic episodes" in other
     assert other.splitlines()[:2] != printed[0]
@@ -236,7 +269,9 @@ BAD_RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "code", "needle"), BAD_RUNS, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("changes", "code", "needle"), BAD_RUNS, ids=lambda x: str(x)[:40]
+)
 def test_bad_input_is_one_sentence(tmp_path, changes, code, needle):
     (tmp_path / "occupied").write_text("a file where the folder should be")
     is_one_sentence(launch(SCRIPT, quick(**changes), tmp_path), code, needle)
@@ -256,7 +291,9 @@ ODD = [
 @pytest.mark.parametrize("changes", ODD, ids=str)
 def test_odd_settings_are_fine(tmp_path, changes):
     """The run ends with its evaluation, and in one folder within --runs-dir."""
-    settings = dict(total_timesteps=14, learning_starts=10, checkpoint_frequency=0) | changes
+    settings = (
+        dict(total_timesteps=14, learning_starts=10, checkpoint_frequency=0) | changes
+    )
     result = launch(SCRIPT, quick(**settings), tmp_path)
     assert result.returncode == 0, result.stderr
     (top,) = tmp_path.iterdir()
@@ -268,18 +305,28 @@ def test_odd_settings_are_fine(tmp_path, changes):
 @each_script
 def test_bad_environments_and_divergence_stop_every_script(tmp_path, script):
     words = quick(env_id="CartPole-v1")
-    is_one_sentence(launch(script, words, tmp_path), 2, "--env-id CartPole-v1", "continuous")
+    is_one_sentence(
+        launch(script, words, tmp_path), 2, "--env-id CartPole-v1", "continuous"
+    )
     words = quick(env_id="scripted_env:NanObs-v0")
-    is_one_sentence(launch(script, words, tmp_path), 1, "= nan at step 24", "checkpoint is intact")
+    is_one_sentence(
+        launch(script, words, tmp_path), 1, "= nan at step 24", "checkpoint is intact"
+    )
     saved = torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 20
     assert torch.isfinite(saved["replay"]["rows"]).all()
-    rate = dict(learning_rate=1e30) if script == SCRIPT else dict(q_lr=1e30, policy_lr=1e30)
+    rate = (
+        dict(learning_rate=1e30)
+        if script == SCRIPT
+        else dict(q_lr=1e30, policy_lr=1e30)
+    )
     diverged = launch(script, quick(**rate, runs_dir="diverged"), tmp_path)
     is_one_sentence(diverged, 1, "nan", "at step ", "checkpoint is intact")
 
 
-@pytest.mark.parametrize("words", [["--resume"], ["--evaluate"], ["--tau"], ["--tau", "--seed"]])
+@pytest.mark.parametrize(
+    "words", [["--resume"], ["--evaluate"], ["--tau"], ["--tau", "--seed"]]
+)
 def test_an_option_without_its_value_is_explained(tmp_path, words):
     result = launch(SCRIPT, words, tmp_path)
     assert result.returncode == 2

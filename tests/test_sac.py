@@ -43,15 +43,21 @@ def test_log_prob_is_pytorchs_with_the_action_scale():
     reference = TransformedDistribution(Normal(mean, log_std.exp()), transforms)
     expected = Independent(reference, 1).log_prob(action * SCALE)
     torch.testing.assert_close(log_prob, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(actor.log_prob(obs, action), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        actor.log_prob(obs, action), expected, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_density_integrates_to_one():
     """Over the environment's actions [-0.4, 0.4]: quadrature in float64."""
     actor = make_actor(scale=torch.tensor([0.4], dtype=torch.float64))
     action = torch.linspace(-1, 1, 20_001, dtype=torch.float64)[1:-1, None]
-    density = actor.log_prob(torch.randn(1, 5).double().expand(len(action), -1), action).exp()
-    assert torch.trapezoid(density, 0.4 * action[:, 0]).item() == pytest.approx(1, abs=1e-4)
+    density = actor.log_prob(
+        torch.randn(1, 5).double().expand(len(action), -1), action
+    ).exp()
+    assert torch.trapezoid(density, 0.4 * action[:, 0]).item() == pytest.approx(
+        1, abs=1e-4
+    )
 
 
 def test_log_sigma_stays_between_its_bounds():
@@ -64,7 +70,11 @@ def test_log_sigma_stays_between_its_bounds():
 
 def test_targets_and_losses_by_hand():
     """min over the critics, entropy bonus, termination; sum of squares; the actor's minimum."""
-    q, log_prob, alpha = torch.tensor([[3.0, 5.0], [9.0, 8.0]]), torch.tensor([-2.0, 1.0]), 0.5
+    q, log_prob, alpha = (
+        torch.tensor([[3.0, 5.0], [9.0, 8.0]]),
+        torch.tensor([-2.0, 1.0]),
+        0.5,
+    )
     reward, terminated = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0])
     y = sac.soft_target(reward, terminated, q, log_prob, torch.tensor(alpha), 0.9)
     torch.testing.assert_close(y, torch.tensor([1 + 0.9 * (3 + 1.0), 1.0]))
@@ -73,7 +83,9 @@ def test_targets_and_losses_by_hand():
     loss = sac.actor_loss(q, log_prob, torch.tensor(alpha))
     assert loss.item() == pytest.approx((-1.0 - 3 + 0.5 - 8) / 2)
     log_alpha = torch.tensor([math.log(0.5)])
-    assert sac.temperature_loss(log_alpha, log_prob, -3.0).item() == pytest.approx(0.5 * 3.5)
+    assert sac.temperature_loss(log_alpha, log_prob, -3.0).item() == pytest.approx(
+        0.5 * 3.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,14 +117,18 @@ def test_updates_against_autograd_and_torch_optim(settings):
         with torch.no_grad():
             next_action, log_prob = actor.sample(next_obs, noise[0])
             q_next = targets.q_values(next_obs, next_action).min(-1).values
-            y = reward + 0.99 * (1 - terminated) * (q_next - own_log_alpha.exp() * log_prob)
+            y = reward + 0.99 * (1 - terminated) * (
+                q_next - own_log_alpha.exp() * log_prob
+            )
         q = critics.q_values(obs, action)
         loss = ((q[:, 0] - y) ** 2).mean() + ((q[:, 1] - y) ** 2).mean()
         q_adam.zero_grad()
         loss.backward()
         q_adam.step()
         with torch.no_grad():
-            for p, p_target in zip(critics.parameters(), targets.parameters(), strict=True):
+            for p, p_target in zip(
+                critics.parameters(), targets.parameters(), strict=True
+            ):
                 p_target.copy_(0.9 * p_target + 0.1 * p)
         new_action, log_prob = actor.sample(obs, noise[1])
         q_pi = critics.q_values(obs, new_action).min(-1).values
@@ -129,7 +145,9 @@ def test_updates_against_autograd_and_torch_optim(settings):
         expected = [loss.item(), *q.mean(0).tolist(), y.mean().item()]
         assert critic_metrics.tolist() == pytest.approx(expected, rel=1e-9)
         expected = [pi_loss, alpha_loss, own_log_alpha.exp(), -log_prob.mean()]
-        assert actor_metrics.tolist() == pytest.approx([x.item() for x in expected], rel=1e-9)
+        assert actor_metrics.tolist() == pytest.approx(
+            [x.item() for x in expected], rel=1e-9
+        )
         for vector, module in ((theta, critics), (q_state[1], targets), (phi, actor)):
             expected = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
             torch.testing.assert_close(vector, expected, rtol=1e-7, atol=1e-9)
@@ -138,7 +156,10 @@ def test_updates_against_autograd_and_torch_optim(settings):
 
 def test_temperature_moves_entropy_to_its_target():
     """alpha falls while the entropy is above -A and grows while it is below."""
-    for log_prob, grows in ((torch.full((8,), 9.0), True), (torch.full((8,), -9.0), False)):
+    for log_prob, grows in (
+        (torch.full((8,), 9.0), True),
+        (torch.full((8,), -9.0), False),
+    ):
         log_alpha = torch.zeros(1)
         grad = torch.func.grad(sac.temperature_loss)(log_alpha, log_prob, -3.0)
         assert (grad.item() < 0) is grows
@@ -188,7 +209,9 @@ def test_the_actors_updates_are_delayed_and_as_many(frequency):
     run = trained(sac, 6, after=look, policy_frequency=frequency)
     expected = [frequency * (i // frequency) for i in range(1, 7)]
     assert counts == [(0, 0)] * RANDOM_STEPS + [(n, n) for n in expected]
-    moved = [(a != b).any().item() for a, b in itertools.pairwise(phis[RANDOM_STEPS - 1 :])]
+    moved = [
+        (a != b).any().item() for a, b in itertools.pairwise(phis[RANDOM_STEPS - 1 :])
+    ]
     assert moved == [i % frequency == 0 for i in range(1, 7)]
     assert list(run.metrics[-1]) == sac.CRITIC_METRICS + sac.ACTOR_METRICS
 
@@ -209,10 +232,17 @@ def test_random_numbers_are_drawn_in_one_order():
 
 def test_reward_shifts_start_at_zero_and_leave_the_actor_alone():
     """b_k depends on the state alone: equal Q differences, so the same gradient for the actor."""
-    critics, plain = sac.make_networks(Args(reward_shifting="clipped"), 5, 3)[1], Critics(5, 3)
-    plain.load_state_dict({k: v for k, v in critics.state_dict().items() if k.startswith("q.")})
+    critics, plain = (
+        sac.make_networks(Args(reward_shifting="clipped"), 5, 3)[1],
+        Critics(5, 3),
+    )
+    plain.load_state_dict(
+        {k: v for k, v in critics.state_dict().items() if k.startswith("q.")}
+    )
     obs, action = torch.randn(8, 5), torch.rand(8, 3) - 0.5
-    torch.testing.assert_close(critics.q_values(obs, action), plain.q_values(obs, action))
+    torch.testing.assert_close(
+        critics.q_values(obs, action), plain.q_values(obs, action)
+    )
     for p in critics.b.parameters():
         p.add_(torch.randn_like(p))
     gap = critics.q_values(obs, action) - plain.q_values(obs, action)
@@ -223,10 +253,14 @@ def test_reward_shifts_start_at_zero_and_leave_the_actor_alone():
 
 def test_the_environments_own_action_range_enters_the_density(tmp_path):
     """Training with Humanoid-like bounds stores half the range; evaluation doesn't need it."""
-    words = "--env-id scripted_env:Scripted-v0 --total-timesteps 30 --learning-starts 20"
+    words = (
+        "--env-id scripted_env:Scripted-v0 --total-timesteps 30 --learning-starts 20"
+    )
     words += f" --batch-size 8 --eval-episodes 1 --no-compile --runs-dir {tmp_path}"
     assert sac.main(Args, sac.train, sac.load_evaluator, words.split()) == 0
     (folder,) = tmp_path.iterdir()
     saved = torch.load(folder / "policy_final.pt", weights_only=True)
     torch.testing.assert_close(saved["actor"]["action_scale"], torch.tensor([0.4, 0.5]))
-    assert sac.main(Args, sac.train, sac.load_evaluator, ["--evaluate", str(folder)]) == 0
+    assert (
+        sac.main(Args, sac.train, sac.load_evaluator, ["--evaluate", str(folder)]) == 0
+    )

@@ -20,7 +20,9 @@ from harness.runs import Run, main
 
 ALGORITHMS = ("td3", "ddpg", "sac", "ppo")
 SCRIPTED = "scripted_env:Scripted-v0"
-QUICK = dict(env_id="Hopper-v4", total_timesteps=384, eval_frequency=150, eval_episodes=2)
+QUICK = dict(
+    env_id="Hopper-v4", total_timesteps=384, eval_frequency=150, eval_episodes=2
+)
 QUICK |= dict(log_frequency=50, checkpoint_frequency=90)
 SMALL = dict(learning_starts=200, batch_size=32, buffer_size=300)
 SMALL_PPO = dict(n_steps=64, batch_size=32, n_epochs=2, policy_kwargs={})
@@ -32,13 +34,18 @@ def small_settings():
     with pytest.MonkeyPatch.context() as patch:
         for algo in ALGORITHMS:
             changes = SMALL_PPO if algo == "ppo" else SMALL
-            patch.setitem(script.ZOO[algo], "Hopper", script.ZOO[algo]["Hopper"] | changes)
+            patch.setitem(
+                script.ZOO[algo], "Hopper", script.ZOO[algo]["Hopper"] | changes
+            )
         yield
 
 
 def start(*words, **options):
     """The exit code of a command line."""
-    words = [*words, *(w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
+    words = [
+        *words,
+        *(w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))),
+    ]
     try:
         return main(script.Args, script.train, script.load_evaluator, words)
     except SystemExit as stopped:
@@ -70,10 +77,22 @@ def assert_equal(states, expected):
 
 # --- Settings, environment, evaluation ------------------------------------------------------------
 EXPECTED = [
-    ("td3", "Humanoid-v4", dict(learning_starts=10_000, learning_rate=1e-3, batch_size=256)),
+    (
+        "td3",
+        "Humanoid-v4",
+        dict(learning_starts=10_000, learning_rate=1e-3, batch_size=256),
+    ),
     ("ddpg", "Ant-v4", dict(learning_rate=1e-3, policy_delay=1, buffer_size=1_000_000)),
-    ("sac", "Walker2d-v4", dict(learning_starts=10_000, learning_rate=3e-4, batch_size=256)),
-    ("ppo", "HalfCheetah-v4", dict(n_steps=512, learning_rate=2.0633e-5, ent_coef=0.000401762)),
+    (
+        "sac",
+        "Walker2d-v4",
+        dict(learning_starts=10_000, learning_rate=3e-4, batch_size=256),
+    ),
+    (
+        "ppo",
+        "HalfCheetah-v4",
+        dict(n_steps=512, learning_rate=2.0633e-5, ent_coef=0.000401762),
+    ),
     ("ppo", "Walker2d-v5", dict(n_epochs=20, learning_rate=5.05041e-5, batch_size=32)),
     ("ppo", "Ant-v4", dict(n_steps=2048, learning_rate=3e-4, n_epochs=10)),
     ("td3", "Pendulum-v1", dict(learning_starts=100, action_noise=None)),
@@ -95,7 +114,9 @@ def test_the_model_has_the_zoos_settings(algo, env_id, expected):
         assert model.get_vec_normalize_env().gamma == model.gamma
         large = env_id.split("-")[0] not in ("Ant", "Walker2d")
         hidden = model.policy.mlp_extractor.policy_net
-        assert hidden[0].out_features == hidden[2].out_features == (256 if large else 64)
+        assert (
+            hidden[0].out_features == hidden[2].out_features == (256 if large else 64)
+        )
         assert isinstance(hidden[1], torch.nn.ReLU if large else torch.nn.Tanh)
         assert (model.policy.log_std == (-2 if large else 0)).all()
 
@@ -123,13 +144,18 @@ def test_replay_holds_true_final_observations_and_tells_time_outs():
 def test_evaluation_changes_nothing(algo, tmp_path):
     """A stochastic one draws, and leaves the random state and the statistics alone."""
     args, _, model, parts = make(algo, "Hopper-v4", deterministic_eval=False)
-    before = torch.get_rng_state(), copy.deepcopy({k: p.state_dict() for k, p in parts.items()})
+    before = (
+        torch.get_rng_state(),
+        copy.deepcopy({k: p.state_dict() for k, p in parts.items()}),
+    )
     evaluator = script.make_evaluator(args, model)
     returns = [evaluator.run(step, tmp_path)[0] for step in (1, 1, 2)]
     args.deterministic_eval = True
     assert returns[0] == returns[1]
     assert returns[0] not in (returns[2], evaluator.run(1, tmp_path)[0])
-    assert_equal((torch.get_rng_state(), {k: p.state_dict() for k, p in parts.items()}), before)
+    assert_equal(
+        (torch.get_rng_state(), {k: p.state_dict() for k, p in parts.items()}), before
+    )
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -137,8 +163,12 @@ def test_evaluation_changes_nothing(algo, tmp_path):
 def finished(tmp_path_factory):
     """One uninterrupted run of each algorithm."""
     folder = tmp_path_factory.mktemp("finished")
-    assert [start(algo=algo, runs_dir=folder, **QUICK) for algo in ALGORITHMS] == [0] * 4
-    return {algo: next(folder.glob(f"Hopper-v4__sb3_{algo}__1__*")) for algo in ALGORITHMS}
+    assert [start(algo=algo, runs_dir=folder, **QUICK) for algo in ALGORITHMS] == [
+        0
+    ] * 4
+    return {
+        algo: next(folder.glob(f"Hopper-v4__sb3_{algo}__1__*")) for algo in ALGORITHMS
+    }
 
 
 @pytest.mark.slow
@@ -148,8 +178,16 @@ def test_a_run_has_our_files_and_the_networks_of_a_plain_learn(finished, algo):
     assert files == {"args.json", "metrics.csv", "checkpoint.pt", "policy_final.pt"}
     rows = metrics(finished[algo])
     loss = "losses/loss" if algo == "ppo" else "losses/critic_loss"
-    assert {name for _, name, _ in rows} >= {loss, "charts/episodic_return", "eval/return_1"}
-    assert [step for step, name, _ in rows if name == "eval/return_mean"] == [150, 300, 384]
+    assert {name for _, name, _ in rows} >= {
+        loss,
+        "charts/episodic_return",
+        "eval/return_1",
+    }
+    assert [step for step, name, _ in rows if name == "eval/return_mean"] == [
+        150,
+        300,
+        384,
+    ]
     _, _, model, parts = make(algo, "Hopper-v4")
     model.learn(384)
     assert model._n_updates > 0
@@ -159,7 +197,9 @@ def test_a_run_has_our_files_and_the_networks_of_a_plain_learn(finished, algo):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_stopped_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, algo, monkeypatch):
+def test_stopped_and_resumed_run_is_the_uninterrupted_one(
+    finished, tmp_path, algo, monkeypatch
+):
     """Before learning starts (PPO: within a rollout) and with a full replay (PPO: between two)."""
     log, stops = Run.log, [100, 320]
 
@@ -183,7 +223,9 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(finished, tmp_path, al
 
 @pytest.mark.slow
 def test_ppo_stops_within_a_rollout_and_goes_on_from_there(finished, tmp_path):
-    assert start(algo="ppo", runs_dir=tmp_path, **QUICK | dict(total_timesteps=330)) == 0
+    assert (
+        start(algo="ppo", runs_dir=tmp_path, **QUICK | dict(total_timesteps=330)) == 0
+    )
     (run,) = tmp_path.iterdir()
     assert policy(run)["step"] == metrics(run)[-1][0] == 330
     assert start("--resume", str(run), total_timesteps=384) == 0
@@ -197,14 +239,18 @@ def test_evaluation_is_a_plain_loop_which_evaluate_repeats(finished, algo, capsy
     _, _, model, _ = make(algo, "Hopper-v4")
     saved, env = policy(finished[algo]), gym.make("Hopper-v4")
     model.policy.load_state_dict(saved["policy"])
-    logged = {name: float(x) for step, name, x in metrics(finished[algo]) if step == 384}
+    logged = {
+        name: float(x) for step, name, x in metrics(finished[algo]) if step == 384
+    }
     assert start("--evaluate", str(finished[algo] / "checkpoint.pt")) == 0
     printed = capsys.readouterr().out
     for i in range(2):
         (obs, _), returned, over = env.reset(seed=derive_seed(1, 1, 384, i)), 0.0, False
         while not over:
             if algo == "ppo":
-                mean, var = (saved["normalizer"][f"obs_rms.{x}"].numpy() for x in ("mean", "var"))
+                mean, var = (
+                    saved["normalizer"][f"obs_rms.{x}"].numpy() for x in ("mean", "var")
+                )
                 obs = np.clip((obs - mean) / np.sqrt(var + 1e-8), -10, 10)
             action, _ = model.predict(obs.astype(np.float32), deterministic=True)
             obs, reward, terminated, truncated, _ = env.step(action)
@@ -222,12 +268,19 @@ def test_diverged_networks_stop_the_run(tmp_path, algo, monkeypatch, capsys):
 
     monkeypatch.setattr(getattr(script.sb3, algo.upper()), "train", diverge)
     assert start(algo=algo, runs_dir=tmp_path, **QUICK) == 1
-    (error,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    (error,) = [
+        x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")
+    ]
     assert "action[0] = nan at step" in error
 
 
 # --- Messages -------------------------------------------------------------------------------------
-BAD = {"--algo a2c": "algo", "--algo": "algo", "--compile": "compile", "--env-id Nope-v4": "Nope"}
+BAD = {
+    "--algo a2c": "algo",
+    "--algo": "algo",
+    "--compile": "compile",
+    "--env-id Nope-v4": "Nope",
+}
 BAD |= {"--env-id CartPole-v1": "continuous", "--resume nowhere": "nowhere"}
 BAD |= {"--algo ddpg --no-deterministic-eval": "policy of ddpg"}
 
@@ -240,15 +293,27 @@ def test_bad_input_exits_with_2(words, needle, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-NOTES = {"Ant-v4": None, "Ant-v5": "those of its v4", SCRIPTED: "Stable-Baselines3's defaults"}
+NOTES = {
+    "Ant-v4": None,
+    "Ant-v5": "those of its v4",
+    SCRIPTED: "Stable-Baselines3's defaults",
+}
 
 
 @pytest.mark.parametrize("env_id", NOTES)
-def test_a_note_where_the_settings_are_not_the_zoos(env_id, tmp_path, capsys, monkeypatch):
+def test_a_note_where_the_settings_are_not_the_zoos(
+    env_id, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(script.sb3.TD3, "learn", lambda *_a, **_k: sys.exit(0))
     assert start(env_id=env_id, runs_dir=tmp_path) == 0
-    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert [line.split(": ")[-1] for line in notes] == ([NOTES[env_id]] if NOTES[env_id] else [])
+    notes = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("note: ")
+    ]
+    assert [line.split(": ")[-1] for line in notes] == (
+        [NOTES[env_id]] if NOTES[env_id] else []
+    )
 
 
 @pytest.mark.slow
@@ -256,6 +321,8 @@ def test_a_missing_package_is_named():
     code = "import sys, runpy; sys.modules['stable_baselines3'] = None\n"
     code += f"sys.path.insert(0, {str(ROOT)!r})\n"
     code += "runpy.run_path(sys.path[0] + '/sb3_baselines.py', run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert result.stderr.startswith("error: stable_baselines3 is missing: pip install")

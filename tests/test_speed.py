@@ -33,7 +33,9 @@ for step in range(window, total + 1, window):
 
 
 def speed(*words):
-    return subprocess.run([sys.executable, str(SPEED), *words], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(SPEED), *words], capture_output=True, text=True
+    )
 
 
 @pytest.fixture
@@ -50,19 +52,26 @@ def test_two_checkouts_side_by_side(trees):
     """In turns, without the windows before learning and of compilation."""
     done = speed("--tree", *trees, "--rounds", "2", "--threads", "1", "2")
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"thread\(s\): (old|new)", done.stderr) == ["old", "new", "new", "old"] * 2
+    assert (
+        re.findall(r"thread\(s\): (old|new)", done.stderr)
+        == ["old", "new", "new", "old"] * 2
+    )
     for row in ("round 1", "round 2", "all rounds"):
         text = f"| steps/s, {row} | 100 (100 to 100) | 150 (150 to 150) | 1.500 |"
         assert done.stdout.count(text) == 2
     assert "HalfCheetah-v4, meow_continuous_action.py" in done.stdout
     assert "abacus" in done.stdout
-    start_up = r"\| seconds of --help \| \d\.\d\d \(.*\) \| \d\.\d\d \(.*\) \| \d+\.\d{3} \|"
+    start_up = (
+        r"\| seconds of --help \| \d\.\d\d \(.*\) \| \d\.\d\d \(.*\) \| \d+\.\d{3} \|"
+    )
     assert len(re.findall(start_up, done.stdout)) == 2
 
 
 def test_robots_are_measured_in_environment_steps(trees):
     done = speed("--tree", *trees, "--env-id", "Ant", "--rounds", "1")
-    assert "| 700 (700 to 700) | 1,050 (1,050 to 1,050) | 1.500 |" in done.stdout, done.stderr
+    assert "| 700 (700 to 700) | 1,050 (1,050 to 1,050) | 1.500 |" in done.stdout, (
+        done.stderr
+    )
 
 
 def test_robots_are_those_of_the_package():
@@ -75,7 +84,9 @@ def test_robots_are_those_of_the_package():
 
 def test_simulators_of_two_checkouts_side_by_side():
     words = ["--rounds", "1", "--steps", "20", "--window", "10", "--num-envs", "4"]
-    done = speed("--env-id", "Ingenuity", "--algo", "simulator", *words, "--tree", ROOT, ROOT)
+    done = speed(
+        "--env-id", "Ingenuity", "--algo", "simulator", *words, "--tree", ROOT, ROOT
+    )
     assert done.returncode == 0, done.stderr
     row = r"\| steps/s, all rounds \| [\d,]+ \([\d,]+ to [\d,]+\) \| [\d,]+ \(.*\) \| \d+\.\d{3} \|"
     assert re.search(row, done.stdout)
@@ -83,17 +94,24 @@ def test_simulators_of_two_checkouts_side_by_side():
     assert len(re.findall(r"steps/s; commit \w+", done.stderr)) == 2
 
 
-@pytest.mark.parametrize(("env_id", "algo"), [("Ant", "sql"), ("HalfCheetah-v4", "simulator")])
+@pytest.mark.parametrize(
+    ("env_id", "algo"), [("Ant", "sql"), ("HalfCheetah-v4", "simulator")]
+)
 def test_an_algorithm_that_an_environment_lacks_is_refused(env_id, algo, trees):
     for words in ([], ["--tree", *trees]):
         done = speed(*words, "--env-id", env_id, "--algo", algo)
         assert done.returncode == 1
-        assert done.stderr.splitlines() == [f"error: --algo {algo}: there is none for {env_id}"]
+        assert done.stderr.splitlines() == [
+            f"error: --algo {algo}: there is none for {env_id}"
+        ]
 
 
 def test_a_failed_run_is_one_sentence(trees):
     """With the run's own last words; so is one that is too short to be measured."""
-    for script, words in (("raise SystemExit('no oil')", "no oil"), (FAKE, "more --steps")):
+    for script, words in (
+        ("raise SystemExit('no oil')", "no oil"),
+        (FAKE, "more --steps"),
+    ):
         for tree in trees:
             with open(f"{tree}/meow_continuous_action.py", "w") as f:
                 f.write(script.replace("SPEED", "5"))
@@ -120,7 +138,12 @@ def test_the_table_of_one_environment(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"\| (.*) \| 1 \| .* \| ([\d.]+) \|", done.stdout))
     assert rows["SB3 SAC"] == "1.00"
-    assert rows["MEow eager"] == rows["MEow compiled"] == rows["MEow compiled, bf16"] == "3.00"
+    assert (
+        rows["MEow eager"]
+        == rows["MEow compiled"]
+        == rows["MEow compiled, bf16"]
+        == "3.00"
+    )
     assert (rows["SAC compiled"], rows["SQL compiled"]) == ("1.60", "1.20")
 
 

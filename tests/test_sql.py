@@ -34,11 +34,19 @@ def mixture_log_density(x):
     """Two Gaussians of sigma 0.3 at (-1, 0) and (1, 0), the right one three times as likely."""
     left = -(x - torch.tensor([-1.0, 0.0])).square().sum(-1) / (2 * 0.3**2)
     right = -(x - torch.tensor([1.0, 0.0])).square().sum(-1) / (2 * 0.3**2)
-    return torch.logsumexp(torch.stack([left + math.log(0.25), right + math.log(0.75)]), 0)
+    return torch.logsumexp(
+        torch.stack([left + math.log(0.25), right + math.log(0.75)]), 0
+    )
 
 
 def test_reward_scales_are_the_papers():
-    expected = {"Hopper": 30, "HalfCheetah": 30, "Walker2d": 10, "Ant": 300, "Humanoid": 100}
+    expected = {
+        "Hopper": 30,
+        "HalfCheetah": 30,
+        "Walker2d": 10,
+        "Ant": 300,
+        "Humanoid": 100,
+    }
     for name, scale in expected.items():
         assert Args.for_env(f"{name}-v4").reward_scale == scale
 
@@ -68,7 +76,10 @@ def test_target_and_loss_by_hand():
     reward, terminated = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])
     y = sql.soft_target(reward, terminated, torch.tensor([10.0, 10.0]), 30.0, 0.9)
     torch.testing.assert_close(y, torch.tensor([39.0, 60.0]))
-    assert sql.critic_loss(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])).item() == 1.0
+    assert (
+        sql.critic_loss(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])).item()
+        == 1.0
+    )
 
 
 def test_kernel_and_its_gradient():
@@ -89,7 +100,9 @@ def test_bandwidth_depends_on_the_particles_and_not_on_the_batch():
     fixed, updated = torch.randn(6, 8, 2), torch.randn(6, 8, 2)
     alone = torch.cat([sql.kernel(f[None], u[None])[0] for f, u in zip(fixed, updated)])  # noqa: B905
     torch.testing.assert_close(sql.kernel(fixed, updated)[0], alone)
-    doubled = sql.kernel(fixed.repeat(1, 2, 1), updated)[0][:, :8]  # log 16 instead of log 8
+    doubled = sql.kernel(fixed.repeat(1, 2, 1), updated)[0][
+        :, :8
+    ]  # log 16 instead of log 8
     torch.testing.assert_close(doubled, alone ** (math.log(16) / math.log(8)))
 
 
@@ -170,12 +183,17 @@ def test_update_against_autograd_and_torch_optim():
     f_adam = torch.optim.Adam(sampler.parameters(), lr=1e-2)
     for _ in range(3):
         batch = random_batch()
-        uniform, noise = 2 * torch.rand(32, 16, 3).double() - 1, torch.randn(32, 16, 3).double()
+        uniform, noise = (
+            2 * torch.rand(32, 16, 3).double() - 1,
+            torch.randn(32, 16, 3).double(),
+        )
         metrics = update(*state, batch, uniform, noise)
 
         obs, action, next_obs, reward, terminated = split_batch(batch, 5, 3)
         with torch.no_grad():
-            q = [targets.q_values(next_obs, uniform[:, j])[:, 0].exp() for j in range(16)]
+            q = [
+                targets.q_values(next_obs, uniform[:, j])[:, 0].exp() for j in range(16)
+            ]
             v = (sum(q) / 16).log() + 3 * math.log(2)
             y = 3.0 * reward + 0.99 * (1 - terminated) * v
         loss = (0.5 * (critic.q_values(obs, action)[:, 0] - y) ** 2).mean()
@@ -229,16 +247,25 @@ def test_uniform_actions_cover_the_box():
 
 def quick_run(tmp_path, env_id="Pendulum-v1", *words):
     """A run of 60 steps; returns its folder."""
-    command = f"--env-id {env_id} --total-timesteps 60 --learning-starts 20 --batch-size 8"
+    command = (
+        f"--env-id {env_id} --total-timesteps 60 --learning-starts 20 --batch-size 8"
+    )
     command += f" --eval-episodes 1 --no-compile --runs-dir {tmp_path}"
-    code = sql.main(Args, sql.train, sql.load_evaluator, [*command.split(), *map(str, words)])
+    code = sql.main(
+        Args, sql.train, sql.load_evaluator, [*command.split(), *map(str, words)]
+    )
     return next(tmp_path.iterdir(), None) if code == 0 else code
 
 
 def test_composition_keeps_both_q_functions_and_acts_on_their_mean(tmp_path):
     """The composed run holds the two critics unchanged, and trains its sampler."""
-    runs = [quick_run(tmp_path / str(seed), "Pendulum-v1", "--seed", seed) for seed in (1, 2)]
-    together = quick_run(tmp_path / "both", "Pendulum-v1", "--seed", 3, "--compose", *runs)
+    runs = [
+        quick_run(tmp_path / str(seed), "Pendulum-v1", "--seed", seed)
+        for seed in (1, 2)
+    ]
+    together = quick_run(
+        tmp_path / "both", "Pendulum-v1", "--seed", 3, "--compose", *runs
+    )
     files = [run / "policy_final.pt" for run in (together, *runs)]
     composed, *singles = [torch.load(file, weights_only=True) for file in files]
     for i, single in enumerate(singles):
@@ -261,5 +288,7 @@ def test_composition_of_unfit_runs_is_refused(tmp_path, capsys):
     pendulum, scripted = quick_run(tmp_path / "a"), "scripted_env:Scripted-v0"
     assert quick_run(tmp_path / "b", scripted, "--compose", pendulum, pendulum) == 2
     assert "other dimensions" in capsys.readouterr().err
-    assert quick_run(tmp_path / "c", "Pendulum-v1", "--compose", "nowhere", pendulum) == 2
+    assert (
+        quick_run(tmp_path / "c", "Pendulum-v1", "--compose", "nowhere", pendulum) == 2
+    )
     assert "--compose nowhere" in capsys.readouterr().err

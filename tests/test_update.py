@@ -12,7 +12,13 @@ import meow_continuous_action as meow
 import sac_continuous_action as sac
 import sql_continuous_action as sql
 from harness.envs import TrainingEnv
-from harness.functional import Hardware, adam, adam_moments, flatten_parameters, make_policy
+from harness.functional import (
+    Hardware,
+    adam,
+    adam_moments,
+    flatten_parameters,
+    make_policy,
+)
 from harness.replay import split_batch
 from meow_continuous_action import clip_gradient, soft_target
 
@@ -74,8 +80,13 @@ def test_clipping_is_pytorchs(scale):
 @pytest.mark.parametrize("shifting", ["clipped", "single", "none"])
 def test_update_against_autograd_and_torch_optim(shifting):
     """Three whole updates equal ordinary PyTorch: backward, clip_grad_norm_, Adam, Polyak."""
-    network, args = make_flow(torch.float64, reward_shifting=shifting, max_grad_norm=0.05)
-    flow, target_flow = copy.deepcopy(network).requires_grad_(True), copy.deepcopy(network)
+    network, args = make_flow(
+        torch.float64, reward_shifting=shifting, max_grad_norm=0.05
+    )
+    flow, target_flow = (
+        copy.deepcopy(network).requires_grad_(True),
+        copy.deepcopy(network),
+    )
     theta = flatten_parameters(network)
     state = [theta, theta.clone(), *adam_moments(theta)]
     update = torch.no_grad()(meow.make_update(network, 5, 3, args))
@@ -94,7 +105,9 @@ def test_update_against_autograd_and_torch_optim(shifting):
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.05)
         assert norm > 0.05
         optimizer.step()
-        for p, p_target in zip(flow.parameters(), target_flow.parameters(), strict=True):
+        for p, p_target in zip(
+            flow.parameters(), target_flow.parameters(), strict=True
+        ):
             p_target.copy_(0.9 * p_target + 0.1 * p.detach())
 
         gap = (q[:, 0] - q[:, -1]).abs().mean()
@@ -113,7 +126,9 @@ def test_parameters_are_views_of_theta():
     assert (flow.q_values(torch.ones(1, 5), torch.zeros(1, 3)) != before).all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"dropout": 0.0}, {"coupling": "affine"}, {"bf16": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"dropout": 0.0}, {"coupling": "affine"}, {"bf16": True}]
+)
 def test_loss_falls_on_a_fixed_batch(settings):
     run, rng, losses = trained(meow, **settings), np.random.default_rng(0), []
     run.replay.sample(rng)
@@ -132,7 +147,9 @@ def test_dropout_masks_have_the_right_rate_and_differ():
     rate = 1 - torch.stack(masks).float().mean().item()
     assert abs(rate - 0.1) < 5 * (0.09 / (20 * masks[0].numel())) ** 0.5
     assert all((a != b).any() for a, b in itertools.pairwise(masks))
-    units = torch.stack(masks).float().mean((0, 3))  # no unit, layer or coupling is left out
+    units = (
+        torch.stack(masks).float().mean((0, 3))
+    )  # no unit, layer or coupling is left out
     assert (units.std() < 0.05).item()
 
 
@@ -145,7 +162,9 @@ def test_bf16_rounds_the_shifts_and_nothing_else(bf16):
     obs, action = torch.randn(64, 5), torch.rand(64, 3) - 0.5
     gap = (rounded.shifts(obs) - exact.shifts(obs)).abs().max().item()
     assert (1e-6 < gap < 0.05) if bf16 else gap == 0
-    torch.testing.assert_close(rounded.log_prob(obs, action), exact.log_prob(obs, action))
+    torch.testing.assert_close(
+        rounded.log_prob(obs, action), exact.log_prob(obs, action)
+    )
 
 
 def test_shifting_ablations_change_only_the_shifts():
@@ -171,7 +190,9 @@ def test_how_fast_the_shifts_learn(units, ratio):
     for alpha in (1.0, 0.01):
         flow, args = make_flow(torch.float64, alpha=alpha, shift_units=units)
         batch, theta = random_batch(), flatten_parameters(flow)
-        batch[:, -2] = 1e6  # rewards far above Q: the gradient has the same signs with either alpha
+        batch[:, -2] = (
+            1e6  # rewards far above Q: the gradient has the same signs with either alpha
+        )
         before = flow.alpha * flow.shifts(batch[:, :5])
         keep = torch.ones(4, 2, 32, 64, dtype=torch.bool)
         update = torch.no_grad()(meow.make_update(flow, 5, 3, args))
@@ -185,11 +206,15 @@ def test_affine_couplings_change_only_the_couplings():
     additive, affine = (make_flow(coupling=c)[0] for c in ("additive", "affine"))
     state = additive.state_dict()
     for name, value in affine.state_dict().items():
-        if value.shape != state[name].shape:  # the output layer holds scale first, then t
+        if (
+            value.shape != state[name].shape
+        ):  # the output layer holds scale first, then t
             state[name] = torch.cat([torch.zeros_like(state[name]), state[name]])
     affine.load_state_dict(state)
     obs, action, z = torch.randn(8, 5), torch.rand(8, 3) - 0.5, torch.randn(8, 3)
-    torch.testing.assert_close(affine.q_values(obs, action), additive.q_values(obs, action))
+    torch.testing.assert_close(
+        affine.q_values(obs, action), additive.q_values(obs, action)
+    )
     torch.testing.assert_close(affine.sample(obs, z)[0], additive.sample(obs, z)[0])
 
 
@@ -205,7 +230,9 @@ def test_one_update_per_step_once_learning_has_begun(script):
 
     run = trained(script, 6, after=look)
     assert counts == [0] * RANDOM_STEPS + [1, 2, 3, 4, 5, 6]
-    assert all((a != b).any() for a, b in itertools.pairwise(thetas[RANDOM_STEPS - 1 :]))
+    assert all(
+        (a != b).any() for a, b in itertools.pairwise(thetas[RANDOM_STEPS - 1 :])
+    )
     assert run.metrics[:RANDOM_STEPS] == [{}] * RANDOM_STEPS
     assert all(metrics for metrics in run.metrics[RANDOM_STEPS:])
 
@@ -213,7 +240,11 @@ def test_one_update_per_step_once_learning_has_begun(script):
 @every_script
 def test_the_target_follows_by_tau_after_every_update(script):
     seen = []
-    trained(script, 4, after=lambda r: seen.append([t.clone() for t in r.learners[0].state[:2]]))
+    trained(
+        script,
+        4,
+        after=lambda r: seen.append([t.clone() for t in r.learners[0].state[:2]]),
+    )
     seen = seen[RANDOM_STEPS - 1 :]
     assert torch.equal(*seen[0])
     for (_, before), (theta, target) in itertools.pairwise(seen):
@@ -244,7 +275,9 @@ def test_acting_draws_from_the_policy_without_dropout(script):
     rng.uniform(-1, 1, (RANDOM_STEPS, 3))
     z = torch.from_numpy(rng.standard_normal((1, 3), dtype=np.float32))
     obs, action = run.replay.rows[RANDOM_STEPS, None].split([5, 3, 7], -1)[:2]
-    close = dict(rtol=1e-5, atol=1e-6)  # products may round by where an array lies in memory
+    close = dict(
+        rtol=1e-5, atol=1e-6
+    )  # products may round by where an array lies in memory
     expected = policies[RANDOM_STEPS - 1].sample(obs, z)[0]
     torch.testing.assert_close(action, expected, **close)
     both, z = torch.cat([obs, -obs]), torch.cat([z, -z])
@@ -256,7 +289,9 @@ def test_acting_draws_from_the_policy_without_dropout(script):
 def test_replay_pre_tanh_is_the_same_run_but_for_rounding(monkeypatch):
     """The buffer keeps u, the environment and every evaluation get a = tanh(u)."""
     played, step = [], TrainingEnv.step
-    monkeypatch.setattr(TrainingEnv, "step", lambda env, a: played.append(a) or step(env, a))
+    monkeypatch.setattr(
+        TrainingEnv, "step", lambda env, a: played.append(a) or step(env, a)
+    )
     usual, run = trained(meow, 8), trained(meow, 8, replay_pre_tanh=True)
     before, after = torch.from_numpy(np.array(played)).split(len(played) // 2)
     close, n = dict(rtol=1e-3, atol=1e-4), RANDOM_STEPS + 8
@@ -264,7 +299,9 @@ def test_replay_pre_tanh_is_the_same_run_but_for_rounding(monkeypatch):
     torch.testing.assert_close(usual.replay.rows[:n, 5:8], before, rtol=0, atol=0)
     torch.testing.assert_close(torch.tanh(run.replay.rows[:n, 5:8]), after)
     assert (run.replay.rows[:n, 5:8] - after).abs().max() > 1
-    torch.testing.assert_close(run.learners[0].state[0], usual.learners[0].state[0], **close)
+    torch.testing.assert_close(
+        run.learners[0].state[0], usual.learners[0].state[0], **close
+    )
     saved = meow.load_evaluator(run.args, {"flow": run.policy["flow"].state_dict()})
     obs, z = torch.randn(2, 5), 3 * torch.randn(2, 3)
     expected = torch.tanh(run.policy["flow"].sample(obs, z)[0])
@@ -292,7 +329,9 @@ def test_a_restored_run_goes_on_exactly(script):
     rest = trained(script, 6, restored=checkpoints[RANDOM_STEPS + 2])
     assert rest.metrics == whole.metrics[-3:]
     for one, other in zip(whole.learners, rest.learners, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.state, other.state, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(one.state, other.state, strict=True)
+        )
 
 
 @every_script
@@ -363,7 +402,9 @@ def test_cuda_graphs(script, compiled):
     theta, rng, drawn = gpu.learners[0].state[0].clone(), np.random.default_rng(0), []
     for _ in range(3):
         gpu.update(rng)
-        drawn.append([x.tensor.clone() for learner in gpu.learners for x in learner.random])
+        drawn.append(
+            [x.tensor.clone() for learner in gpu.learners for x in learner.random]
+        )
     assert all((a != b).any() for a, b in zip(drawn[0], drawn[1], strict=True))
     assert (gpu.learners[0].state[0] != theta).any()
     for learner in gpu.learners:
@@ -374,7 +415,10 @@ def test_cuda_graphs(script, compiled):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cuda_graph_follows_the_cpu(compiled):
     """Five updates of MEow without dropout, which need no random numbers."""
-    runs = [trained(meow, dropout=0.0), trained(meow, dropout=0.0, cuda=True, compiled=compiled)]
+    runs = [
+        trained(meow, dropout=0.0),
+        trained(meow, dropout=0.0, cuda=True, compiled=compiled),
+    ]
     runs[1].replay.load_state_dict(runs[0].replay.state_dict())
     rngs = [np.random.default_rng(3) for _ in runs]
     for _ in range(5):

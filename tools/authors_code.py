@@ -60,10 +60,14 @@ def make_evaluate(file):
         returns, angles = np.zeros(envs.num_envs), []
         for _ in range(1000):  # the length of every episode
             angles.append(obs[:, BACK_THIGH])
-            action, _ = policy.sample(envs.num_envs, obs=obs, deterministic=deterministic)
+            action, _ = policy.sample(
+                envs.num_envs, obs=obs, deterministic=deterministic
+            )
             obs, reward, *_ = envs.step(action.numpy())
             returns += reward
-        stride = np.median([stride_frequency(episode) for episode in np.array(angles).T])
+        stride = np.median(
+            [stride_frequency(episode) for episode in np.array(angles).T]
+        )
         file.write(f"{step},{returns.mean():.1f},{stride:.3f}\n")
         return returns.mean()
 
@@ -85,16 +89,29 @@ def main():
     if options.compile:
         torch._inductor.config.fallback_random = True  # eager PyTorch's dropout masks
         for name in ("get_v", "get_qv"):
-            setattr(theirs.FlowPolicy, name, torch.compile(getattr(theirs.FlowPolicy, name)))
+            setattr(
+                theirs.FlowPolicy, name, torch.compile(getattr(theirs.FlowPolicy, name))
+            )
         theirs.optim.Adam = functools.partial(torch.optim.Adam, fused=True)
-    with open(options.out, "x", buffering=1) as file, tempfile.TemporaryDirectory() as folder:
+    with (
+        open(options.out, "x", buffering=1) as file,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         file.write("step,return,stride\n")
         theirs.evaluate = make_evaluate(file)
-        settings = dict(env_id="HalfCheetah-v4", tau=0.003, alpha=0.25, learning_starts=10_000)
-        settings |= dict(sigma_max=2.0, sigma_min=-5.0, deterministic_action=True, cuda=False)
-        steps = options.total_timesteps + 1  # their evaluation falls after a step's update
+        settings = dict(
+            env_id="HalfCheetah-v4", tau=0.003, alpha=0.25, learning_starts=10_000
+        )
+        settings |= dict(
+            sigma_max=2.0, sigma_min=-5.0, deterministic_action=True, cuda=False
+        )
+        steps = (
+            options.total_timesteps + 1
+        )  # their evaluation falls after a step's update
         theirs.train(
-            theirs.Args(seed=options.seed, total_timesteps=steps, description=folder, **settings)
+            theirs.Args(
+                seed=options.seed, total_timesteps=steps, description=folder, **settings
+            )
         )
 
 

@@ -38,7 +38,15 @@ try:
 except ImportError as missing:
     sys.exit(f"error: {missing.name} is missing: pip install '.[bench]'")
 
-from run_table import ALGORITHMS, TASK, UsageError, copy_run, find_runs, label, number_rows
+from run_table import (
+    ALGORITHMS,
+    TASK,
+    UsageError,
+    copy_run,
+    find_runs,
+    label,
+    number_rows,
+)
 
 OTHER_COLOURS = ("#666666", "#7b3294", "#1b1b1b", "#66a61e", "#e7298a", "#a6761d")
 STYLE = {
@@ -57,16 +65,26 @@ thousands = EngFormatter(sep="")  # 300k, 1.5M
 
 @dataclass
 class Options:
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, or folders that contain some
+    runs: tyro.conf.Positional[
+        tuple[Path, ...]
+    ] = ()  # run folders, or folders that contain some
     out: Path = Path("results")  # folder for the table and the figures
-    copy: bool = False  # also copy each run to OUT, with the metrics of evaluation steps only
+    copy: bool = (
+        False  # also copy each run to OUT, with the metrics of evaluation steps only
+    )
     envs: tuple[str, ...] = ()  # environments to list even if nothing was run there
-    algos: tuple[str, ...] = ()  # algorithms to list even if not run: exp_name or label, e.g. SAC
-    allow_mixed_versions: bool = False  # put runs of different MuJoCo versions into one table
+    algos: tuple[
+        str, ...
+    ] = ()  # algorithms to list even if not run: exp_name or label, e.g. SAC
+    allow_mixed_versions: bool = (
+        False  # put runs of different MuJoCo versions into one table
+    )
 
 
 # --- 1. Statistics --------------------------------------------------------------------------------
-iqm = partial(stats.trim_mean, proportiontocut=0.25)  # without the n // 4 lowest and highest of n
+iqm = partial(
+    stats.trim_mean, proportiontocut=0.25
+)  # without the n // 4 lowest and highest of n
 
 
 def bootstrap(strata: list[np.ndarray], statistic=np.mean) -> tuple | None:
@@ -123,7 +141,11 @@ def aggregate(table: pd.DataFrame, scored: pd.DataFrame) -> list[Aggregate]:
             if own.row.nunique() == 1:
                 scores.append(own.score.to_numpy())
             else:
-                why = "several settings" if len(own) else f"no finished run of {steps:,} steps"
+                why = (
+                    "several settings"
+                    if len(own)
+                    else f"no finished run of {steps:,} steps"
+                )
                 missing.append(f"{why} on {env}")
         results.append(Aggregate(exp_name, scores, missing))
     return results
@@ -155,7 +177,9 @@ def median_text(times: pd.Series, form: str) -> str:
 
 
 def returns_table(table: pd.DataFrame) -> str:
-    header = "row | environment | algorithm | steps | seeds | final return | 95 % interval"
+    header = (
+        "row | environment | algorithm | steps | seeds | final return | 95 % interval"
+    )
     header += " | each seed | steps to SAC's return | minutes to it | evaluation"
     lines = []
     for row, runs in table.groupby("row"):
@@ -166,15 +190,24 @@ def returns_table(table: pd.DataFrame) -> str:
             results[2] = ", ".join(map(number, finals))
         if not first.status and math.isfinite(first.target):
             least = first.target - 1e-9 * abs(first.target)  # rounding of the mean
-            times = pd.DataFrame([e[e.value >= least].min() for e in runs.evals]).fillna(math.inf)
-            results[3:] = median_text(times.step, ",.0f"), median_text(times.seconds / 60, ".1f")
+            times = pd.DataFrame(
+                [e[e.value >= least].min() for e in runs.evals]
+            ).fillna(math.inf)
+            results[3:] = (
+                median_text(times.step, ",.0f"),
+                median_text(times.seconds / 60, ".1f"),
+            )
         steps = f"{first.steps:,}" if first.steps else "-"
         seeds = f"{len(runs)} ({', '.join(map(str, runs.seed))})" if first.steps else 0
-        lines.append([row, first.env, first.label, steps, seeds, *results, first.evaluation])
+        lines.append(
+            [row, first.env, first.label, steps, seeds, *results, first.evaluation]
+        )
     return markdown(header, lines)
 
 
-def iqm_table(table: pd.DataFrame, scored: pd.DataFrame, results: list[Aggregate]) -> str:
+def iqm_table(
+    table: pd.DataFrame, scored: pd.DataFrame, results: list[Aggregate]
+) -> str:
     if scored.empty:
         return "None: SAC's mean final return is missing or not positive in every environment."
     lines = []
@@ -183,8 +216,13 @@ def iqm_table(table: pd.DataFrame, scored: pd.DataFrame, results: list[Aggregate
         value = "; ".join(result.missing) or number(result.iqm)
         lines.append([label(result.exp_name), seeds, value, span(result.interval)])
     tasks = scored.drop_duplicates("env").itertuples()
-    used = [f"{t.env} ({t.steps:,} steps, {t.evaluation}) by {number(t.target)}" for t in tasks]
-    text = f"Each final return is divided by SAC's mean final return: {', '.join(used)}."
+    used = [
+        f"{t.env} ({t.steps:,} steps, {t.evaluation}) by {number(t.target)}"
+        for t in tasks
+    ]
+    text = (
+        f"Each final return is divided by SAC's mean final return: {', '.join(used)}."
+    )
     if others := set(table.env[table.status == ""]) - set(scored.env):
         text += f" Left out, without a positive divisor: {', '.join(sorted(others))}."
     return f"{markdown('algorithm | seeds | IQM | 95 % interval', lines)}\n\n{text}"
@@ -192,19 +230,28 @@ def iqm_table(table: pd.DataFrame, scored: pd.DataFrame, results: list[Aggregate
 
 def origin(runs: pd.DataFrame) -> str:
     """Commits, versions, machines, run folders and commands of a row."""
-    row, env, name, steps, mode = runs[["row", "env", "label", "steps", "evaluation"]].iloc[0]
+    row, env, name, steps, mode = runs[
+        ["row", "env", "label", "steps", "evaluation"]
+    ].iloc[0]
     lines = [f"### Row {row}: {env}, {name}, {steps:,} steps, {mode}\n"]
-    lines += [f"- {x}: {'; '.join(runs[x].unique())}" for x in ("commit", "versions", "machine")]
+    lines += [
+        f"- {x}: {'; '.join(runs[x].unique())}"
+        for x in ("commit", "versions", "machine")
+    ]
     lines += [f"- runs: {', '.join(f'`{name}`' for name in runs['name'])}\n"]
     commands = {}  # with any seed: the seeds
     for run in runs.itertuples():
-        command = f"{run.command} ".replace(f" --seed {run.seed} ", " --seed $seed ").strip()
+        command = f"{run.command} ".replace(
+            f" --seed {run.seed} ", " --seed $seed "
+        ).strip()
         commands.setdefault(command, []).append(str(run.seed))
     loops = [f"for seed in {' '.join(s)}; do {c}; done" for c, s in commands.items()]
     return "\n".join([*lines, "```bash", *loops, "```"])
 
 
-def report(table: pd.DataFrame, scored: pd.DataFrame, results: list[Aggregate], asked: str) -> str:
+def report(
+    table: pd.DataFrame, scored: pd.DataFrame, results: list[Aggregate], asked: str
+) -> str:
     rows = table[table.status != "not run"].groupby("row")
     mixed = rows[["versions", "machine"]].nunique().max(axis=1)
     mixed = ", ".join(map(str, mixed.index[mixed > 1])) or "none"
@@ -231,7 +278,9 @@ def colours(table: pd.DataFrame) -> dict[str, str]:
     """By exp_name: fixed for the algorithms of this repository, then in the order of names."""
     others = sorted(set(table.exp_name) - set(ALGORITHMS))
     known = {exp_name: colour for exp_name, (_, colour) in ALGORITHMS.items()}
-    return known | {e: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, e in enumerate(others)}
+    return known | {
+        e: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, e in enumerate(others)
+    }
 
 
 def draw_curves(table: pd.DataFrame) -> Figure:
@@ -258,7 +307,9 @@ def draw_panel(ax, own: pd.DataFrame, colour: dict[str, str]):
         name = f"{', '.join(name)} ({len(runs)} seed{'s' * (len(runs) > 1)})"
         again = first.exp_name in set(own.exp_name[own.row < first.row])
         look = dict(color=colour[first.exp_name], linestyle="--" if again else "-")
-        curves = pd.concat([e.set_index("step").value for e in runs.evals], axis=1, join="inner")
+        curves = pd.concat(
+            [e.set_index("step").value for e in runs.evals], axis=1, join="inner"
+        )
         ax.plot(curves.index, curves.mean(axis=1), label=name, **look)
         if interval := bootstrap([curves.to_numpy().T]):
             area = dict(color=colour[first.exp_name], alpha=0.18, linewidth=0)
@@ -275,7 +326,9 @@ def draw_panel(ax, own: pd.DataFrame, colour: dict[str, str]):
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
-def draw_iqm(scored: pd.DataFrame, results: list[Aggregate], colour: dict[str, str]) -> Figure:
+def draw_iqm(
+    scored: pd.DataFrame, results: list[Aggregate], colour: dict[str, str]
+) -> Figure:
     """A point and its interval for each algorithm."""
     results = [result for result in results if math.isfinite(result.iqm)]
     fig = Figure((5.5, 1.2 + 0.4 * len(results)), layout="constrained")
@@ -288,8 +341,13 @@ def draw_iqm(scored: pd.DataFrame, results: list[Aggregate], colour: dict[str, s
     ax.axvline(1, color="black", linestyle=(0, (4, 3)), linewidth=1)
     names = [f"{label(r.exp_name)} ({sum(map(len, r.scores))} runs)" for r in results]
     ax.set_yticks(range(len(results)), names)
-    ax.set(ylim=(len(results) - 0.4, -0.6), xlabel="IQM of final return / SAC's mean final return")
-    ax.set_title(f"{', '.join(scored.env.unique())}; 95 % bootstrap interval", fontsize=9)
+    ax.set(
+        ylim=(len(results) - 0.4, -0.6),
+        xlabel="IQM of final return / SAC's mean final return",
+    )
+    ax.set_title(
+        f"{', '.join(scored.env.unique())}; 95 % bootstrap interval", fontsize=9
+    )
     ax.grid(axis="y", visible=False)
     return fig
 
@@ -305,8 +363,12 @@ def check_versions(runs: pd.DataFrame):
     """Raises: UsageError where runs of different MuJoCo versions would share a table."""
     if runs.mujoco.nunique() > 1:
         examples = runs.drop_duplicates("mujoco").sort_values("mujoco")
-        listed = ", ".join(f"{run.mujoco} ({run.folder})" for run in examples.itertuples())
-        raise UsageError(f"different MuJoCo versions: {listed}; or --allow-mixed-versions")
+        listed = ", ".join(
+            f"{run.mujoco} ({run.folder})" for run in examples.itertuples()
+        )
+        raise UsageError(
+            f"different MuJoCo versions: {listed}; or --allow-mixed-versions"
+        )
 
 
 def compare(options: Options):
@@ -325,7 +387,9 @@ def compare(options: Options):
     for run in runs.itertuples() if options.copy else ():
         copy_run(run, out)
     (out / "comparison.md").write_text(text)
-    with matplotlib.style.context(["default", STYLE]):  # whatever the user's own style is
+    with matplotlib.style.context(
+        ["default", STYLE]
+    ):  # whatever the user's own style is
         if (table.status == "").any():
             save(draw_curves(table), out / "learning_curves")
         if len(scored):

@@ -49,9 +49,14 @@ def table_of_arms(ends: pd.DataFrame, base: str) -> str:
         low, high = binomtest(k, n).proportion_ci(method="exact")
         share = f"{k} of {n} | {low:.0%} to {high:.0%}".replace("%", " %")
         other = [[k, n - k], [int(first.long.sum()), int((~first.long).sum())]]
-        fisher, ranks = fisher_exact(other)[1], mannwhitneyu(runs["return"], first["return"])[1]
+        fisher, ranks = (
+            fisher_exact(other)[1],
+            mannwhitneyu(runs["return"], first["return"])[1],
+        )
         p = ("", "") if arm == base else (probability(fisher), probability(ranks))
-        rows.append(f"| {arm} | {n} | {share} | {p[0]} | {runs['return'].mean():.0f} | {p[1]} |")
+        rows.append(
+            f"| {arm} | {n} | {share} | {p[0]} | {runs['return'].mean():.0f} | {p[1]} |"
+        )
     return "\n".join(rows)
 
 
@@ -59,16 +64,23 @@ def table_of_runs(ends: pd.DataFrame) -> str:
     """Markdown: return and stride of each run."""
     arms = list(dict.fromkeys(ends.arm))
     rows = [f"| seed | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
-    found = {(r.seed, r.arm): f"{r['return']:.0f}, {r.stride:.2f} Hz" for _, r in ends.iterrows()}
+    found = {
+        (r.seed, r.arm): f"{r['return']:.0f}, {r.stride:.2f} Hz"
+        for _, r in ends.iterrows()
+    }
     for seed in sorted(set(ends.seed), key=lambda seed: (len(seed), seed)):
-        rows.append(f"| {seed} | {' | '.join(found.get((seed, arm), '') for arm in arms)} |")
+        rows.append(
+            f"| {seed} | {' | '.join(found.get((seed, arm), '') for arm in arms)} |"
+        )
     return "\n".join(rows)
 
 
 def draw(curves: pd.DataFrame, ends: pd.DataFrame, path: Path):
     """Return and stride of every run: one row of panels per quantity, one column per arm."""
     arms = list(dict.fromkeys(ends.arm))
-    size = dict(figsize=(2.6 * len(arms), 4.8), sharex=True, sharey="row", squeeze=False)
+    size = dict(
+        figsize=(2.6 * len(arms), 4.8), sharex=True, sharey="row", squeeze=False
+    )
     figure, axes = plt.subplots(2, len(arms), **size)
     long = ends.set_index(["arm", "seed"]).long
     for column, arm in enumerate(arms):
@@ -85,18 +97,26 @@ def draw(curves: pd.DataFrame, ends: pd.DataFrame, path: Path):
     axes[0, 0].set_ylabel("return")
     axes[1, 0].set_ylabel("stride, Hz")
     axes[1, 0].set_ylim(2, 6)
-    figure.suptitle("HalfCheetah-v4: blue ends in long strides, orange in short ones", fontsize=10)
+    figure.suptitle(
+        "HalfCheetah-v4: blue ends in long strides, orange in short ones", fontsize=10
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
-    files = sorted(options.folder.glob("*.csv"), key=lambda file: (file.stem != options.base, file))
+    files = sorted(
+        options.folder.glob("*.csv"), key=lambda file: (file.stem != options.base, file)
+    )
     if not files or files[0].stem != options.base:
-        print(f"error: there is no {options.folder / options.base}.csv", file=sys.stderr)
+        print(
+            f"error: there is no {options.folder / options.base}.csv", file=sys.stderr
+        )
         return 2
-    curves = pd.concat([pd.read_csv(f, dtype={"seed": str}).assign(arm=f.stem) for f in files])
+    curves = pd.concat(
+        [pd.read_csv(f, dtype={"seed": str}).assign(arm=f.stem) for f in files]
+    )
     ends = curves[curves.step == options.step].copy()
     ends["long"] = ends.stride < LONG
     text = f"{table_of_arms(ends, options.base)}\n\n{table_of_runs(ends)}\n"

@@ -53,7 +53,9 @@ def pushed(task: str, variant: str) -> tuple[float, float, int]:
     for _ in range(1000):
         envs.step(torch.where(envs.physics.qvel[:, 6:] < 0, -1.0, 1.0))
         joints = envs.physics.qpos[:, 7:]
-        overshoot = max(overshoot, torch.maximum(joints - high, low - joints).max().item())
+        overshoot = max(
+            overshoot, torch.maximum(joints - high, low - joints).max().item()
+        )
         speed = max(speed, envs.physics.qvel[:, 6:].abs().max().item())
         diverged += envs.diverged
     return np.degrees(overshoot), speed, diverged
@@ -68,7 +70,10 @@ class Options:
 def main():
     for name in tyro.cli(Options, description=__doc__.split("\n\n")[0]).tasks:
         for variant in TASKS[name].variants:
-            nothing, lowest = return_of_doing_nothing(name, variant), lowest_point(name, variant)
+            nothing, lowest = (
+                return_of_doing_nothing(name, variant),
+                lowest_point(name, variant),
+            )
             overshoot, speed, diverged = pushed(name, variant)
             print(
                 f"{name} {variant}: doing nothing {nothing:.0f}, lowest point {lowest:.2f} mm, "

@@ -14,7 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from harness.files import UsageError
 
-ENVS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4")  # they come first
+ENVS = (
+    "Hopper-v4",
+    "HalfCheetah-v4",
+    "Walker2d-v4",
+    "Ant-v4",
+    "Humanoid-v4",
+)  # they come first
 ALGORITHMS = {  # by exp_name: label and colour
     "meow_continuous_action": ("MEow", "#0072b2"),
     "meow_alpha_0.1_reward_tau_0.01": ("MEow, alpha 0.1", "#56b4e9"),
@@ -31,9 +37,31 @@ ALGORITHMS = {  # by exp_name: label and colour
 }
 SAC = ("sac_continuous_action", "sac_isaacgym")  # what all are compared with
 TASK = ["env", "steps", "evaluation"]  # only runs that agree in these are compared
-ROW = [*TASK, "exp_name", "settings", "status", "alone"]  # only runs that agree are averaged
-NEEDED = {"script", "command", "git_commit", "versions", "cpu", "device", "threads", "compiled"}
-NEEDED |= {"env_id", "exp_name", "seed", "total_timesteps", "eval_episodes", "deterministic_eval"}
+ROW = [
+    *TASK,
+    "exp_name",
+    "settings",
+    "status",
+    "alone",
+]  # only runs that agree are averaged
+NEEDED = {
+    "script",
+    "command",
+    "git_commit",
+    "versions",
+    "cpu",
+    "device",
+    "threads",
+    "compiled",
+}
+NEEDED |= {
+    "env_id",
+    "exp_name",
+    "seed",
+    "total_timesteps",
+    "eval_episodes",
+    "deterministic_eval",
+}
 # Options that split no row: no result depends on them, they have a column of their own, or they
 # change only rounding or how often a run is evaluated.
 NEUTRAL = set(
@@ -43,7 +71,10 @@ NEUTRAL = set(
 )
 # Options that older runs don't record, with the value they had:
 ADDED = {"shift_units": "nats", "replay_pre_tanh": False}
-WHERE = {"runs_dir": "runs", "resume": None}  # where a run was on its machine: not copied
+WHERE = {
+    "runs_dir": "runs",
+    "resume": None,
+}  # where a run was on its machine: not copied
 
 
 def warn(text: str):
@@ -93,8 +124,17 @@ def read_run(folder: Path) -> dict:
     try:
         about = read_about(file)
         args = about["args"]
-        settings = {"script": about["script"], **ADDED, **about.get("settings", {}), **args}
-        versions = {"python": about.get("python"), "mujoco": "unknown", **about["versions"]}
+        settings = {
+            "script": about["script"],
+            **ADDED,
+            **about.get("settings", {}),
+            **args,
+        }
+        versions = {
+            "python": about.get("python"),
+            "mujoco": "unknown",
+            **about["versions"],
+        }
         file = folder / "metrics.csv"
         log, evals = read_log(file)
     except FileNotFoundError:
@@ -118,10 +158,14 @@ def read_run(folder: Path) -> dict:
         "evaluation": f"{mode}, {args['eval_episodes']} episodes",
         "settings": {k: str(v) for k, v in settings.items() if k not in NEUTRAL},
         "status": status,  # empty: finished
-        "final": evals.value[20 * evals.step > 19 * total].mean(),  # of the last 5 % of the steps
+        "final": evals.value[
+            20 * evals.step > 19 * total
+        ].mean(),  # of the last 5 % of the steps
         "commit": about["git_commit"],
         "mujoco": versions["mujoco"],
-        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
+        "versions": ", ".join(
+            f"{package} {version}" for package, version in versions.items()
+        ),
         "machine": machine + (", compiled" if about["compiled"] else ", not compiled"),
         "command": without_folders(about["command"]),
         "name": folder.resolve().name,
@@ -141,15 +185,23 @@ def find_runs(paths: tuple[Path, ...]) -> pd.DataFrame:
     """The table of all runs in the paths, each once. Raises: UsageError."""
     folders = {}  # by resolved path: a run may be given by itself and within its parent
     for path in paths:
-        names = [depth + name for depth in ("", "*/") for name in ("args.json", "metrics.csv")]
+        names = [
+            depth + name
+            for depth in ("", "*/")
+            for name in ("args.json", "metrics.csv")
+        ]
         found = [file.parent for name in names for file in path.glob(name)]
         if path.is_file():  # results/* holds the figures too
             warn(f"{path} is not a folder: left out")
         elif not found:
-            raise UsageError(f"no runs found in {path}" if path.exists() else f"there is no {path}")
+            raise UsageError(
+                f"no runs found in {path}" if path.exists() else f"there is no {path}"
+            )
         folders |= {folder.resolve(): folder for folder in found}
     if not folders:
-        raise UsageError("no runs found: give run folders, or a folder that contains some")
+        raise UsageError(
+            "no runs found: give run folders, or a folder that contains some"
+        )
     runs = {}
     for run in map(read_run, folders.values()):
         other = runs.setdefault(run["name"], run)
@@ -157,7 +209,9 @@ def find_runs(paths: tuple[Path, ...]) -> pd.DataFrame:
             both = f"{other['folder']} and {run['folder']}"
             args, others = (each["about"]["args"] | WHERE for each in (run, other))
             if args != others or not run["evals"].equals(other["evals"]):
-                raise UsageError(f"{both} have the same name but differ: give one of them")
+                raise UsageError(
+                    f"{both} have the same name but differ: give one of them"
+                )
             warn(f"{both} are copies of one run: counted once")
     return pd.DataFrame(list(runs.values()))
 
@@ -173,7 +227,9 @@ def copy_run(run, out: Path):
     log = run.log[run.log.step.isin(run.log.step[run.log.name == "eval/return_mean"])]
     text = log[~log.name.str.fullmatch(r"eval/return_\d+")].to_csv(index=False)
     if file.exists() and not text.startswith(file.read_text()):
-        raise UsageError(f"{file} holds rows that a copy of {run.folder} lacks: not overwritten")
+        raise UsageError(
+            f"{file} holds rows that a copy of {run.folder} lacks: not overwritten"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     about = run.about | {"command": run.command, "args": run.about["args"] | WHERE}
     (folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -194,10 +250,14 @@ def differing(settings: pd.Series) -> list[str]:
     """Of each run's settings (dict) those in which the runs differ, as text."""
     table = pd.DataFrame(settings.tolist()).fillna("not recorded")
     table = table[sorted(table.columns[table.nunique() > 1])]
-    return ["".join(f", {k}={v}" for k, v in run.items()) for _, run in table.iterrows()]
+    return [
+        "".join(f", {k}={v}" for k, v in run.items()) for _, run in table.iterrows()
+    ]
 
 
-def number_rows(runs: pd.DataFrame, envs: tuple[str, ...], algos: tuple[str, ...]) -> pd.DataFrame:
+def number_rows(
+    runs: pd.DataFrame, envs: tuple[str, ...], algos: tuple[str, ...]
+) -> pd.DataFrame:
     """The runs, a line for each pair of environment and algorithm without any, and two columns.
 
     row: number of the row; its runs are alike but for their seeds, or it is one unfinished run.
@@ -210,13 +270,25 @@ def number_rows(runs: pd.DataFrame, envs: tuple[str, ...], algos: tuple[str, ...
     for _, own in table.groupby([*ROW, "seed"]):
         if len(own) > 1:
             both = " and ".join(map(str, own.folder[:2]))
-            raise UsageError(f"{both} have the same settings and seed: give one of them")
-    exp_names = {label(e).lower(): e for e in reversed(ALGORITHMS)}  # of equals the first
+            raise UsageError(
+                f"{both} have the same settings and seed: give one of them"
+            )
+    exp_names = {
+        label(e).lower(): e for e in reversed(ALGORITHMS)
+    }  # of equals the first
     algos = {exp_names.get(a.lower(), a) for a in algos} | set(table.exp_name)
-    pairs = itertools.product(in_order({*envs, *table.env}, ENVS), in_order(algos, ALGORITHMS))
+    pairs = itertools.product(
+        in_order({*envs, *table.env}, ENVS), in_order(algos, ALGORITHMS)
+    )
     pairs = pd.DataFrame(pairs, columns=["env", "exp_name"])
     table = pairs.merge(table.sort_values([*ROW, "seed"]), how="left")
-    missing = {"steps": 0, "evaluation": "-", "settings": "", "status": "not run", "alone": ""}
+    missing = {
+        "steps": 0,
+        "evaluation": "-",
+        "settings": "",
+        "status": "not run",
+        "alone": "",
+    }
     table = table.fillna(missing).astype({"steps": int, "seed": "Int64"})
     table["row"] = table.groupby(ROW, sort=False).ngroup() + 1
     table["label"] = table.exp_name.map(label) + table.settings

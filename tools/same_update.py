@@ -31,7 +31,10 @@ from harness.args import parse_args
 from harness.functional import Hardware, Learner, adam_moments, flatten_parameters
 from harness.replay import split_batch
 
-DIMS, ROW = (17, 6), 17 + 6 + 17 + 2  # of HalfCheetah: observation and action; a transition
+DIMS, ROW = (
+    (17, 6),
+    17 + 6 + 17 + 2,
+)  # of HalfCheetah: observation and action; a transition
 TRAIN, UNSEEN = 50_000, 10_000
 
 
@@ -62,8 +65,13 @@ class Theirs:
         self.target = script.FlowPolicy(alpha=args.alpha, **bounds, **sizes)
         self.target.load_state_dict(self.policy.state_dict())
         self.target.eval()
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), args.learning_rate, fused=True)
-        self.qv, self.v = torch.compile(self.policy.get_qv), torch.compile(self.target.get_v)
+        self.optimizer = torch.optim.Adam(
+            self.policy.parameters(), args.learning_rate, fused=True
+        )
+        self.qv, self.v = (
+            torch.compile(self.policy.get_qv),
+            torch.compile(self.target.get_v),
+        )
         self.args = args
 
     @staticmethod
@@ -81,16 +89,25 @@ class Theirs:
         loss = torch.nn.functional.mse_loss(q, target[:, None].expand_as(q))
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(
+            self.policy.parameters(), self.args.max_grad_norm
+        )
         self.optimizer.step()
         tau = self.args.tau
-        for new, old in zip(self.policy.parameters(), self.target.parameters(), strict=True):
+        for new, old in zip(
+            self.policy.parameters(), self.target.parameters(), strict=True
+        ):
             old.data.copy_(tau * new.data + (1 - tau) * old.data)
 
-    def q_v_next(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Tensor, ...]:
+    def q_v_next(
+        self, obs: Tensor, action: Tensor, next_obs: Tensor
+    ) -> tuple[Tensor, ...]:
         self.policy.eval()
         q = self.twice(lambda *x: self.policy.get_qv(*x)[0], obs, action)
-        v, v_next = self.twice(self.policy.get_v, obs), self.twice(self.target.get_v, next_obs)
+        v, v_next = (
+            self.twice(self.policy.get_v, obs),
+            self.twice(self.target.get_v, next_obs),
+        )
         _, sigma = self.policy.prior.get_mean_std(action, obs)
         return q, v, v_next, sigma.log()
 
@@ -98,10 +115,14 @@ class Theirs:
 class TwoMasks(ours.EnergyFlow):
     """Q_1 and Q_2 with a dropout mask each, as the authors' doubled batch has them."""
 
-    def q_values(self, obs: Tensor, action: Tensor, keep: Tensor | None = None) -> Tensor:
+    def q_values(
+        self, obs: Tensor, action: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
         if keep is None:
             return super().q_values(obs, action)
-        both = [super(TwoMasks, self).q_values(obs, action, k) for k in keep.chunk(2, dim=2)]
+        both = [
+            super(TwoMasks, self).q_values(obs, action, k) for k in keep.chunk(2, dim=2)
+        ]
         return torch.stack([both[0][:, 0], both[1][:, 1]], -1)
 
 
@@ -110,7 +131,10 @@ class Ours:
 
     def __init__(self, args: ours.Args, masks: int):
         self.rng = np.random.default_rng(args.seed)
-        self.flow, self.target = ours.make_flow(args, *DIMS), ours.make_flow(args, *DIMS)
+        self.flow, self.target = (
+            ours.make_flow(args, *DIMS),
+            ours.make_flow(args, *DIMS),
+        )
         if masks == 2:
             self.flow.__class__ = TwoMasks
         theta = flatten_parameters(self.flow)
@@ -118,14 +142,21 @@ class Ours:
         shape = self.flow.couplings, 2, masks * args.batch_size, self.flow.hidden
         keep = [ours.Keep(*shape, dropout=args.dropout)]
         self.batch = torch.zeros(args.batch_size, ROW)
-        update, hardware = ours.make_update(self.flow, *DIMS, args), Hardware(False, 1, True)
-        self.learner = Learner(update, state, [self.batch], keep, ours.METRICS, hardware)
+        update, hardware = (
+            ours.make_update(self.flow, *DIMS, args),
+            Hardware(False, 1, True),
+        )
+        self.learner = Learner(
+            update, state, [self.batch], keep, ours.METRICS, hardware
+        )
 
     def update(self, batch: Tensor):
         self.batch.copy_(batch)
         self.learner.update(self.rng)
 
-    def q_v_next(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Tensor, ...]:
+    def q_v_next(
+        self, obs: Tensor, action: Tensor, next_obs: Tensor
+    ) -> tuple[Tensor, ...]:
         q, v = self.flow.q_values(obs, action), self.flow.soft_values(obs)
         return q, v, self.target.soft_values(next_obs), self.flow.log_sigma(obs)
 
@@ -133,7 +164,9 @@ class Ours:
 def make_arm(name: str, args: ours.Args, script) -> Theirs | Ours:
     if name == "theirs":
         return Theirs(args, script)
-    return Ours(replace(args, bf16=name == "bf16"), masks=2 if name == "two masks" else 1)
+    return Ours(
+        replace(args, bf16=name == "bf16"), masks=2 if name == "two masks" else 1
+    )
 
 
 @torch.no_grad()
@@ -150,10 +183,14 @@ def measure(arm: Theirs | Ours, rows: Tensor, gamma: float) -> tuple[float, ...]
 def load_script(repository: Path | None):
     """The authors' script as a module beside ours, which has the same name."""
     if repository is None:
-        raise UsageError("the arm theirs needs --repository, a clone of the authors' code")
+        raise UsageError(
+            "the arm theirs needs --repository, a clone of the authors' code"
+        )
     file = repository / "cleanrl" / "cleanrl" / "meow_continuous_action.py"
     if not file.exists():
-        raise UsageError(f"{file} not found: --repository must be a clone of the authors' code")
+        raise UsageError(
+            f"{file} not found: --repository must be a clone of the authors' code"
+        )
     sys.path.append(str(file.parent))  # their script imports its package nf
     spec = importlib.util.spec_from_file_location("authors_script", file)
     sys.modules["authors_script"] = module = importlib.util.module_from_spec(spec)
@@ -164,10 +201,16 @@ def load_script(repository: Path | None):
 def main():
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     script = load_script(options.repository) if "theirs" in options.arms else None
-    torch._inductor.config.fallback_random = True  # eager PyTorch's dropout masks, for theirs
-    rows = torch.load(options.run / "checkpoint.pt", weights_only=False)["replay"]["rows"]
+    torch._inductor.config.fallback_random = (
+        True  # eager PyTorch's dropout masks, for theirs
+    )
+    rows = torch.load(options.run / "checkpoint.pt", weights_only=False)["replay"][
+        "rows"
+    ]
     if len(rows) < TRAIN + UNSEEN or rows.shape[1] != ROW:
-        raise UsageError(f"{options.run} holds no {TRAIN + UNSEEN} transitions of HalfCheetah")
+        raise UsageError(
+            f"{options.run} holds no {TRAIN + UNSEEN} transitions of HalfCheetah"
+        )
     print("arm,seed,update,td_error,unexplained,log_sigma")
     for seed in options.seeds:
         paper = ["--env-id", "HalfCheetah-v4", "--seed", str(seed)]
@@ -179,7 +222,14 @@ def main():
                 arm.update(rows[rng.integers(0, TRAIN, args.batch_size)])
                 if n in options.updates:
                     values = measure(arm, rows[TRAIN : TRAIN + UNSEEN], args.gamma)
-                    print(name, seed, n, *(f"{x:.3f}" for x in values), sep=",", flush=True)
+                    print(
+                        name,
+                        seed,
+                        n,
+                        *(f"{x:.3f}" for x in values),
+                        sep=",",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

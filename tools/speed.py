@@ -49,8 +49,13 @@ GPU_ROWS = {
     "SAC compiled, GPU": "sac",
     "SQL compiled, GPU": "sql",
 }
-LEARNING_STARTS = {"sb3": 10_000}  # the Zoo's, not an option there; the others as told: WARM_UP
-WARM_UP = {False: 1_000, True: 100}  # steps with random actions; True: robots' vector steps
+LEARNING_STARTS = {
+    "sb3": 10_000
+}  # the Zoo's, not an option there; the others as told: WARM_UP
+WARM_UP = {
+    False: 1_000,
+    True: 100,
+}  # steps with random actions; True: robots' vector steps
 
 
 class SpeedError(Exception):
@@ -87,7 +92,9 @@ def read_windows(metrics: Path, name: str) -> list[float]:
     """The speeds in metrics.csv after the window in which learning began."""
     with open(metrics) as f:
         rows = [(int(r["step"]), r["name"], r["value"]) for r in csv.DictReader(f)]
-    began = min((step for step, key, _ in rows if key.startswith("losses/")), default=None)
+    began = min(
+        (step for step, key, _ in rows if key.startswith("losses/")), default=None
+    )
     if began is None:
         return []
     return [float(value) for step, key, value in rows if key == name and step > began]
@@ -103,7 +110,9 @@ def run(words: list[str], threads: int, cwd: str) -> str:
     return done.stdout
 
 
-def measure(tree: Path, row: str, threads: int, options: Options) -> tuple[list[float], dict]:
+def measure(
+    tree: Path, row: str, threads: int, options: Options
+) -> tuple[list[float], dict]:
     """Steps per second in each window of one run, and its args.json. row: name and options."""
     name, *flags = row.split()
     if name == "simulator":
@@ -111,8 +120,12 @@ def measure(tree: Path, row: str, threads: int, options: Options) -> tuple[list[
     script = (ROBOT_SCRIPTS if options.robot else SCRIPTS)[name]
     starts = LEARNING_STARTS.get(name, WARM_UP[options.robot])
     total = starts + options.window + options.steps
-    words = f"--env-id {options.env_id} --torch-threads {threads} --total-timesteps {total}"
-    words += f" --log-frequency {options.window} --eval-episodes 1 --eval-frequency {total}"
+    words = (
+        f"--env-id {options.env_id} --torch-threads {threads} --total-timesteps {total}"
+    )
+    words += (
+        f" --log-frequency {options.window} --eval-episodes 1 --eval-frequency {total}"
+    )
     words += " --checkpoint-frequency 0"
     if name not in LEARNING_STARTS:
         words += f" --learning-starts {starts}"
@@ -123,10 +136,14 @@ def measure(tree: Path, row: str, threads: int, options: Options) -> tuple[list[
         command = [sys.executable, str(tree / script), *words.split(), *flags]
         run([*command, "--runs-dir", folder], threads, folder)
         (metrics,) = Path(folder).glob("*/metrics.csv")
-        speeds = read_windows(metrics, "charts/env_SPS" if options.robot else "charts/SPS")
+        speeds = read_windows(
+            metrics, "charts/env_SPS" if options.robot else "charts/SPS"
+        )
         about = json.loads(metrics.with_name("args.json").read_text())
     if not speeds:
-        raise SpeedError(f"{script}: no window after learning began: more --steps are needed")
+        raise SpeedError(
+            f"{script}: no window after learning began: more --steps are needed"
+        )
     return speeds, about
 
 
@@ -187,8 +204,12 @@ def machine(about: dict) -> str:
 
 def compare_trees(options: Options):
     """Prints speeds and start-up times of both checkouts and their ratios, new to old."""
-    trees = dict(zip(("old", "new"), (path.resolve() for path in options.tree), strict=True))
-    script = (ROBOT_SCRIPTS if options.robot else SCRIPTS).get(options.algo)  # or a simulator
+    trees = dict(
+        zip(("old", "new"), (path.resolve() for path in options.tree), strict=True)
+    )
+    script = (ROBOT_SCRIPTS if options.robot else SCRIPTS).get(
+        options.algo
+    )  # or a simulator
     for threads in options.threads:
         speeds, seconds = {"old": [], "new": []}, {"old": [], "new": []}
         for i in range(options.rounds):
@@ -198,16 +219,24 @@ def compare_trees(options: Options):
                 speeds[name].append(measured)
                 if script:
                     seconds[name].append(start_up(trees[name], script))
-                say(f"  {span(measured)} steps/s; commit {about['git_commit'] or 'unknown'}")
-        print(f"\n{options.env_id}, {script or options.algo} {options.flags}, threads: {threads}")
+                say(
+                    f"  {span(measured)} steps/s; commit {about['git_commit'] or 'unknown'}"
+                )
+        print(
+            f"\n{options.env_id}, {script or options.algo} {options.flags}, threads: {threads}"
+        )
         print(f"{machine(about)}\n")
         print("| | old | new | new / old |\n|---|---|---|---|")
         ratios = []
         for i, (old, new) in enumerate(zip(speeds["old"], speeds["new"], strict=True)):
             ratios.append(statistics.median(new) / statistics.median(old))
-            print(f"| steps/s, round {i + 1} | {span(old)} | {span(new)} | {ratios[-1]:.3f} |")
+            print(
+                f"| steps/s, round {i + 1} | {span(old)} | {span(new)} | {ratios[-1]:.3f} |"
+            )
         old, new = (span([*chain(*speeds[name])]) for name in trees)
-        print(f"| steps/s, all rounds | {old} | {new} | {statistics.median(ratios):.3f} |")
+        print(
+            f"| steps/s, all rounds | {old} | {new} | {statistics.median(ratios):.3f} |"
+        )
         if not script:
             continue
         medians = [statistics.median(seconds[name]) for name in trees]
@@ -224,7 +253,10 @@ def make_table(options: Options):
         cpu_rows = {"simulator alone": "simulator"}
         gpu_rows = {"simulator alone, GPU": "simulator cuda"}
         if options.algo != "simulator":
-            cpu_rows |= {"MEow training": "meow --no-cuda", "SAC training": "sac --no-cuda"}
+            cpu_rows |= {
+                "MEow training": "meow --no-cuda",
+                "SAC training": "sac --no-cuda",
+            }
             gpu_rows |= {"MEow training, GPU": "meow", "SAC training, GPU": "sac"}
     else:
         cpu_rows, gpu_rows = CPU_ROWS, GPU_ROWS
@@ -236,7 +268,11 @@ def make_table(options: Options):
             say(f"round {i + 1}/{options.rounds}: {label}, threads: {n}")
             measured, about = measure(ROOT, row, n, options)
             speeds[label, n] += measured
-    unit = f"environment steps/s, {options.num_envs} environments" if options.robot else "steps/s"
+    unit = (
+        f"environment steps/s, {options.num_envs} environments"
+        if options.robot
+        else "steps/s"
+    )
     print(f"\n{options.env_id}; {options.rounds} rounds of {options.steps} steps")
     print(f"{machine(about)}\n")
     print(f"| | threads | {unit} (min to max) |" + " x SB3 SAC |" * (not options.robot))
@@ -253,7 +289,9 @@ def main() -> int:
     algos = {*ROBOT_SCRIPTS, "simulator"} if options.robot else SCRIPTS
     try:
         if options.algo not in algos:
-            raise SpeedError(f"--algo {options.algo}: there is none for {options.env_id}")
+            raise SpeedError(
+                f"--algo {options.algo}: there is none for {options.env_id}"
+            )
         compare_trees(options) if options.tree else make_table(options)
     except SpeedError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -32,7 +32,9 @@ def measure(file: Path, episodes: int, thigh: str = "back") -> tuple[int, float,
     """Step, mean return and stride of a saved policy, over the episodes of its own evaluation."""
     evaluator, step = load_evaluator(file, episodes)
     if not evaluator.args.env_id.startswith("HalfCheetah-"):
-        text = f"{file} was trained on {evaluator.args.env_id}: strides are HalfCheetah's"
+        text = (
+            f"{file} was trained on {evaluator.args.env_id}: strides are HalfCheetah's"
+        )
         raise UsageError(text)
     angles, play = [], evaluator.policy
 
@@ -42,7 +44,9 @@ def measure(file: Path, episodes: int, thigh: str = "back") -> tuple[int, float,
 
     evaluator.policy = recorded
     returns, _ = evaluator.run(step, Path())
-    strides = [stride_frequency(episode) for episode in np.array(angles, dtype=np.float64).T]
+    strides = [
+        stride_frequency(episode) for episode in np.array(angles, dtype=np.float64).T
+    ]
     return step, float(np.mean(returns)), float(np.median(strides))
 
 
@@ -58,7 +62,9 @@ class Options:
 
 def main():
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
-    files = sorted((options.run / "policies").glob("*.pt")) or [options.run / "policy_final.pt"]
+    files = sorted((options.run / "policies").glob("*.pt")) or [
+        options.run / "policy_final.pt"
+    ]
     rows = (measure(file, options.episodes, options.thigh) for file in files)
     print("step,return,stride")
     for row in rows:

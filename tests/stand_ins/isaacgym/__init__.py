@@ -7,5 +7,7 @@ import os
 import sys
 
 if os.environ.get("STRICT_IMPORT_ORDER") == "1" and "torch" in sys.modules:
-    message = "PyTorch was imported before isaacgym modules.  Please import torch after them."
+    message = (
+        "PyTorch was imported before isaacgym modules.  Please import torch after them."
+    )
     raise ImportError(message)

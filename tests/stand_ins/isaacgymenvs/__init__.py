@@ -39,7 +39,9 @@ def make(
 ):
     if task not in TASKS:
         known = "\n\t".join(TASKS)
-        raise LookupError(f"In 'config': Could not find 'task/{task}'\n\nAvailable:\n\t{known}")
+        raise LookupError(
+            f"In 'config': Could not find 'task/{task}'\n\nAvailable:\n\t{known}"
+        )
     if not headless or force_render or graphics_device_id != -1:
         print("*** Failed to create sim")
         quit()
@@ -63,12 +65,18 @@ class Scheduled:
         falls=FALLS,
     ):
         self.num_envs, self.device, self.rl_device = num_envs, sim_device, rl_device
-        self.reset_before_physics, self.stale_contacts = reset_before_physics, stale_contacts
+        self.reset_before_physics, self.stale_contacts = (
+            reset_before_physics,
+            stale_contacts,
+        )
         self.old, self.falls = old, torch.tensor(falls)
         self.index = torch.arange(num_envs)
         self.episode = torch.zeros(num_envs, dtype=torch.long)
         self.clock, self.episode_in_physics = self.episode.clone(), self.episode.clone()
-        self.progress_buf, self.reset_buf = self.episode.clone(), torch.ones_like(self.episode)
+        self.progress_buf, self.reset_buf = (
+            self.episode.clone(),
+            torch.ones_like(self.episode),
+        )
         self.contact = torch.zeros(num_envs, dtype=torch.bool)
         self.start = torch.zeros(num_envs)
         self.obs_buf, self.rew_buf = torch.zeros(num_envs, 5), torch.zeros(num_envs)
@@ -87,13 +95,17 @@ class Scheduled:
             self._reset(pending)
         self.clock += 1
         self.episode_in_physics.copy_(self.episode)
-        self.contact = self.clock >= self.falls[(self.index + self.episode) % len(self.falls)]
+        self.contact = (
+            self.clock >= self.falls[(self.index + self.episode) % len(self.falls)]
+        )
         self.progress_buf += 1
         if not self.reset_before_physics:
             self._reset(pending)
         numbers = [self.index, self.episode, self.clock, self.episode_in_physics]
         self.obs_buf[:] = torch.stack([*(n / 64 for n in numbers), self.start], -1)
-        self.rew_buf[:] = torch.where(pending, 100.0, 1 - (actions - 0.5).square().sum(-1))
+        self.rew_buf[:] = torch.where(
+            pending, 100.0, 1 - (actions - 0.5).square().sum(-1)
+        )
         over = self.progress_buf >= self.max_episode_length - 1
         self.reset_buf[:] = over | self.contact
         if not self.old:
@@ -102,7 +114,9 @@ class Scheduled:
 
     def _observations(self):
         """The same dictionary each time; a new tensor, as it is clipped."""
-        self.obs_dict["obs"] = self.obs_buf if self.old else self.obs_buf.clamp(-np.inf, np.inf)
+        self.obs_dict["obs"] = (
+            self.obs_buf if self.old else self.obs_buf.clamp(-np.inf, np.inf)
+        )
         return self.obs_dict
 
     def _reset(self, where):

@@ -36,11 +36,16 @@ class Scheduled(gymnasium.Env):
         self.cfg, n = cfg, cfg.scene.num_envs
         torch.manual_seed(cfg.seed)
         self.num_envs, self.device = n, cfg.sim.device
-        self.single_observation_space, self.single_action_space = Dict(policy=policy), action
+        self.single_observation_space, self.single_action_space = (
+            Dict(policy=policy),
+            action,
+        )
         self.falls, self.index = torch.tensor(FALLS), torch.arange(n)
         self.episode, self.episode_length_buf = torch.zeros(2, n, dtype=torch.long)
         self.start, self.reward_buf = torch.zeros(2, n)
-        self.reset_terminated, self.reset_time_outs = torch.zeros(2, n, dtype=torch.bool)
+        self.reset_terminated, self.reset_time_outs = torch.zeros(
+            2, n, dtype=torch.bool
+        )
         self.obs_buf, self.final_obs_buf = torch.zeros(2, n, 4)
         self.extras = {}
 
@@ -63,7 +68,13 @@ class Scheduled(gymnasium.Env):
                 self.extras["final_obs"] = self._observe(self.final_obs_buf)
             self._reset_idx(done)
         obs = self._observe(self.obs_buf)
-        return obs, self.reward_buf, self.reset_terminated, self.reset_time_outs, self.extras
+        return (
+            obs,
+            self.reward_buf,
+            self.reset_terminated,
+            self.reset_time_outs,
+            self.extras,
+        )
 
     def _reset_idx(self, where):
         self.episode[where] += 1
