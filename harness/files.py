@@ -1,26 +1,14 @@
 """Files of a run: written atomically, checked when they are read."""
 
-import importlib.metadata
 import os
-import platform
-import re
-import shutil
-import subprocess
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from harness.errors import RunError, UsageError
+
 POLICY_FILES = ("policy_final.pt", "checkpoint.pt")
-
-
-class UsageError(Exception):
-    """The command can't be carried out as given (exit code 2)."""
-
-
-class RunError(Exception):
-    """The run can't go on (exit code 1)."""
 
 
 def save_file(path: Path, content: dict, program: str):
@@ -45,7 +33,7 @@ def save_file(path: Path, content: dict, program: str):
 def load_file(
     option: str, path: str | Path, program: str, names=("checkpoint.pt",)
 ) -> dict:
-    """A checkpoint or policy and its "path", in a file or folder. Raises: UsageError, RunError."""
+    """A checkpoint or policy, and its "path". Raises: UsageError, RunError."""
     candidates = (
         [Path(path, name) for name in names] if Path(path).is_dir() else [Path(path)]
     )
@@ -76,30 +64,9 @@ def load_file(
     return content | {"path": file}
 
 
-def describe_machine(device: torch.device) -> dict:
-    """What a reader needs to reproduce a run beside its settings: commit, versions, hardware."""
-    words = "describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    git = shutil.which("git") and subprocess.run(
-        command, capture_output=True, text=True
-    )
-    packages = "torch gymnasium mujoco numpy tyro wandb stable_baselines3".split()
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = (
-        re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-        if cpuinfo.exists()
-        else None
-    )
-    return {
-        "git_commit": git.stdout.strip() if git else "",
-        "versions": {
-            x: importlib.metadata.version(x) for x in packages if find_spec(x)
-        },
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else "cpu",
-        "threads": torch.get_num_threads(),
-    }
+def check_sizes(saved: dict, sizes: list[int], env_id: str):
+    """Raises: UsageError where the environment isn't the one of a saved run."""
+    (obs, act), (obs_now, act_now) = saved["sizes"], sizes
+    if [obs, act] != [obs_now, act_now]:
+        made = f"{saved['path']} was made with {obs} observations and {act} actions"
+        raise UsageError(f"{made}; {env_id} now has {obs_now} and {act_now}")

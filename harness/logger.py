@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.csv, TensorBoard, Weights & Biases and the progress bar."""
+"""Where a run's numbers go: metrics.csv, TensorBoard, W&B and the progress bar."""
 
 import os
 import re
@@ -10,11 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness.args import RunArgs
-from harness.files import RunError, UsageError
+from harness.errors import RunError, UsageError, say
 
 
 class Logger:
-    """Writes every number to all of them; knows the training time over all sessions of a run."""
+    """Writes every number to all of them; knows a run's time over all its sessions."""
 
     def __init__(
         self, args: RunArgs, folder: Path, description: dict, resumed: dict | None
@@ -58,13 +58,21 @@ class Logger:
         (last_step, last_time), self.last = self.last, (step, time.perf_counter())
         return (step - last_step) / max(self.last[1] - last_time, 1e-9)
 
-    def show(self, **returns: float):
-        """One step more on the progress bar, with these returns."""
-        if self.bar.n % 50 == 0 or self.bar.n == self.bar.total - 1:  # it takes 40 us
-            self.bar.set_postfix(
-                {k: f"{v:.1f}" for k, v in returns.items()}, refresh=False
-            )
+    def show(self, step: int, returns: dict[str, float]):
+        """Moves the progress bar to this step, with these returns."""
+        if step % 50 == 0 or step == self.bar.total:  # it takes 40 us
+            texts = {name: f"{value:.1f}" for name, value in returns.items()}
+            self.bar.set_postfix(texts, refresh=False)
         self.bar.update()
+
+    def pause(self, seconds: float):
+        """Leaves time out of the bar's rate and remaining time."""
+        self.bar.start_t += seconds
+        self.bar.last_print_t += seconds
+
+    def refresh(self):
+        """Draws the bar as it is now."""
+        self.bar.refresh()
 
     def state_dict(self) -> dict:
         os.fsync(self.csv.fileno())
@@ -80,8 +88,20 @@ class Logger:
             self.wandb.finish()
 
 
+class SlowProgress:
+    """Says every few seconds how far something is that rarely takes long."""
+
+    def __init__(self, seconds: float = 10):
+        self.seconds, self.last = seconds, time.perf_counter()
+
+    def show(self, text: str):
+        if time.perf_counter() - self.last > self.seconds:
+            say(text)
+            self.last = time.perf_counter()
+
+
 def start_wandb(args: RunArgs, folder: Path, description: dict):
-    """The Weights & Biases run; a resumed run goes on in the same one. Raises: UsageError."""
+    """The W&B run; a resumed run goes on in the same one. Raises: UsageError."""
     import wandb  # only here: training needs neither the package nor an account
 
     names = dict(

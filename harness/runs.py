@@ -1,8 +1,7 @@
-"""A training run: its folder, log, evaluations, checkpoints; and a script's command line."""
+"""A training run: folder, log, checkpoints and signals; a script's command line."""
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -11,254 +10,421 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from harness.args import RunArgs, parse_args
-from harness.envs import Evaluator
-from harness.files import RunError, UsageError, describe_machine, load_file, save_file
-from harness.functional import Hardware
-from harness.logger import Logger
+from harness.compiling import Compiler
+from harness.errors import RunError, UsageError, UserCodeError, is_memory_error, say
+from harness.files import check_sizes, load_file, save_file
+from harness.logger import Logger, SlowProgress
+from harness.machine import choose_device, configure_process, describe_machine
+from harness.video import Video
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes with --resume auto aren't kept apart there
+    fcntl = None
 
 
-class Run(contextlib.ExitStack):
-    """One training run, which a script drives: `start`, then `log` once for each of `steps`."""
+class Session(contextlib.ExitStack):
+    """Where a script uses environments, which are closed however it ends."""
+
+    def __init__(
+        self,
+        args: RunArgs,
+        device: torch.device,
+        compiled: bool = False,
+        video_file: Path | None = None,
+    ):
+        super().__init__()
+        self.args, self.device, self.video_file = args, device, video_file
+        self.compile = Compiler(compiled, device, self.pause)
+
+    def closing(self, thing):
+        """The thing, whose `close` is called when the session ends, however it ends."""
+        return self.enter_context(contextlib.closing(thing))
+
+    def pause(self, seconds: float):
+        """Told of time that went into compiling."""
+
+    def check_signal(self):
+        """Ends the session if a signal asked for it."""
+
+    def video_path(self) -> Path:
+        """Where the video of an evaluation goes."""
+        return self.video_file
+
+    @contextlib.contextmanager
+    def evaluation(self, fps: int = 30):
+        """What an evaluation shows: gives a Watch. fps: of its video."""
+        video = Video(self.video_path(), fps) if self.args.capture_video else None
+        with contextlib.closing(Watch(self, video)) as watch:
+            try:
+                yield watch
+            except RunError as error:
+                raise type(error)(f"in an evaluation: {error}") from error.__cause__
+
+
+class Watch:
+    """Sees each step of an evaluation: shows it, films it, and may end it."""
+
+    def __init__(self, session: Session, video: Video | None):
+        self.session, self.video, self.progress = session, video, SlowProgress()
+
+    def step(self, text: str):
+        """Before each step; text says how far the evaluation is."""
+        self.session.check_signal()
+        self.progress.show(text)
+
+    def film(self, env):
+        """Films an environment, with --capture-video."""
+        if self.video:
+            self.video.film(env)
+
+    def close(self):
+        if self.video:
+            self.video.close()
+
+
+class Run(Session):
+    """One training run.
+
+    A script calls `start`, goes over `steps` and ends each with `log` and `end_step`.
+    """
 
     def __init__(
         self, args: RunArgs, program: str, command: str, checkpoint: dict | None
     ):
-        super().__init__()
-        self.args, self.program, self.checkpoint = args, program, checkpoint
         if checkpoint and "description" not in checkpoint:
-            raise UsageError(
-                f"--resume: {checkpoint['path']} holds a policy, not a checkpoint"
-            )
+            path = checkpoint["path"]
+            raise UsageError(f"--resume: {path} holds a policy, not a checkpoint")
+        super().__init__(args, choose_device(args.cuda), args.compile)
+        self.program, self.checkpoint = program, checkpoint
         self.folder = checkpoint["path"].parent if checkpoint else run_folder(args)
-        self.hardware = Hardware(args.cuda, args.torch_threads, args.compile)
-        self.device = self.hardware.device
-        run = dict(
-            script=f"{program}.py", command=command, compiled=self.hardware.compiled
-        )
-        self.description = (
-            run | {"args": dataclasses.asdict(args)} | describe_machine(self.device)
-        )
-        self.step, self.return_mean, self.received = 0, math.nan, None
+        self.description = {
+            "script": f"{program}.py",
+            "command": command,
+            "compiled": self.compile.enabled,
+            "args": dataclasses.asdict(args),
+            **describe_machine(self.device),
+        }
+        self.step, self.evaluated_step, self.saved_step = 0, 0, None
+        self.received = None  # a signal
+        self.shown = {"train": math.nan, "eval": math.nan}
+        self.logger = None
 
-    def start(self, env, evaluator: Evaluator | None, policy: dict, rng, **parts):
-        """Opens folder and log; begins or restores what a checkpoint holds: env, rng and parts.
+    # --- Beginning --------------------------------------------------------------------
+    def start(self, policy: dict, rng: np.random.Generator, sizes: list[int], **parts):
+        """Opens folder and log; restores the checkpoint, if there is one.
 
-        policy: what a saved policy holds. Both, by name, have state_dict and load_state_dict.
+        policy: what a saved policy holds; parts: what a checkpoint holds besides. Both,
+        by name, are lists of tensors or have state_dict and load_state_dict.
+        sizes: of the environment, kept with each file.
         """
-        self.env, self.evaluator, self.policy, self.rng = env, evaluator, policy, rng
-        self.parts = {"env": env} | parts
+        self.policy, self.rng, self.sizes, self.parts = policy, rng, sizes, parts
         if self.checkpoint:
             self._check_resumed(self.checkpoint)
         self.folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
-        (self.folder / "args.json").write_text(
-            json.dumps(self.description, indent=2) + "\n"
-        )
+        text = json.dumps(self.description, indent=2)
+        (self.folder / "args.json").write_text(text + "\n")
         logger = Logger(self.args, self.folder, self.description, self.checkpoint)
-        self.logger = self.enter_context(contextlib.closing(logger))
+        self.logger = self.closing(logger)
         if self.checkpoint:
             self._restore(self.checkpoint)
-            self.checkpoint.clear()  # it holds the replay buffer a second time
-        else:
-            env.reset()
-        text = f"{self.args.env_id} on {self.description['device']}, files in {self.folder}"
-        first = (
-            "; compiling takes about a minute the first time" * self.hardware.compiled
-        )
-        print(text + first, file=sys.stderr)
+            self.saved_step = self.step
+            self.checkpoint.clear()  # it holds all parts a second time
+        place = f"{self.args.env_id} on {self.description['device']}"
+        say(f"{place}, files in {self.folder}")
 
     def _check_resumed(self, checkpoint: dict):
-        """Raises: UsageError if there is nothing to do. Says where results may differ."""
-        before, now, steps = (
-            checkpoint["description"],
-            self.description,
-            self.args.total_timesteps,
-        )
-        if checkpoint["step"] >= steps:
+        """Raises: UsageError if nothing is to do. Says where results may differ."""
+        check_sizes(checkpoint, self.sizes, self.args.env_id)
+        before, now = checkpoint["description"], self.description
+        steps = self.args.total_timesteps
+        if checkpoint["step"] >= steps and checkpoint["finished"]:
             done = f"{self.folder} is already at step {checkpoint['step']}"
             raise UsageError(f"{done}: raise --total-timesteps to train it further")
-        if changed := {k for k in before if before[k] != now.get(k)} - {
-            "args",
-            "command",
-        }:
-            text = f"other {', '.join(sorted(changed))} than before: not bit for bit the same run"
-            print(f"warning: {text}", file=sys.stderr)
-        more = (
-            ""
-            if steps == before["args"]["total_timesteps"]
-            else f" --total-timesteps {steps}"
-        )
-        now["command"] = before["command"] + more
+        changed = {name for name in before if before[name] != now.get(name)}
+        if changed := changed - {"args", "command"}:
+            names = ", ".join(sorted(changed))
+            say(f"warning: other {names} than before: not bit for bit the same run")
+        now["command"] = before["command"]
+        if steps != before["args"]["total_timesteps"]:
+            now["command"] += f" --total-timesteps {steps}"
 
+    def _restore(self, content: dict):
+        self.step, self.shown = content["step"], content["shown"]
+        self.evaluated_step = content["evaluated_step"]
+        self.rng.bit_generator.state = content["rng"]
+        torch.set_rng_state(content["torch_rng"])
+        if len(content["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(content["cuda_rng"])
+        # last: a part may go back to an earlier moment
+        for name, part in self.parts.items():
+            set_state(part, content[name])
+
+    # --- Each step --------------------------------------------------------------------
     def steps(self):
-        """The numbers of the steps to take; `log` ends each. A signal ends the run after a step."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self.callback(signal.signal, signum, signal.signal(signum, self._receive))
+        """The numbers of the steps to take. A signal ends the run after a step."""
+        self._receive_signals()
         while self.step < self.args.total_timesteps:
             yield self.step
+        self.logger.refresh()
+
+    def _receive_signals(self):
+        if threading.current_thread() is not threading.main_thread():
+            say("note: not the main thread: signals don't write a checkpoint")
+            return
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self.callback(signal.signal, signum, signal.signal(signum, self._receive))
 
     def _receive(self, signum: int, _frame):
         self.received = signum
         signal.signal(signum, signal.SIG_DFL)  # a second signal stops the run at once
 
-    def log(self, metrics: dict[str, float]):
-        """Ends a step: writes numbers, evaluates, shows progress, saves, stops after a signal."""
-        self.step += 1
-        args, step = self.args, self.step
-        last = step == args.total_timesteps
-        due = step % args.log_frequency == 0 or last
-        if episodes := self.env.episode_metrics(due):
-            self.logger.log(step, episodes)
-        if due:
-            speed = self.logger.speed(step)
-            vector = (
-                {"charts/env_SPS": speed * args.num_envs}
-                if hasattr(args, "num_envs")
-                else {}
-            )
-            self.logger.log(step, {"charts/SPS": speed, **vector, **metrics})
-        if self.evaluator and (step % args.eval_frequency == 0 or last):
-            self._evaluate(f"step-{step:09d}")
-        self.logger.show(train=self.env.last_return, eval=self.return_mean)
-        if last:
-            self._save("policy_final.pt")
-        if step % (args.checkpoint_frequency or math.inf) == 0 or last or self.received:
-            self._save("checkpoint.pt", **self._state())
-        if self.received and not last:
-            again = shlex.join(
-                ["python", f"{self.program}.py", "--resume", str(self.folder)]
-            )
-            print(f"stopped at step {step}; go on with: {again}", file=sys.stderr)
-            raise SystemExit(128 + self.received)
+    def log_episodes(self, numbers: dict[str, float]):
+        """Numbers of the training episodes that this step ended."""
+        name = "charts/episodic_return"
+        self.shown["train"] = numbers.get(name, self.shown["train"])
+        self.logger.log(self.step + 1, numbers)
 
-    def _evaluate(self, name: str):
-        returns, lengths = self.evaluator.run(
-            self.step, self.folder / "videos" / f"{name}.mp4"
+    def log_episode(self, episode: dict[str, float]):
+        """The training episode that this step ended: Gymnasium's info["episode"]."""
+        self.log_episodes(
+            {
+                "charts/episodic_return": episode["r"],
+                "charts/episodic_length": episode["l"],
+            }
         )
-        self.return_mean = float(np.mean(returns))
-        means = {
-            "eval/return_mean": self.return_mean,
+
+    def log(self, numbers: dict[str, float], num_envs: int | None = None):
+        """Numbers of this step, all checked, written every --log-frequency steps.
+
+        num_envs: environments that each step steps. Raises: RunError.
+        """
+        step = self.step + 1
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                text = f"the update at step {self.step} gave {name} = {value}"
+                raise RunError(f"{text}; try a smaller learning rate")
+        if self.due_to_log():
+            speed = {"charts/SPS": self.logger.speed(step)}
+            if num_envs:
+                speed["charts/env_SPS"] = speed["charts/SPS"] * num_envs
+            self.logger.log(step, speed | numbers)
+
+    def due_to_log(self) -> bool:
+        """Whether this step's numbers are written."""
+        step = self.step + 1
+        return step % self.args.log_frequency == 0 or step == self.args.total_timesteps
+
+    def end_step(self):
+        """Shows progress, writes a checkpoint when it is due, ends after a signal."""
+        self.step += 1
+        self.logger.show(self.step, self.shown)
+        frequency = self.args.checkpoint_frequency
+        last = self.step == self.args.total_timesteps
+        if frequency and self.step % frequency == 0 and not last:
+            self._save_checkpoint()
+        self.check_signal()
+
+    def check_signal(self):
+        if not self.received:
+            return
+        self._save_checkpoint()
+        say(f"stopped at step {self.step}; go on with: {self.again('--resume')}")
+        raise SystemExit(128 + self.received)
+
+    def pause(self, seconds: float):
+        if self.logger:
+            self.logger.pause(seconds)
+
+    # --- Evaluations ------------------------------------------------------------------
+    def video_path(self) -> Path:
+        return self.folder / "videos" / f"{self._moment()}.mp4"
+
+    def due(self, frequency: int) -> bool:
+        """Whether an evaluation is due before the coming step."""
+        return self.step % frequency == 0 and self.step != self.evaluated_step
+
+    def log_evaluation(self, returns: list[float], lengths: list[int]):
+        """Writes the results of an evaluation, and with --keep-policies the policy."""
+        self.evaluated_step = self.step
+        if not returns:
+            return
+        self.shown["eval"] = float(np.mean(returns))
+        numbers = {
+            "eval/return_mean": self.shown["eval"],
             "eval/return_std": float(np.std(returns)),
+            "eval/length_mean": float(np.mean(lengths)),
         }
-        means["eval/length_mean"] = float(np.mean(lengths))
-        self.logger.log(
-            self.step, means | {f"eval/return_{i}": x for i, x in enumerate(returns)}
-        )
+        numbers |= {f"eval/return_{i}": value for i, value in enumerate(returns)}
+        self.logger.log(self.step, numbers)
         if self.args.keep_policies:
-            self._save(f"policies/{name}.pt")
+            self._save(f"policies/{self._moment()}.pt")
+
+    def _moment(self) -> str:
+        return f"step-{self.step:09d}"
+
+    # --- Saving -----------------------------------------------------------------------
+    def finish(self):
+        """Saves the result and says what can be done with it."""
+        self._save("policy_final.pt")
+        self._save_checkpoint(finished=True)
+        self.logger.refresh()
+        done = f"finished: {self.step} steps"
+        if math.isfinite(self.shown["eval"]):
+            done += f", last evaluation {self.shown['eval']:.1f}"
+        curves = shlex.join(["tensorboard", "--logdir", str(self.folder.parent)])
+        play = f"play it with {self.again('--evaluate')} (--capture-video films it)"
+        say(f"{done}; {play}; curves: {curves}")
+
+    def again(self, option: str) -> str:
+        """The command that takes this run up."""
+        return shlex.join(["python", f"{self.program}.py", option, str(self.folder)])
+
+    def describe_checkpoint(self) -> str:
+        """What is left of a run that failed."""
+        if self.saved_step is None:
+            return "there is no checkpoint yet"
+        saved = f"the checkpoint of step {self.saved_step} is intact"
+        return f"{saved}, go on with: {self.again('--resume')}"
 
     def _save(self, name: str, **more):
         """Saves the policy, and what a checkpoint holds beside it."""
-        content = {
-            "args": dataclasses.asdict(dataclasses.replace(self.args, resume=None))
-        }
-        content |= {name: part.state_dict() for name, part in self.policy.items()}
-        save_file(
-            self.folder / name, {**content, "step": self.step, **more}, self.program
+        args = dataclasses.asdict(dataclasses.replace(self.args, resume=None))
+        content = {"args": args, "sizes": self.sizes, "step": self.step}
+        content |= {name: get_state(part) for name, part in self.policy.items()}
+        save_file(self.folder / name, content | more, self.program)
+
+    def _save_checkpoint(self, finished: bool = False):
+        parts = {name: get_state(part) for name, part in self.parts.items()}
+        self._save(
+            "checkpoint.pt",
+            finished=finished,
+            evaluated_step=self.evaluated_step,
+            description=self.description,
+            shown=self.shown,
+            rng=self.rng.bit_generator.state,
+            torch_rng=torch.get_rng_state(),
+            cuda_rng=torch.cuda.get_rng_state_all(),
+            **self.logger.state_dict(),
+            **parts,
         )
-
-    def _state(self) -> dict:
-        content = {name: part.state_dict() for name, part in self.parts.items()}
-        content |= {"description": self.description, "return_mean": self.return_mean}
-        content |= {
-            "rng": self.rng.bit_generator.state,
-            "torch_rng": torch.get_rng_state(),
-        }
-        return (
-            content
-            | self.logger.state_dict()
-            | {"cuda_rng": torch.cuda.get_rng_state_all()}
-        )
-
-    def _restore(self, content: dict):
-        self.step, self.return_mean = content["step"], content["return_mean"]
-        self.rng.bit_generator.state = content["rng"]
-        torch.set_rng_state(content["torch_rng"])
-        if len(content["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(content["cuda_rng"])
-        for (
-            name,
-            part,
-        ) in self.parts.items():  # last: a part may go back to an earlier moment
-            part.load_state_dict(content[name])
+        self.saved_step = self.step
 
 
+def get_state(part):
+    """A part's state, or copies of a list of tensors."""
+    if isinstance(part, list):
+        return [tensor.cpu() for tensor in part]
+    return part.state_dict()
+
+
+def set_state(part, state):
+    """The reverse of `get_state`."""
+    if isinstance(part, list):
+        for tensor, value in zip(part, state, strict=True):
+            tensor.copy_(value)
+    else:
+        part.load_state_dict(state)
+
+
+# --- Folders and locks ----------------------------------------------------------------
 def run_folder(args: RunArgs) -> Path:
-    """Env__experiment__seed__ and the time; with `--resume auto` a digest of what defines a run."""
-    defining = json.dumps(args.fixed(args.resume_may_change)).encode()
-    digest = hashlib.sha256(defining).hexdigest()[:10]
-    tag = digest if args.resume == "auto" else int(time.time())
+    """Env__experiment__seed__time; `--resume auto`: a digest of what defines a run."""
+    tag = str(int(time.time()))
+    if args.resume == "auto":
+        defining = json.dumps(args.fixed(args.resume_may_change)).encode()
+        tag = hashlib.sha256(defining).hexdigest()[:10]
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{tag}"
     return Path(args.runs_dir, re.sub(r"[^\w.-]", "_", name))
 
 
 def lock_run(folder: Path):
-    """Waits until no other `--resume auto` trains this run; locks it while the file is open."""
+    """Waits until no other `--resume auto` trains this run; locks it while open."""
     (folder.parent / ".locks").mkdir(parents=True, exist_ok=True)
     lock = open(folder.parent / ".locks" / folder.name, "w")
+    if fcntl is None:
+        return lock
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print("waiting for another process that trains this run", file=sys.stderr)
+        say("waiting for another process that trains this run")
         fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 
 
-def evaluate_policy(args: RunArgs, saved: dict, load_evaluator):
-    """`--evaluate PATH`: plays a saved policy on the CPU and prints the return of each episode."""
+# --- The command line -----------------------------------------------------------------
+def evaluate_policy(args: RunArgs, saved: dict, evaluate_saved):
+    """`--evaluate PATH`: plays a saved policy and prints each episode's return."""
+    if args.eval_episodes == 0:
+        raise UsageError("--evaluate: no episode to play: give --eval-episodes")
     file, step = saved["path"], saved["step"]
     video = file.parent / "videos" / f"evaluate-{file.stem}-seed{args.seed}.mp4"
-    Hardware(cuda=False, torch_threads=args.torch_threads, compile=False)
-    returns, lengths = load_evaluator(args, saved).run(step, video)
-    for i, episodic_return in enumerate(returns):
-        print(f"episode {i}: return {episodic_return:.2f}, length {lengths[i]}")
+    with Session(args, choose_device(args.cuda), video_file=video) as session:
+        returns, lengths = evaluate_saved(args, saved, session)
+    for i, (total, length) in enumerate(zip(returns, lengths, strict=True)):
+        print(f"episode {i}: return {total:.2f}, length {length}")
     mode = "deterministic" if args.deterministic_eval else "stochastic"
-    text = f"{len(returns)} {mode} episodes of {file} (step {step}) on {args.env_id}"
-    print(f"{text}: return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
-    print(f"video of episode 0: {video}\n" * args.capture_video, end="")
+    what = f"{len(returns)} {mode} episodes of {file} (step {step}) on {args.env_id}"
+    print(f"{what}: return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
+    if args.capture_video:
+        print(f"video of episode 0: {video}")
 
 
-def run_command(Args, train, load_evaluator, program: str, description: str, argv):
+def train_run(run: Run, train):
+    """Trains to the end. What fails is said together with what can be done then."""
+    try:
+        train(run.args, run)
+        run.finish()
+    except (RunError, OSError) as error:
+        kind = type(error) if isinstance(error, RunError) else RunError
+        text = f"{error}; {run.describe_checkpoint()}"
+        raise kind(text) from error.__cause__
+
+
+def run_command(Args, train, evaluate_saved, program: str, description: str, argv):
     """Carries out a command line: evaluates a policy, or trains."""
     args, saved = parse_args(Args, program, description, argv)
+    configure_process(args.torch_threads)
     if args.evaluate is not None:
-        return evaluate_policy(args, saved, load_evaluator)
+        return evaluate_policy(args, saved, evaluate_saved)
     if args.resume == "auto":
         folder = run_folder(args)
         lock = lock_run(folder)  # noqa: F841 (held until the process ends)
         final = folder / "policy_final.pt"
-        if (
-            final.exists()
-            and load_file("--resume", final, program)["step"] >= args.total_timesteps
-        ):
-            print(f"{folder} is finished: {args.total_timesteps} steps")
-            return
-        if (
-            final.exists() or (folder / "checkpoint.pt").exists()
-        ):  # else it starts, anew or again
+        if final.exists():
+            step = load_file("--resume", final, program)["step"]
+            if step >= args.total_timesteps:
+                print(f"{folder} is finished: {args.total_timesteps} steps")
+                return
+        # a folder without either belongs to a run that starts, anew or again
+        if final.exists() or (folder / "checkpoint.pt").exists():
             saved = load_file("--resume", folder, program)
     words = sys.argv[1:] if argv is None else argv
-    with Run(
-        args, program, shlex.join(["python", f"{program}.py", *words]), saved
-    ) as run:
-        train(args, run)
+    command = shlex.join(["python", f"{program}.py", *words])
+    with Run(args, program, command, saved) as run:
+        train_run(run, train)
 
 
-def main(Args, train, load_evaluator, argv: list[str] | None = None) -> int:
-    """A script: train(args, run), or load_evaluator(args, saved) -> Evaluator; the exit code."""
+def main(Args, train, evaluate_saved, argv: list[str] | None = None) -> int:
+    """A script's command line; the exit code.
+
+    train(args, run) trains; evaluate_saved(args, saved, session) gives the returns
+    and the lengths of episodes with a saved policy.
+    """
     module = sys.modules[train.__module__]
-    program, description = (
-        Path(module.__file__).stem,
-        module.__doc__.split("\n\n    ")[0],
-    )
+    program = Path(module.__file__).stem
+    description = module.__doc__.split("\n\n    ")[0]
     try:
-        run_command(Args, train, load_evaluator, program, description, argv)
+        run_command(Args, train, evaluate_saved, program, description, argv)
         print(end="", flush=True)  # so that a reader that stopped is noticed here
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -266,17 +432,19 @@ def main(Args, train, load_evaluator, argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (
-        UsageError,
-        RunError,
-        FloatingPointError,
-        OSError,
-        MemoryError,
-        RuntimeError,
-    ) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        memory = "not enough memory: " * isinstance(error, MemoryError | RuntimeError)
-        print(f"error: {memory}{error}".partition("\n")[0], file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    except Exception as error:
+        return explain(error)
     return 0
+
+
+def explain(error: Exception) -> int:
+    """One sentence about what went wrong; the exit code. Raises what isn't foreseen."""
+    if isinstance(error, UserCodeError):
+        traceback.print_exception(error.__cause__)
+    if is_memory_error(error):
+        error = RunError(f"not enough memory: {error}")
+    if not isinstance(error, UsageError | RunError | OSError):
+        raise error
+    sentence = f"error: {error}".partition("\n")[0]
+    print(sentence, file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
