@@ -234,8 +234,12 @@ class Record:
         self.checksums.append(checksum(*outcome))
 
     def state_dict(self) -> dict:
-        actions = torch.from_numpy(np.array(self.actions))
-        return vars(self) | {"actions": actions}
+        return {
+            "seed": self.seed,
+            "first": self.first,
+            "actions": torch.from_numpy(np.array(self.actions)),
+            "checksums": list(self.checksums),
+        }
 
     @classmethod
     def from_state(cls, state: dict) -> "Record":
