@@ -19,8 +19,8 @@ FALLING_ANKLE = (-100, -30)  # of legs 2 and 3
 class Ant(Locomotion):
     """Observation (60): height; velocity (3); angular velocity (3); yaw, roll, angle to
     target; up and heading projection; joint positions (8) and velocities (8); force and
-    torque at each foot (24); action (8). Joints: hip and ankle of each of LEGS, for both
-    variants.
+    torque at each foot (24); action (8). Joints: hip and ankle of each of LEGS, for
+    both variants.
     """
 
     variants: ClassVar = {
@@ -71,5 +71,5 @@ class Ant(Locomotion):
             geom.margin = 0
 
     def limit_cost(self, state: State) -> Tensor:
-        """Counts joints at their upper limit; like the original none at the lower one."""
+        """Counts joints at their upper limit; as in the original, none at the lower."""
         return self.joint_at_limit * (self.joint_positions(state) > 0.99).sum(-1)

@@ -151,8 +151,10 @@ class Anymal(Task):
     def add_leg(
         self, spec: mujoco.MjSpec, base: mujoco.MjsBody, leg: str, side, limits
     ):
-        """Three parts with a driven hinge each, and a foot; limits: of the next
-        hinges."""
+        """Three parts with a driven hinge each, and a foot.
+
+        limits: of the hinges that come next.
+        """
         body = base
         for part, (place, axis, mass, centre, inertia, shapes) in PARTS.items():
             body = body.add_body(name=f"{leg}_{part}", pos=mirror(place, side))
@@ -230,8 +232,7 @@ class Anymal(Task):
     def reward_terms(
         self, before: State, state: State, action: Tensor
     ) -> dict[str, Tensor]:
-        """Following the command is worth most; both variants' sums are cut off below
-        0."""
+        """Following the command is worth most; `reward` cuts sums off below 0."""
         linear, angular = self.velocities(state)
         velocity = torch.cat([linear[:, :2], angular[:, 2:]], -1)
         error = (state.memory[:, :3] - velocity).square()
@@ -260,8 +261,7 @@ class Anymal(Task):
         return reward.where(~self.failed(state), -1.0)
 
     def failed(self, state: State) -> Tensor:
-        """oige: the base is too low; ige: base or thighs touch the ground with over 1
-        N."""
+        """oige: the base is too low; ige: over 1 N from the floor on base or thighs."""
         if self.variant == "oige":
             return state.qpos[:, 2] < 0.51
         forces = state.sensors.unflatten(-1, (5, 3))

@@ -1,4 +1,4 @@
-"""How a robot whose root is free touches the floor: with spheres, one contact pair each."""
+"""How a robot with a free root touches the floor: with spheres, a contact pair each."""
 
 import itertools
 import math
@@ -39,8 +39,8 @@ def stand_on_floor(spec: mujoco.MjSpec, friction: float):
 def touching_spheres(model: mujoco.MjModel) -> list[tuple[int, np.ndarray, float]]:
     """The spheres with which a robot can touch a plane: body, place in it (3,), radius.
 
-    Left out are those that the others of a body keep off every plane, and those that are
-    always where another body has one, such as at a knee.
+    Left out are those that the others of a body keep off every plane, and those that
+    are always where another body has one, such as at a knee.
     """
     rng = np.random.default_rng(0)
     directions = rng.standard_normal((3, 5000))

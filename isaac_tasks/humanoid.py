@@ -48,9 +48,9 @@ for limb in (LEG, ARM):
 
 class Humanoid(Locomotion):
     """Observation (oige 87, ige 108): height; velocity (3); angular velocity (3); yaw,
-    roll, angle to target; up and heading projection; joint positions (21) and velocities
-    (21); ige: joint forces (21); force and torque at each foot (12); action (21). Joints:
-    the order of JOINTS.
+    roll, angle to target; up and heading projection; joint positions (21) and
+    velocities (21); ige: joint forces (21); force and torque at each foot (12); action
+    (21). Joints: the order of JOINTS.
     """
 
     variants: ClassVar = {
@@ -99,7 +99,7 @@ class Humanoid(Locomotion):
                 geom.solimp[:3] = (0.9, 0.99, 0.003)
 
     def replace_foot(self, spec: mujoco.MjSpec, side: str, sign: int):
-        """Two capsules, outer and inner edge of the foot, and an ankle of two hinges."""
+        """Two capsules, its outer and inner edge, and an ankle of two hinges."""
         foot = spec.body(f"{side}_foot")
         foot.pos = (0, 0, -0.39)
         spec.delete(foot.geoms[0])

@@ -98,8 +98,7 @@ class Ingenuity(Task):
     def add_rotor(
         self, spec: mujoco.MjSpec, chassis: mujoco.MjsBody, name: str, height: float
     ):
-        """A disc with a thruster along each axis: the world's (oige) or its own
-        (ige)."""
+        """A disc with thrust along each axis: the world's (oige) or its own (ige)."""
         rotor = chassis.add_body(name=name, pos=(0, 0, height))
         rotor.add_geom(
             type=mujoco.mjtGeom.mjGEOM_CYLINDER,

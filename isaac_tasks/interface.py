@@ -34,9 +34,10 @@ class Simulator(Protocol):
     max_steps: int
     """an environment's time-outs are at least so many steps apart"""
     valid: Tensor | None
-    """(N,) bool: rows of the last step that belong to the task. The others were spent on
-    a late reset, or their physics broke down and a new episode was started: their flags
-    are False, their reward is 0, and they must not be learned from. None: all are valid"""
+    """(N,) bool: rows of the last step that belong to the task. The others were spent
+    on a late reset, or their physics broke down and a new episode was started: their
+    flags are False, their reward is 0, and they must not be learned from. None: all are
+    valid"""
     diverged: int
     """environments whose physics broke down in the last step"""
     exact_resume: bool

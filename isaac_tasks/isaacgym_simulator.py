@@ -13,8 +13,8 @@ class IsaacGymSimulator(NvidiaSimulator):
 
     Isaac Gym resets an environment in the step after the one that raised its done flag.
     Where an episode ends, `obs` is therefore the same as `final_obs`; the next row of
-    that environment joins two episodes: it is not `valid`, and its `obs` is the first one
-    of the new episode.
+    that environment joins two episodes: it is not `valid`, and its `obs` is the first
+    one of the new episode.
 
     seed: of torch's and numpy's global generators, from which Isaac Gym draws.
     """
@@ -51,9 +51,9 @@ class IsaacGymSimulator(NvidiaSimulator):
             ) from error
         self.num_envs = num_envs
         self.obs_dim, self.act_dim = self.env.num_obs, self.env.num_acts
-        # A time-out comes at the end of step L - 1 of an episode. Tasks that reset before
-        # physics take step 1 within the late reset; `reset` does that step itself, so
-        # that L - 2 are left.
+        # A time-out comes at the end of step L - 1 of an episode. Tasks that reset
+        # before physics take step 1 within the late reset; `reset` does that step
+        # itself, so that L - 2 are left.
         self.max_steps = int(self.env.max_episode_length) - 2
         self.valid = torch.ones(num_envs, dtype=torch.bool, device=self.device)
         # where the next step is spent on a reset

@@ -20,7 +20,7 @@ until_exit = contextlib.ExitStack()
 
 
 class IsaacLabSimulator(NvidiaSimulator):
-    """N environments of a task; `isaac_tasks.Simulator` says what its methods return."""
+    """N environments of a task; see `isaac_tasks.Simulator` for its methods."""
 
     name = "Isaac Lab"
     valid = None

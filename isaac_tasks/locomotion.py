@@ -88,7 +88,7 @@ class Locomotion(Task):
         """Turns Gymnasium's robot into NVIDIA's, but for its motors."""
 
     def add_motors(self, spec: mujoco.MjSpec):
-        """One motor per hinge in the order of the joints, instead of the model's own."""
+        """One motor per hinge, in the order of the joints, in place of the model's."""
         for actuator in list(spec.actuators):
             spec.delete(actuator)
         hinge = mujoco.mjtJoint.mjJNT_HINGE
@@ -140,7 +140,7 @@ class Locomotion(Task):
         return normalize_angle(angles) if self.normalize_angles else angles
 
     def add_foot_sensors(self, spec: mujoco.MjSpec):
-        """oige: the wrench that each foot's joint transmits; ige: what `net_wrench` needs."""
+        """oige: the wrench of each foot's joint; ige: what `net_wrench` needs."""
         for name in self.feet:
             if self.variant == "oige":
                 add_joint_wrench(spec, spec.body(name))
@@ -256,11 +256,10 @@ def net_wrench(
 ) -> Tensor:
     """Net force and torque on bodies, in body axes at the body's origin: (N, F, 6).
 
-    Newton and Euler: m a of the centre of mass, and
-    I alpha + omega x (I omega) + c x m a.
-    sensors (N, F, 13) of `add_motion_sensors`; mass (F,), centre of mass (F, 3) and
-    inertia about it (F, 3, 3) in body axes. MuJoCo's accelerometers include +g, which is
-    taken off.
+    Newton and Euler: m a of the centre of mass, and I alpha + omega x (I omega) + c x m
+    a. sensors (N, F, 13) of `add_motion_sensors`; mass (F,), centre of mass (F, 3) and
+    inertia about it (F, 3, 3) in body axes. MuJoCo's accelerometers include +g, which
+    is taken off.
     """
     acceleration, angular, velocity, quat = sensors.split([3, 3, 3, 4], -1)
     gravity = torch.zeros_like(acceleration)

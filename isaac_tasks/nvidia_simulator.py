@@ -1,4 +1,4 @@
-"""What the adapters to NVIDIA's simulators share: nothing is drawn, nothing is saved."""
+"""What the adapters to NVIDIA's simulators share: they draw and save nothing."""
 
 import numpy as np
 

@@ -11,19 +11,15 @@ Box = tuple[Vector, Vector]
 """its lowest and its highest corner, in the body's axes"""
 
 
-def add_floor_and_light(
-    spec: mujoco.MjSpec, colour=(0.3, 0.35, 0.4, 1), **options
-) -> mujoco.MjsGeom:
-    """The plane z = 0, a geom named "floor" (returned), with a light above it.
+def add_floor_and_light(spec: mujoco.MjSpec, colour=(0.3, 0.35, 0.4, 1), **options):
+    """The plane z = 0, a geom named "floor", with a light above it.
 
     options: of the geom.
     """
     world = spec.worldbody
     world.add_light(pos=(0, 0, 10), type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
     plane = mujoco.mjtGeom.mjGEOM_PLANE
-    return world.add_geom(
-        name="floor", type=plane, size=(0, 0, 1), rgba=colour, **options
-    )
+    world.add_geom(name="floor", type=plane, size=(0, 0, 1), rgba=colour, **options)
 
 
 def add_box(body: mujoco.MjsBody, box: Box, **options) -> mujoco.MjsGeom:

@@ -33,7 +33,7 @@ class State:
     qvel: Tensor
     """(N, nv)"""
     sensors: Tensor
-    """(N, nsensordata), as of the last physics step; zero in an episode's first state"""
+    """(N, nsensordata), of the last physics step; zero in an episode's first state"""
     memory: Tensor
     """(N, memory_dim) numbers of the task's own, such as a target"""
 
@@ -51,7 +51,7 @@ class Task(ABC):
     """
 
     variants: ClassVar[dict[str, dict[str, Any]]] = {"oige": {}, "ige": {}}
-    """the constants in which they differ, by name; the task has its variant's as attributes"""
+    """the constants in which they differ; a task has its variant's as attributes"""
     obs_dim: int
     act_dim: int
     memory_dim = 0
@@ -115,7 +115,7 @@ class Task(ABC):
         return state.memory
 
     def limit(self, state: State) -> State:
-        """The state after a physics step, where the simulator limits it (e.g. speeds)."""
+        """The state after a control step, within limits of the simulator."""
         return state
 
     @abstractmethod
@@ -140,7 +140,7 @@ class Task(ABC):
         return sum(self.reward_terms(before, state, action).values())
 
     def measures(self, state: State) -> dict[str, Tensor]:
-        """What the task is about, by name and unit, (N,): for people, not the learner."""
+        """What the task is about, by name and unit, (N,): for people."""
         return {}
 
     def show(self, data: mujoco.MjData, memory: Tensor):  # noqa: B027 (not abstract)

@@ -366,6 +366,22 @@ def test_bad_input(monkeypatch, name, env_id, options, message):
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "env_id", "hint"),
+    [
+        ("auto", "ant", "; did you mean Ant?"),
+        ("mujoco", "humanoid", "; did you mean Humanoid?"),
+        ("auto", "FrankaCabinett", "; did you mean FrankaCabinet?"),
+        ("auto", "ShadowHand", f"are {', '.join(TASKS)}"),
+        ("mujoco", "Bee", f"are {', '.join(TASKS)}"),
+    ],
+)
+def test_a_wrong_name_gets_a_hint(monkeypatch, name, env_id, hint):
+    """Where an embedded robot is similar, whatever the case of its letters."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert refusal(name, env_id).endswith(hint)
+
+
 def test_imports_go_one_way():
     """interface <- simulators and tasks <- make <- training, anywhere in a file."""
     package = Path(isaac_tasks.__file__).parent
