@@ -1,14 +1,15 @@
-"""The multi-goal figure of finished runs: what the policies know and which goals they choose.
+"""The multi-goal figure of finished runs: what policies know, which goals they choose.
 
     python -m multi_goal.figure --run runs/RUN_A runs/RUN_B --out results
 
-One column per run: the soft value V over the plane with trajectories from the origin, the policy's
-density over actions at four states, and how often each of the four goals is chosen: a
-maximum-entropy policy should choose all of them. Writes NAME.png, .svg and .md to --out.
+One column per run: the soft value V over the plane with trajectories from the origin,
+the policy's density over actions at four states, and how often each of the four goals
+is chosen: a maximum-entropy policy should choose all of them. Writes NAME.png, .svg and
+.md to --out.
 
-V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da. MEow knows V exactly; for SAC and soft
-Q-learning the integral is a midpoint sum over QUADRATURE x QUADRATURE cells of [-1, 1]^2.
-Shapes: B batch or trajectories, T steps, K Q-functions.
+V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da. MEow knows V exactly; for SAC and
+soft Q-learning the integral is a midpoint sum over QUADRATURE x QUADRATURE cells of
+[-1, 1]^2. Shapes: B batch or trajectories, T steps, K Q-functions.
 """
 
 import importlib
@@ -42,10 +43,14 @@ STATES = {
 }  # of the densities
 
 
-# --- Policies of finished runs --------------------------------------------------------------------
+# --- Policies of finished runs --------------------------------------------------------
 @dataclass
 class Policy:
-    """What the figure needs of a run: functions of float32 tensors; actions in [-1, 1]."""
+    """What the figure needs of a run: functions of float32 tensors.
+
+    Actions lie in [-1, 1].
+
+    """
 
     name: str  # of the algorithm
     method: str  # how soft_value knows V
@@ -61,7 +66,11 @@ class Policy:
 
 
 def action_cells(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Centres of n x n equal cells of [-1, 1]^2, (n * n, 2); the first coordinate varies first."""
+    """Centres of n x n equal cells of [-1, 1]^2: (n * n, 2).
+
+    The first coordinate varies first.
+
+    """
     axis = (torch.arange(n, dtype=dtype) + 0.5) * 2 / n - 1
     return torch.cartesian_prod(axis, axis).flip(-1)
 
@@ -70,7 +79,7 @@ def action_cells(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def quadrature_value(
     q_values: Callable, obs: Tensor, alpha: float, n: int = QUADRATURE
 ) -> Tensor:
-    """V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da, midpoint rule with n x n cells.
+    """V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da, by n x n midpoints.
 
     Shapes: obs (B, 2) -> (B,), in the units of q_values(obs, action) (B, K).
     """
@@ -132,7 +141,10 @@ SCRIPTS = {
 
 
 def load_policy(run: str) -> Policy:
-    """The policy of one run; its args.json names its script. Raises: UsageError, RunError."""
+    """The policy of one run; its args.json names its script.
+
+    Raises: UsageError, RunError.
+    """
     about = (Path(run) if Path(run).is_dir() else Path(run).parent) / "args.json"
     try:
         name = Path(json.loads(about.read_text())["script"]).stem
@@ -164,10 +176,14 @@ def load_policy(run: str) -> Policy:
     return policy
 
 
-# --- What the figure shows ------------------------------------------------------------------------
+# --- What the figure shows ------------------------------------------------------------
 @torch.no_grad()
 def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarray]:
-    """n trajectories of the stochastic policy from the origin, each (T + 1, 2), T <= TIME_LIMIT."""
+    """n trajectories of the stochastic policy from the origin, each (T + 1, 2).
+
+    T is at most TIME_LIMIT.
+
+    """
     generator = torch.Generator().manual_seed(seed)
     position, length = np.zeros((n, 2), np.float32), np.full(n, TIME_LIMIT)
     positions, moving = [position], np.full(n, True)
@@ -188,7 +204,7 @@ def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarra
 
 
 def count_goals(trajectories: list[np.ndarray]) -> np.ndarray:
-    """How many trajectories (T + 1, 2) arrive first at each of the GOALS, and at none: (5,)."""
+    """How many trajectories (T + 1, 2) arrive first at each goal, and at none: (5,)."""
     counts = np.zeros(len(GOALS) + 1, int)
     for trajectory in trajectories:
         arrivals = np.argwhere(
@@ -224,8 +240,8 @@ def markdown(policies: list[Policy], trajectories: list[list[np.ndarray]]) -> st
     """The table of the goals chosen, with a sentence on how it was made."""
     goals = " | ".join(f"({x:g}, {y:g})" for x, y in GOALS)
     lines = [
-        f"Goals chosen in {N_TRAJECTORIES} trajectories of each stochastic policy from the origin, "
-        f"cut after {TIME_LIMIT} steps:",
+        f"Goals chosen in {N_TRAJECTORIES} trajectories of each stochastic policy from "
+        f"the origin, cut after {TIME_LIMIT} steps:",
         "",
         f"| method | seed | trained steps | {goals} | none | mean length |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -242,7 +258,7 @@ def markdown(policies: list[Policy], trajectories: list[list[np.ndarray]]) -> st
     return "\n".join(lines) + "\n"
 
 
-# --- The figure -----------------------------------------------------------------------------------
+# --- The figure -----------------------------------------------------------------------
 @torch.no_grad()
 def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
     """Contours of V, trajectories, and the goals with how often each was chosen."""
@@ -276,7 +292,11 @@ def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
 
 
 def draw_densities(axes, policy: Policy):
-    """The density over actions at each of the STATES; its square root, or a peak hides the rest."""
+    """The density over actions at each of the STATES.
+
+    Its square root, or a peak would hide the rest.
+
+    """
     for ax, (letter, state) in zip(axes, STATES.items(), strict=True):
         density = action_density(policy, state)
         options = dict(cmap="magma_r", vmin=0, interpolation="none")
@@ -290,7 +310,10 @@ def draw_densities(axes, policy: Policy):
 
 
 def draw(policies: list[Policy], trajectories: list[list[np.ndarray]]):
-    """One column per policy: the map above, the four densities below. Returns the figure."""
+    """One column per policy: the map above, the four densities below.
+
+    Returns the figure.
+    """
     from matplotlib.figure import Figure  # only here: the table needs no matplotlib
 
     figure = Figure(figsize=(4.4 * len(policies), 9.2), layout="constrained")
@@ -315,7 +338,10 @@ class Options:
 
 
 def make_figure(options: Options) -> str:
-    """Writes OUT/NAME.png, .svg and .md; returns the table. Raises: UsageError, RunError."""
+    """Writes OUT/NAME.png, .svg and .md; returns the table.
+
+    Raises: UsageError, RunError.
+    """
     if not options.run:
         raise UsageError("--run needs at least one run folder")
     if not importlib.util.find_spec("matplotlib"):

@@ -1,4 +1,4 @@
-"""What actions of three kinds do to a robot: nothing diverges, breaks its joints or sinks in."""
+"""Under three kinds of actions no robot diverges, breaks its joints or sinks in."""
 
 import math
 
@@ -14,7 +14,9 @@ UNSTUCK = {"AllegroHand": 3}  # steps after which all joints are within their li
 
 
 def stress(name: str, variant: str, check=None):
-    """Random, extreme and adversarial actions, 64 environments each: 2,000 steps, 1,000 of ige.
+    """Random, extreme and adversarial actions, 64 environments each.
+
+    2,000 steps, 1,000 of ige.
 
     check(simulator, step): what else must hold after each step.
     """
@@ -55,8 +57,9 @@ def stress(name: str, variant: str, check=None):
 def stress_actions(simulator, steps):
     """For 192 environments: 64 random ones, 64 extreme ones, 64 adversarial ones.
 
-    Adversarial: 24 push each joint the way that it moves, which excites it at its resonance; in 20
-    signs flip together or alternating, after 1 to 10 steps, whatever resonates; 20 push for 100.
+    Adversarial: 24 push each joint the way that it moves, which excites it at its
+    resonance; in 20 signs flip together or alternating, after 1 to 10 steps, whatever
+    resonates; 20 push for 100.
     """
     act_dim, model = simulator.act_dim, simulator.model
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +90,8 @@ def depths(model, batch):
     )
     kind, size = model.geom_type[geoms], model.geom_size[geoms]
     up = abs(batch.geom_xmat.reshape(-1, model.ngeom, 3, 3)[:, geoms, 2])
-    # The extent of a box is up . size; that of the others, along their axis and across it:
+    # The extent of a box is up . size; that of the others, along their axis and across
+    # it:
     axis, across = up[..., 2], np.sqrt((1 - up[..., 2] ** 2).clip(0))
     box, cylinder = (
         kind == mujoco.mjtGeom.mjGEOM_BOX,
@@ -101,5 +105,5 @@ def depths(model, batch):
 
 
 def own_shapes(model):
-    """Which geoms are the robot's own, not the spheres that touch the floor in their stead."""
+    """Which geoms are the robot's own, not the spheres that stand for them."""
     return (model.geom_bodyid > 0) & ~np.isin(np.arange(model.ngeom), model.pair_geom2)

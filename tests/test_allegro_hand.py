@@ -108,7 +108,7 @@ def test_kinematics(variant):
 
 @every_variant
 def test_tips_and_flexing(variant):
-    """The tips' ends, at angle 0; a finger's positive angles lift them to the palm's side."""
+    """The tips' ends, at angle 0; a finger's positive angles lift them."""
     model = compiled(variant)[1]
 
     def end(name, joints):
@@ -184,7 +184,7 @@ def test_boxes():
 
 
 def test_collisions():
-    """Fingers, thumb and palm collide; parents and children don't, nor links beside the palm."""
+    """Fingers, thumb and palm collide; neighbours don't, nor links beside the palm."""
     model = compiled("oige")[1]
     rng, pairs = np.random.default_rng(0), set()
     for _ in range(300):
@@ -240,7 +240,7 @@ def test_drives(variant):
 
 @every_variant
 def test_joint_speed(variant):
-    """A joint of the original turns at 6.283 rad/s at most; here the drive can't do more."""
+    """The original's joints turn at 6.283 rad/s at most; here drives can't do more."""
     model = compiled(variant)[1]
     data = forward(model, LOW + 0.01, cube=(0, 0, 30))
     data.ctrl[:] = LOW + 0.01
@@ -257,7 +257,7 @@ def test_joint_speed(variant):
 
 
 def random_states(seed=0, n=50):
-    """States with the cube near its goal: some within 0.1 rad of the goal, some lost."""
+    """States with the cube near its goal: some within 0.1 rad, some lost."""
     rng = np.random.default_rng(seed)
     quats = rng.normal(size=(2, n, 4))
     quats[1, ::5] = quats[0, ::5] + 0.02 * rng.normal(size=(len(quats[0, ::5]), 4))
@@ -403,7 +403,7 @@ def test_first_states(variant, by):
 
 @every_variant
 def test_new_goal_after_a_success(variant):
-    """In the step after it; the success itself is rewarded and observed with the old goal."""
+    """In the step after it; the success is rewarded and observed with the old goal."""
     simulator = make_simulator(variant, 3)
     zeros = torch.zeros(3, 16)
     simulator.memory[1] = simulator.physics.qpos[
@@ -476,7 +476,7 @@ def test_cube_stays_in_a_cupped_hand_and_falls_from_an_open_one(variant):
 
 @every_variant
 def test_cube_lies_on_the_hand(variant):
-    """At rest above the palm's surface, in contact with the hand, hardly sunk into it."""
+    """At rest above the palm, in contact with the hand, hardly sunk into it."""
     simulator = make_simulator(variant, 8)
     for _ in range(45):
         simulator.step(torch.full((8, 16), -0.5))
@@ -551,7 +551,11 @@ def test_thumb_starts_below_its_limit_and_is_there_at_once():
 @pytest.mark.slow
 @every_variant
 def test_warp_agrees_with_mujoco(variant):
-    """One step on Warp's CPU device, its kernels compile: cubes on the hand, and in the air."""
+    """One step on Warp's CPU device: cubes on the hand, and in the air.
+
+    Its kernels compile.
+
+    """
     simulator = make_simulator(variant, 4)
     task, model = simulator.task, simulator.model
     for _ in range(20):

@@ -65,7 +65,7 @@ def test_bodies():
 
 @pytest.mark.parametrize(("leg", "side"), LEGS.items())
 def test_inertia(leg, side):
-    """The tensors about the centres of mass; their products change signs with the side."""
+    """Tensors about the centres of mass; their products change signs with the side."""
     model, _ = forward()
     x, y = side
     for name, moments, products in (
@@ -129,7 +129,7 @@ def test_zero_action_stands(variant):
 
 
 def test_steps_of_the_target_add_up():
-    """oige: 0.225 rad a step, within the joint's limits; another episode starts at the pose."""
+    """oige: 0.225 rad a step, within the limits; another episode starts at the pose."""
     simulator = make_simulator("oige", 2)
     action = torch.zeros(2, 12)
     action[0, 0] = 1
@@ -155,7 +155,11 @@ def test_target_follows_the_action():
 
 
 def trot(time, speed, period=0.4):
-    """Joints (worlds, 12) at a time, s: diagonal legs bend and swing in turn. speed (worlds,)."""
+    """Joints (worlds, 12) at a time, s: diagonal legs bend and swing in turn.
+
+    speed (worlds,).
+
+    """
     phase = 2 * np.pi * (time / period + np.array([0, 0.5, 0.5, 0]))
     forwards = speed[:, None] * period / 4 * np.cos(phase)  # of the foot, m
     knee = -0.4 * np.array([x for x, _ in LEGS.values()]) * (-np.sin(phase)).clip(0)
@@ -165,8 +169,12 @@ def trot(time, speed, period=0.4):
 
 @pytest.mark.slow
 def test_a_scripted_trot_follows_the_command():
-    """oige: forwards, on the spot and backwards for six seconds, at two thirds of the command and
-    without a fall; standing would be worth 50 (exp(-0.8^2 / 0.25) + 0.5) = 29 in an episode."""
+    """oige: forwards, on the spot and backwards for six seconds, without a fall.
+
+    At two thirds of the command; standing would be worth
+    50 (exp(-0.8^2 / 0.25) + 0.5) = 29 in an episode.
+
+    """
     simulator, speed, target = make_simulator("oige", 3), np.array([0.8, 0, -0.8]), POSE
     simulator.memory[:, :3], simulator.memory[:, 0] = 0, torch.tensor(speed)
     rewards = []
@@ -348,7 +356,7 @@ def test_first_states(variant, by):
 
 
 def assert_uniform(x, low, high):
-    """Samples in [low, high] with the median of the uniform distribution, each its own."""
+    """Columns of samples in [low, high], each with a uniform distribution's median."""
     width = high - low
     assert low <= x.min() < low + 0.01 * width
     assert high - 0.01 * width < x.max() <= high
@@ -439,7 +447,7 @@ def test_stress(variant):
 @pytest.mark.slow
 @every_variant
 def test_warp_agrees_with_mujoco(variant):
-    """One step on Warp's CPU device, its kernels compile: standing, and in the air."""
+    """One step on Warp's CPU device: standing, and in the air. Its kernels compile."""
     simulator = make_simulator(variant, 4)
     task, model = simulator.task, simulator.model
     for _ in range(20):

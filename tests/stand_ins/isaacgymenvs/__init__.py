@@ -1,8 +1,8 @@
-"""Stand-in for IsaacGymEnvs: one scheduled task with the real one's interface and late resets.
+"""Stand-in for IsaacGymEnvs: a scheduled task with its interface and late resets.
 
-Observation (5): number of the environment, of its episode, of the step in the episode, and of the
-episode in the last physics step, all / 64; a random number drawn at the reset. Action (2). The
-reward is 1 - |action - 0.5|^2, and 100 in the step of a reset.
+Observation (5): number of the environment, of its episode, of the step in the episode,
+and of the episode in the last physics step, all / 64; a random number drawn at the
+reset. Action (2). The reward is 1 - |action - 0.5|^2, and 100 in the step of a reset.
 """
 
 import gymnasium
@@ -11,14 +11,15 @@ import torch
 
 NEVER = 10**6
 FALLS = (3, NEVER, 6, 7, 1)
-"""the step at which an episode fails; number of the environment + of the episode, modulo 5"""
+"""step at which an episode fails; index: environment + episode, modulo 5"""
 
 TASKS = {
     "Ant": {},
     "Ingenuity": dict(reset_before_physics=True),
     # Contacts stay those of the dead state until the next physics step.
     "Anymal": dict(stale_contacts=True, falls=FALLS[:4]),
-    # The worst that old or foreign tasks do: no time-outs in extras, no clipping, aliased buffers.
+    # The worst that old or foreign tasks do: no time-outs in extras, no clipping,
+    # aliased buffers.
     "OldAnt": dict(old=True),
     "OldIngenuity": dict(old=True, reset_before_physics=True),
 }
