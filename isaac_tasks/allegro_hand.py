@@ -103,6 +103,8 @@ class AllegroHand(Task):
     mean number of successes are left out.
     """
 
+    cube_mass: float
+    """kg"""
     act_dim, memory_dim = 16, 4
     episode_length, clip_obs = 600, 5.0
     substeps = 4

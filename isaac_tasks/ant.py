@@ -39,6 +39,8 @@ class Ant(Locomotion):
             joint_at_limit=0.1,
         ),
     }
+    joint_at_limit: float
+    """cost of a joint at its upper limit"""
     obs_dim, act_dim = 60, 8
     robot_file = "ant.xml"
     friction = 1.25  # Isaac averages that of ant (1.5) and floor (1.0)

@@ -51,6 +51,18 @@ class Ingenuity(Task):
             lost_distance=8.0,
         ),
     }
+    target_width: float
+    start_width: float
+    """m, of half the square around the origin where targets and starts lie"""
+    start_height: tuple[float, float]
+    """m, lowest and highest"""
+    position_weight: float
+    upright: float
+    upright_weight: float
+    spin_weight: float
+    """of the reward, see `reward_terms`"""
+    lost_distance: float
+    """m from the target, ends the episode"""
     obs_dim, act_dim, memory_dim = 13, 6, 3
     episode_length, clip_obs = 2000, 5.0
     max_thrust, max_spin = 20.0, 4 * math.pi  # N, rad/s

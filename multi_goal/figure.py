@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.files import POLICY_FILES, RunError, UsageError, load_file
 from multi_goal import GOALS, RADIUS, TIME_LIMIT, WALL, distances, move
@@ -35,12 +35,12 @@ QUADRATURE = 40  # cells along each action axis, for V of SAC and soft Q-learnin
 SUMMED = f"{QUADRATURE} x {QUADRATURE} quadrature"
 BINS = 60  # cells along each action axis, for the densities
 MAP_POINTS = 57  # along each axis of the plane: one every quarter
-STATES = {
+STATES = {  # of the densities
     "A": (0.0, 0.0),
     "B": (2.5, 2.5),
     "C": (-3.0, 0.0),
     "D": (0.0, -3.0),
-}  # of the densities
+}
 
 
 # --- Policies of finished runs --------------------------------------------------------
@@ -54,13 +54,12 @@ class Policy:
 
     name: str  # of the algorithm
     method: str  # how soft_value knows V
-    soft_value: Callable[[Tensor], Tensor]  # V(s), in reward units. obs (B, 2) -> (B,)
-    sample: (
-        Callable  # obs (B, 2), noise (B, 2) ~ N(0, I) -> action (B, 2), something else
-    )
-    log_prob: (
-        Callable[[Tensor, Tensor], Tensor] | None
-    )  # of actions (B, 2) -> (B,); SQL has none
+    # V(s), in reward units: obs (B, 2) -> (B,)
+    soft_value: Callable[[Tensor], Tensor]
+    # obs (B, 2), noise (B, 2) ~ N(0, I) -> action (B, 2), something else
+    sample: Callable
+    # of actions: obs, action (B, 2) -> (B,); SQL has none
+    log_prob: Callable[[Tensor, Tensor], Tensor] | None
     seed: int = 0
     step: int = 0  # environment steps that it was trained for
 
@@ -92,13 +91,9 @@ def quadrature_value(
     return torch.cat(values)
 
 
-def restored(network: nn.Module, state: dict) -> nn.Module:
-    network.load_state_dict(state)
-    return network
-
-
 def meow_policy(script, args, saved: dict) -> Policy:
-    flow = restored(script.make_flow(args, 2, 2), saved["flow"])
+    flow = script.make_flow(args, 2, 2)
+    flow.load_state_dict(saved["flow"])
 
     def soft_value(obs):  # no integral
         return flow.soft_values(obs).min(-1).values
@@ -108,10 +103,8 @@ def meow_policy(script, args, saved: dict) -> Policy:
 
 def sac_policy(script, args, saved: dict) -> Policy:
     actor, critics = script.make_networks(args, 2, 2)
-    actor, critics = (
-        restored(actor, saved["actor"]),
-        restored(critics, saved["critics"]),
-    )
+    actor.load_state_dict(saved["actor"])
+    critics.load_state_dict(saved["critics"])
 
     def soft_value(obs):
         return quadrature_value(critics.q_values, obs, float(actor.log_alpha.exp()))
@@ -121,10 +114,8 @@ def sac_policy(script, args, saved: dict) -> Policy:
 
 def sql_policy(script, args, saved: dict) -> Policy:
     sampler, critic = script.make_networks(args, 2, 2)
-    sampler, critic = (
-        restored(sampler, saved["sampler"]),
-        restored(critic, saved["critic"]),
-    )
+    sampler.load_state_dict(saved["sampler"])
+    critic.load_state_dict(saved["critic"])
 
     def soft_value(obs):  # its Q is in units of the scaled reward, with alpha = 1
         return quadrature_value(critic.q_values, obs, 1.0) / args.reward_scale
@@ -156,10 +147,8 @@ def load_policy(run: str) -> Policy:
         raise UsageError(
             f"--run {run}: a run of {name}.py, not of one of {', '.join(SCRIPTS)}"
         )
-    saved, script = (
-        load_file("--run", run, name, POLICY_FILES),
-        importlib.import_module(name),
-    )
+    saved = load_file("--run", run, name, POLICY_FILES)
+    script = importlib.import_module(name)
     try:
         args = script.Args(**saved["args"])
         if not args.env_id.startswith("multi_goal:MultiGoal"):
@@ -197,9 +186,8 @@ def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarra
         positions.append(position)
         if not moving.any():
             break
-    stacked = np.stack(
-        positions
-    )  # (T + 1, n, 2); those that have arrived just move on in it
+    # (T + 1, n, 2); those that have arrived just move on in it.
+    stacked = np.stack(positions)
     return [stacked[: length[i] + 1, i] for i in range(n)]
 
 
@@ -207,9 +195,8 @@ def count_goals(trajectories: list[np.ndarray]) -> np.ndarray:
     """How many trajectories (T + 1, 2) arrive first at each goal, and at none: (5,)."""
     counts = np.zeros(len(GOALS) + 1, int)
     for trajectory in trajectories:
-        arrivals = np.argwhere(
-            distances(trajectory) < RADIUS
-        )  # rows (time, goal), in time's order
+        # Rows (time, goal), in time's order.
+        arrivals = np.argwhere(distances(trajectory) < RADIUS)
         counts[arrivals[0, 1] if len(arrivals) else -1] += 1
     return counts
 

@@ -26,9 +26,8 @@ def test_ant_model(variant):
     """What only the Ant has; masses exactly, by its density of 5 kg/m^3."""
     task, model = compiled("Ant", variant)
     for body, length in (("front_left_leg", 0.2), ("front_left_foot", 0.4)):
-        assert_allclose(
-            model.body(body).mass, capsule_mass(RADIUS, length * math.sqrt(2), 5)
-        )
+        mass = capsule_mass(RADIUS, length * math.sqrt(2), 5)
+        assert_allclose(model.body(body).mass, mass)
     inner = 4 * capsule_mass(RADIUS, 0.2 * math.sqrt(2), 5)
     assert_allclose(model.body("torso").mass, 5 * 4 / 3 * math.pi * 0.25**3 + inner)
     assert_allclose(model.body("torso").inertia, (0.0136, 0.0111, 0.0111), atol=5e-5)
@@ -39,9 +38,8 @@ def test_ant_model(variant):
 @every_variant
 def test_ant_does_not_collide_with_itself(variant):
     task, model = compiled("Ant", variant)
-    joints = np.radians(
-        [90, 30, -90, -30, 0, -30, 0, 30]
-    )  # beyond the limits: front legs cross
+    # Beyond the limits: front legs cross.
+    joints = np.radians([90, 30, -90, -30, 0, -30, 0, 30])
     data = forward(model, make_state(task, model, joints=joints))
     assert distance(model, data, "front_left_leg", "front_right_leg") < 0
     assert data.ncon == 0

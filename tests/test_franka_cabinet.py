@@ -13,12 +13,11 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from robot_stress import stress
+from robots import every_variant
 
 from isaac_tasks import TASKS
 from isaac_tasks.mujoco_simulator import MujocoSimulator
 from isaac_tasks.task import State
-
-every_variant = pytest.mark.parametrize("variant", ["oige", "ige"])
 
 ARM = [f"link_{i}" for i in range(1, 8)]
 JOINTS = [*ARM, "left_finger", "right_finger"]

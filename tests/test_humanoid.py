@@ -31,16 +31,13 @@ def test_humanoid_contacts(variant):
 def test_humanoid_collides_with_itself(variant):
     task, model = compiled("Humanoid", variant)
     data = forward(model, make_state(task, model, joints=np.zeros(21)))
-    assert (
-        distance(model, data, "right_thigh", "right_shin") < 0
-    )  # parent and child: not counted
+    # Parent and child are not counted.
+    assert distance(model, data, "right_thigh", "right_shin") < 0
     assert data.ncon == 0
     crossed = [math.radians(15) * name.endswith("hip_x") for name in HUMANOID_JOINTS]
     data = forward(model, make_state(task, model, joints=crossed))
-    pairs = [
-        {model.body(model.geom_bodyid[g]).name for g in geoms}
-        for geoms in data.contact.geom
-    ]
+    bodies = model.geom_bodyid[data.contact.geom]
+    pairs = [{model.body(body).name for body in pair} for pair in bodies]
     assert {"right_shin", "left_shin"} in pairs
 
 

@@ -145,9 +145,8 @@ def test_observations_at_an_episodes_end(name, env_id):
             assert now[i] == (final[i] if name == "isaacgym" else (final[i][0] + 1, 0))
         if name == "isaacgym":
             first = HOW[env_id]["start"]
-            assert all(
-                now[i][1] == first for i in (~simulator.valid).nonzero()[:, 0].tolist()
-            )
+            late = (~simulator.valid).nonzero()[:, 0].tolist()
+            assert all(now[i][1] == first for i in late)
     assert ends > 20
 
 
@@ -222,10 +221,8 @@ def test_actions_are_clipped_and_the_seed_decides(name, env_id):
         simulator = make_simulator(name, env_id, 4, seed)
         rows, generator = [(simulator.reset(),)], torch.Generator().manual_seed(0)
         for _ in range(50):
-            sign = (
-                torch.randint(2, (4, simulator.act_dim), generator=generator) * 2.0 - 1
-            )
-            rows.append(simulator.step(scale * sign))
+            bits = torch.randint(2, (4, simulator.act_dim), generator=generator)
+            rows.append(simulator.step(scale * (bits * 2.0 - 1)))
         return torch.cat([t.flatten().float() for row in rows for t in row])
 
     once = results(seed=1, scale=1)
@@ -300,11 +297,12 @@ def test_an_isaac_lab_without_final_observations_is_refused(monkeypatch):
     needed = "Isaac Lab 3.0 or newer is needed"
     with monkeypatch.context() as patch:
         original = isaaclab_tasks.EnvCfg.__init__
-        patch.setattr(
-            isaaclab_tasks.EnvCfg,
-            "__init__",
-            lambda self: (original(self), delattr(self, "compute_final_obs"))[1],
-        )
+
+        def without_final_obs(self):
+            original(self)
+            del self.compute_final_obs
+
+        patch.setattr(isaaclab_tasks.EnvCfg, "__init__", without_final_obs)
         assert needed in refusal("isaaclab", "Isaac-Ant-Direct-v0")
     simulator = make_simulator("isaaclab", "Isaac-Ant-Direct-v0", 5, seed=1)
     play(simulator, 8, simulator.reset())

@@ -70,10 +70,11 @@ def shapes(model, body):
 
 def sort_shapes(rows):
     """Sorted by radius and ends, the two ends of each row too: an array (geoms, 7)."""
-    rows = [
-        (r, *sorted(tuple(np.round(end, 9) + 0.0) for end in ends)) for r, *ends in rows
-    ]
-    return np.array([(r, *a, *b) for r, a, b in sorted(rows)])
+    rounded = []
+    for radius, *ends in rows:
+        ends = sorted(tuple(np.round(end, 9) + 0.0) for end in ends)
+        rounded.append((radius, *ends))
+    return np.array([(r, *a, *b) for r, a, b in sorted(rounded)])
 
 
 def capsule(*end):
@@ -113,9 +114,8 @@ def test_bodies_and_joints(name, variant):
         )
         assert_allclose(got.quat, quat / np.linalg.norm(quat))
         assert_allclose(shapes(model, body), sort_shapes(ends), atol=1e-8)
-    assert_allclose(
-        model.body_mass.sum(), 0.9109 if name == "Ant" else 40.844, atol=5e-4
-    )
+    total = 0.9109 if name == "Ant" else 40.844
+    assert_allclose(model.body_mass.sum(), total, atol=5e-4)
     assert [model.joint(i).name for i in range(1, model.njnt)] == list(joints)
     assert model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE
     for joint, (body, anchor, axis, limits, *passive, _) in joints.items():
@@ -198,9 +198,8 @@ def test_joint_observations(name, variant):
     """Positions scaled to [-1, 1] between the limits, velocities, and the action."""
     task, model = compiled(name, variant)
     low, high = RANGES[name].T
-    fraction = np.linspace(
-        -0.1, 1.1, task.act_dim
-    )  # beyond the limits too: not clipped
+    # Beyond the limits too: not clipped.
+    fraction = np.linspace(-0.1, 1.1, task.act_dim)
     speeds = np.linspace(-100, 200, task.act_dim)
     joints = low + fraction * (high - low)
     state = make_state(task, model, joints=joints, joint_velocities=speeds)
@@ -257,9 +256,8 @@ def test_posture_rewards(name, variant):
         assert_allclose(values["heading"], expected, atol=1e-12)
     for offset in (-1e-6, 1e-6):  # continuous at 0.8
         values, _ = terms(task, model, quat=quaternion(yaw=math.acos(0.8 + offset)))
-        assert_allclose(
-            values["heading"], 0.5 + min(offset, 0) * 0.5 / 0.8, rtol=0, atol=1e-12
-        )
+        expected = 0.5 + min(offset, 0) * 0.5 / 0.8
+        assert_allclose(values["heading"], expected, rtol=0, atol=1e-12)
 
 
 @every_runner
@@ -354,12 +352,8 @@ def foot_wrenches(name, variant, data):
     """{foot: (force, torque)} in foot axes, as the task reports them for MuJoCo's
     data."""
     task, _ = compiled(name, variant)
-    state = State(
-        *(
-            torch.tensor(np.array([x]))
-            for x in (data.qpos, data.qvel, data.sensordata, [])
-        )
-    )
+    rows = data.qpos, data.qvel, data.sensordata, []
+    state = State(*(torch.tensor(np.array([row])) for row in rows))
     rows = task.foot_sensors(state)[0].unflatten(0, (-1, 2, 3)).numpy()
     return dict(zip(FEET[name, variant], rows, strict=True))
 
@@ -411,12 +405,8 @@ def test_feet_carry_the_weight(name):
         assert floor[2] > 0
         gravity = np.array([0, 0, -9.81 * mass])
         assert_allclose(force + floor + gravity, 0, atol=1e-3 * weight)
-        moments = (
-            torque
-            + np.cross(ankle, force)
-            + floor_torque
-            + np.cross(body.xipos, gravity)
-        )
+        moments = torque + np.cross(ankle, force)
+        moments += floor_torque + np.cross(body.xipos, gravity)
         assert_allclose(moments, 0, atol=1e-3 * weight)
         total, feet_mass = total + force, feet_mass + mass
     assert_allclose(total, (0, 0, 9.81 * feet_mass - weight), atol=1e-3 * weight)
@@ -512,9 +502,8 @@ def test_joints_rest_at_their_limits(name, variant):
     model.opt.gravity[:] = 0
     low, high = RANGES[name].T
     names = [model.joint(i).name for i in range(1, model.njnt)]
-    single = [
-        "shoulder" not in joint for joint in names
-    ]  # shoulders: two joints push each other
+    # In shoulders two joints push each other.
+    single = ["shoulder" not in joint for joint in names]
     physics = CpuPhysics(model, 2, 1)
     physics.qpos[:] = make_state(task, model).qpos
     physics.ctrl[:] = torch.tensor([[1.0], [-1.0]])
@@ -542,12 +531,8 @@ def test_first_states_of_the_runners(name, variant, start):
         assert abs(at_limit - clipped) < 0.06
         assert q.min() >= low - 1e-12
         assert q.max() <= high + 1e-12
-    assert (
-        abs(
-            torch.corrcoef(torch.cat([joints, physics.qvel[:, 6:]], 1).T).tril(-1)
-        ).max()
-        < 0.15
-    )
+    numbers = torch.cat([joints, physics.qvel[:, 6:]], 1)
+    assert abs(torch.corrcoef(numbers.T).tril(-1)).max() < 0.15
 
 
 @every_runner
@@ -564,8 +549,7 @@ def test_speed_limit_of_the_runners(name, variant):
         cut = task.limit(state)
         factor = min(factor, 1)
         assert (cut.qvel[0, :3] == 200).all()
-        assert_allclose(
-            cut.qvel[0, 3:6], factor * limit * np.array([0, -0.6, 0.8]), rtol=1e-6
-        )
+        spin = factor * limit * np.array([0, -0.6, 0.8])
+        assert_allclose(cut.qvel[0, 3:6], spin, rtol=1e-6)
         assert_allclose(cut.qvel[0, 6:], -factor * limit)
         assert torch.equal(cut.qpos, state.qpos)

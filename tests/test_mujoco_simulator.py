@@ -157,9 +157,8 @@ def test_end_of_an_episode(name, variant, end):
     )
     assert_allclose(final_obs[1:2], expected, rtol=1e-6, atol=1e-6)
     old = State(*(t[1:2] for t in vars(before).values()))
-    assert_allclose(
-        reward[1], task.reward(old, last, action[1:2].double())[0], rtol=1e-5
-    )
+    expected = task.reward(old, last, action[1:2].double())[0]
+    assert_allclose(reward[1], expected, rtol=1e-5)
     assert torch.equal(obs[[0, 2]], final_obs[[0, 2]])
     now = [physics.qpos[1:2], physics.qvel[1:2], torch.zeros_like(last.sensors)]
     first = State(*now, simulator.memory[1:2])
@@ -171,9 +170,8 @@ def test_end_of_an_episode(name, variant, end):
         feet = LAYOUT[name, variant][3]
         assert obs[1, 0] == torch.tensor(START_HEIGHT.get((name, variant), 1.34))
         assert (obs[1, 1:7] == 0).all()
-        assert (
-            obs[1, feet:] == 0
-        ).all()  # neither a wrench at the feet nor an action yet
+        # Neither a wrench at the feet nor an action yet.
+        assert (obs[1, feet:] == 0).all()
         assert (final_obs[1, feet:] != 0).all()
     assert (physics.qacc_warmstart[1] == 0).all()
     simulator.step(action)
@@ -274,9 +272,8 @@ def test_render(name):
     simulator.physics.qpos[0, 0] = 5
     before = simulator.state_dict()
     image = simulator.render()
-    assert (
-        abs(simulator.renderer.scene.camera[0].pos[0] - 5) < 1
-    )  # it follows the robot
+    # It follows the robot.
+    assert abs(simulator.renderer.scene.camera[0].pos[0] - 5) < 1
     assert image.shape == (480, 640, 3)
     assert image.dtype == np.uint8
     assert image.std() > 5

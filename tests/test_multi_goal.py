@@ -40,8 +40,8 @@ def step_from(state, action):
             (1, 1),
             (0.5, -0.25),
             (1.5, 0.75),
-            -30 * 0.3125 - (3.5**2 + 0.75**2),
-        ),  # right is nearest
+            -30 * 0.3125 - (3.5**2 + 0.75**2),  # right is nearest
+        ),
         ((-1, 3), (0, -1), (-1, 2), -30 - (1 + 9)),  # up
         ((-3, 0), (0.5, 0), (-2.5, 0), -7.5 - 6.25),  # left
         ((0.5, -6.5), (0.5, 0), (1, -6.5), -7.5 - (1 + 2.25)),  # down
@@ -49,8 +49,8 @@ def step_from(state, action):
             (0, 0),
             (5, -3),
             (1, -1),
-            -60 - (16 + 1),
-        ),  # clipped, and the cost is the clipped action's
+            -60 - (16 + 1),  # clipped, and the cost is the clipped action's
+        ),
         ((6.5, -6.5), (1, -1), (7, -7), -60 - (49 + 4)),  # stopped by the walls
         ((-6.75, 6.75), (-1, 0.5), (-7, 7), -37.5 - (49 + 4)),
     ],
@@ -203,9 +203,8 @@ def test_quadrature_of_a_known_integral():
 
     for alpha in (0.2, 0.4, 2.5):
         value = figure.quadrature_value(q_values, torch.zeros(40, 2), alpha)
-        inside = (
-            math.erf((30 / alpha) ** 0.5) ** 2
-        )  # of a normal with variance alpha / 60
+        # Of a normal with variance alpha / 60.
+        inside = math.erf((30 / alpha) ** 0.5) ** 2
         expected = alpha * math.log(inside * math.pi * alpha / 30)
         np.testing.assert_allclose(value, expected, atol=1e-4)
 
@@ -303,9 +302,8 @@ def test_figure(tmp_path, monkeypatch, capsys):
     runs = [str(random_run(s, tmp_path / s.__name__)) for s in (meow, sac)]
     runs.append(str(random_run(sql, tmp_path / "east", env_id=east)))
     for chosen in (runs, runs[2:]):
-        assert (
-            figure.main(["--run", *chosen, "--out", str(out), "--name", "goals"]) == 0
-        )
+        words = ["--run", *chosen, "--out", str(out), "--name", "goals"]
+        assert figure.main(words) == 0
         table = (out / "goals.md").read_text(encoding="utf-8")
         assert capsys.readouterr().out == table
         rows = [

@@ -66,18 +66,14 @@ class Scheduled:
         falls=FALLS,
     ):
         self.num_envs, self.device, self.rl_device = num_envs, sim_device, rl_device
-        self.reset_before_physics, self.stale_contacts = (
-            reset_before_physics,
-            stale_contacts,
-        )
+        self.reset_before_physics = reset_before_physics
+        self.stale_contacts = stale_contacts
         self.old, self.falls = old, torch.tensor(falls)
         self.index = torch.arange(num_envs)
         self.episode = torch.zeros(num_envs, dtype=torch.long)
         self.clock, self.episode_in_physics = self.episode.clone(), self.episode.clone()
-        self.progress_buf, self.reset_buf = (
-            self.episode.clone(),
-            torch.ones_like(self.episode),
-        )
+        self.progress_buf = self.episode.clone()
+        self.reset_buf = torch.ones_like(self.episode)
         self.contact = torch.zeros(num_envs, dtype=torch.bool)
         self.start = torch.zeros(num_envs)
         self.obs_buf, self.rew_buf = torch.zeros(num_envs, 5), torch.zeros(num_envs)
@@ -96,9 +92,8 @@ class Scheduled:
             self._reset(pending)
         self.clock += 1
         self.episode_in_physics.copy_(self.episode)
-        self.contact = (
-            self.clock >= self.falls[(self.index + self.episode) % len(self.falls)]
-        )
+        fall = self.falls[(self.index + self.episode) % len(self.falls)]
+        self.contact = self.clock >= fall
         self.progress_buf += 1
         if not self.reset_before_physics:
             self._reset(pending)
@@ -115,9 +110,9 @@ class Scheduled:
 
     def _observations(self):
         """The same dictionary each time; a new tensor, as it is clipped."""
-        self.obs_dict["obs"] = (
-            self.obs_buf if self.old else self.obs_buf.clamp(-np.inf, np.inf)
-        )
+        self.obs_dict["obs"] = self.obs_buf
+        if not self.old:
+            self.obs_dict["obs"] = self.obs_buf.clamp(-np.inf, np.inf)
         return self.obs_dict
 
     def _reset(self, where):

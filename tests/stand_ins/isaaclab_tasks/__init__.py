@@ -36,10 +36,8 @@ class Scheduled(gymnasium.Env):
         self.cfg, n = cfg, cfg.scene.num_envs
         torch.manual_seed(cfg.seed)
         self.num_envs, self.device = n, cfg.sim.device
-        self.single_observation_space, self.single_action_space = (
-            Dict(policy=policy),
-            action,
-        )
+        self.single_observation_space = Dict(policy=policy)
+        self.single_action_space = action
         self.falls, self.index = torch.tensor(FALLS), torch.arange(n)
         self.episode, self.episode_length_buf = torch.zeros(2, n, dtype=torch.long)
         self.start, self.reward_buf = torch.zeros(2, n)
