@@ -365,7 +365,7 @@ def test_bad_input(monkeypatch, name, env_id, options, message):
     [
         ("auto", "ant", "; did you mean Ant?"),
         ("mujoco", "humanoid", "; did you mean Humanoid?"),
-        ("auto", "FrankaCabinett", "; did you mean FrankaCabinet?"),
+        ("auto", "ANYMALL", "; did you mean Anymal?"),
         ("auto", "ShadowHand", f"are {', '.join(TASKS)}"),
         ("mujoco", "Bee", f"are {', '.join(TASKS)}"),
     ],
