@@ -1,14 +1,15 @@
-"""The multi-goal figure of finished runs: what the policies know and which goals they choose.
+"""The multi-goal figure of finished runs: what policies know, which goals they choose.
 
     python -m multi_goal.figure --run runs/RUN_A runs/RUN_B --out results
 
-One column per run: the soft value V over the plane with trajectories from the origin, the policy's
-density over actions at four states, and how often each of the four goals is chosen: a
-maximum-entropy policy should choose all of them. Writes NAME.png, .svg and .md to --out.
+One column per run: the soft value V over the plane with trajectories from the origin,
+the policy's density over actions at four states, and how often each of the four goals
+is chosen: a maximum-entropy policy should choose all of them. Writes NAME.png, .svg and
+.md to --out.
 
-V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da. MEow knows V exactly; for SAC and soft
-Q-learning the integral is a midpoint sum over QUADRATURE x QUADRATURE cells of [-1, 1]^2.
-Shapes: B batch or trajectories, T steps, K Q-functions.
+V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da. MEow knows V exactly; for SAC and
+soft Q-learning the integral is a midpoint sum over QUADRATURE x QUADRATURE cells of
+[-1, 1]^2. Shapes: B batch or trajectories, T steps, K Q-functions.
 """
 
 import importlib
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.files import POLICY_FILES, RunError, UsageError, load_file
 from multi_goal import GOALS, RADIUS, TIME_LIMIT, WALL, distances, move
@@ -34,34 +35,41 @@ QUADRATURE = 40  # cells along each action axis, for V of SAC and soft Q-learnin
 SUMMED = f"{QUADRATURE} x {QUADRATURE} quadrature"
 BINS = 60  # cells along each action axis, for the densities
 MAP_POINTS = 57  # along each axis of the plane: one every quarter
-STATES = {
+STATES = {  # of the densities
     "A": (0.0, 0.0),
     "B": (2.5, 2.5),
     "C": (-3.0, 0.0),
     "D": (0.0, -3.0),
-}  # of the densities
+}
 
 
-# --- Policies of finished runs --------------------------------------------------------------------
+# --- Policies of finished runs --------------------------------------------------------
 @dataclass
 class Policy:
-    """What the figure needs of a run: functions of float32 tensors; actions in [-1, 1]."""
+    """What the figure needs of a run: functions of float32 tensors.
+
+    Actions lie in [-1, 1].
+
+    """
 
     name: str  # of the algorithm
     method: str  # how soft_value knows V
-    soft_value: Callable[[Tensor], Tensor]  # V(s), in reward units. obs (B, 2) -> (B,)
-    sample: (
-        Callable  # obs (B, 2), noise (B, 2) ~ N(0, I) -> action (B, 2), something else
-    )
-    log_prob: (
-        Callable[[Tensor, Tensor], Tensor] | None
-    )  # of actions (B, 2) -> (B,); SQL has none
+    # V(s), in reward units: obs (B, 2) -> (B,)
+    soft_value: Callable[[Tensor], Tensor]
+    # obs (B, 2), noise (B, 2) ~ N(0, I) -> action (B, 2), something else
+    sample: Callable
+    # of actions: obs, action (B, 2) -> (B,); SQL has none
+    log_prob: Callable[[Tensor, Tensor], Tensor] | None
     seed: int = 0
     step: int = 0  # environment steps that it was trained for
 
 
 def action_cells(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Centres of n x n equal cells of [-1, 1]^2, (n * n, 2); the first coordinate varies first."""
+    """Centres of n x n equal cells of [-1, 1]^2: (n * n, 2).
+
+    The first coordinate varies first.
+
+    """
     axis = (torch.arange(n, dtype=dtype) + 0.5) * 2 / n - 1
     return torch.cartesian_prod(axis, axis).flip(-1)
 
@@ -70,7 +78,7 @@ def action_cells(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def quadrature_value(
     q_values: Callable, obs: Tensor, alpha: float, n: int = QUADRATURE
 ) -> Tensor:
-    """V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da, midpoint rule with n x n cells.
+    """V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da, by n x n midpoints.
 
     Shapes: obs (B, 2) -> (B,), in the units of q_values(obs, action) (B, K).
     """
@@ -83,13 +91,9 @@ def quadrature_value(
     return torch.cat(values)
 
 
-def restored(network: nn.Module, state: dict) -> nn.Module:
-    network.load_state_dict(state)
-    return network
-
-
 def meow_policy(script, args, saved: dict) -> Policy:
-    flow = restored(script.make_flow(args, 2, 2), saved["flow"])
+    flow = script.make_flow(args, 2, 2)
+    flow.load_state_dict(saved["flow"])
 
     def soft_value(obs):  # no integral
         return flow.soft_values(obs).min(-1).values
@@ -99,10 +103,8 @@ def meow_policy(script, args, saved: dict) -> Policy:
 
 def sac_policy(script, args, saved: dict) -> Policy:
     actor, critics = script.make_networks(args, 2, 2)
-    actor, critics = (
-        restored(actor, saved["actor"]),
-        restored(critics, saved["critics"]),
-    )
+    actor.load_state_dict(saved["actor"])
+    critics.load_state_dict(saved["critics"])
 
     def soft_value(obs):
         return quadrature_value(critics.q_values, obs, float(actor.log_alpha.exp()))
@@ -112,10 +114,8 @@ def sac_policy(script, args, saved: dict) -> Policy:
 
 def sql_policy(script, args, saved: dict) -> Policy:
     sampler, critic = script.make_networks(args, 2, 2)
-    sampler, critic = (
-        restored(sampler, saved["sampler"]),
-        restored(critic, saved["critic"]),
-    )
+    sampler.load_state_dict(saved["sampler"])
+    critic.load_state_dict(saved["critic"])
 
     def soft_value(obs):  # its Q is in units of the scaled reward, with alpha = 1
         return quadrature_value(critic.q_values, obs, 1.0) / args.reward_scale
@@ -132,7 +132,10 @@ SCRIPTS = {
 
 
 def load_policy(run: str) -> Policy:
-    """The policy of one run; its args.json names its script. Raises: UsageError, RunError."""
+    """The policy of one run; its args.json names its script.
+
+    Raises: UsageError, RunError.
+    """
     about = (Path(run) if Path(run).is_dir() else Path(run).parent) / "args.json"
     try:
         name = Path(json.loads(about.read_text())["script"]).stem
@@ -144,10 +147,8 @@ def load_policy(run: str) -> Policy:
         raise UsageError(
             f"--run {run}: a run of {name}.py, not of one of {', '.join(SCRIPTS)}"
         )
-    saved, script = (
-        load_file("--run", run, name, POLICY_FILES),
-        importlib.import_module(name),
-    )
+    saved = load_file("--run", run, name, POLICY_FILES)
+    script = importlib.import_module(name)
     try:
         args = script.Args(**saved["args"])
         if not args.env_id.startswith("multi_goal:MultiGoal"):
@@ -164,10 +165,14 @@ def load_policy(run: str) -> Policy:
     return policy
 
 
-# --- What the figure shows ------------------------------------------------------------------------
+# --- What the figure shows ------------------------------------------------------------
 @torch.no_grad()
 def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarray]:
-    """n trajectories of the stochastic policy from the origin, each (T + 1, 2), T <= TIME_LIMIT."""
+    """n trajectories of the stochastic policy from the origin, each (T + 1, 2).
+
+    T is at most TIME_LIMIT.
+
+    """
     generator = torch.Generator().manual_seed(seed)
     position, length = np.zeros((n, 2), np.float32), np.full(n, TIME_LIMIT)
     positions, moving = [position], np.full(n, True)
@@ -181,19 +186,17 @@ def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarra
         positions.append(position)
         if not moving.any():
             break
-    stacked = np.stack(
-        positions
-    )  # (T + 1, n, 2); those that have arrived just move on in it
+    # (T + 1, n, 2); those that have arrived just move on in it.
+    stacked = np.stack(positions)
     return [stacked[: length[i] + 1, i] for i in range(n)]
 
 
 def count_goals(trajectories: list[np.ndarray]) -> np.ndarray:
-    """How many trajectories (T + 1, 2) arrive first at each of the GOALS, and at none: (5,)."""
+    """How many trajectories (T + 1, 2) arrive first at each goal, and at none: (5,)."""
     counts = np.zeros(len(GOALS) + 1, int)
     for trajectory in trajectories:
-        arrivals = np.argwhere(
-            distances(trajectory) < RADIUS
-        )  # rows (time, goal), in time's order
+        # Rows (time, goal), in time's order.
+        arrivals = np.argwhere(distances(trajectory) < RADIUS)
         counts[arrivals[0, 1] if len(arrivals) else -1] += 1
     return counts
 
@@ -224,8 +227,8 @@ def markdown(policies: list[Policy], trajectories: list[list[np.ndarray]]) -> st
     """The table of the goals chosen, with a sentence on how it was made."""
     goals = " | ".join(f"({x:g}, {y:g})" for x, y in GOALS)
     lines = [
-        f"Goals chosen in {N_TRAJECTORIES} trajectories of each stochastic policy from the origin, "
-        f"cut after {TIME_LIMIT} steps:",
+        f"Goals chosen in {N_TRAJECTORIES} trajectories of each stochastic policy from "
+        f"the origin, cut after {TIME_LIMIT} steps:",
         "",
         f"| method | seed | trained steps | {goals} | none | mean length |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -242,7 +245,7 @@ def markdown(policies: list[Policy], trajectories: list[list[np.ndarray]]) -> st
     return "\n".join(lines) + "\n"
 
 
-# --- The figure -----------------------------------------------------------------------------------
+# --- The figure -----------------------------------------------------------------------
 @torch.no_grad()
 def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
     """Contours of V, trajectories, and the goals with how often each was chosen."""
@@ -276,7 +279,11 @@ def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
 
 
 def draw_densities(axes, policy: Policy):
-    """The density over actions at each of the STATES; its square root, or a peak hides the rest."""
+    """The density over actions at each of the STATES.
+
+    Its square root, or a peak would hide the rest.
+
+    """
     for ax, (letter, state) in zip(axes, STATES.items(), strict=True):
         density = action_density(policy, state)
         options = dict(cmap="magma_r", vmin=0, interpolation="none")
@@ -290,7 +297,10 @@ def draw_densities(axes, policy: Policy):
 
 
 def draw(policies: list[Policy], trajectories: list[list[np.ndarray]]):
-    """One column per policy: the map above, the four densities below. Returns the figure."""
+    """One column per policy: the map above, the four densities below.
+
+    Returns the figure.
+    """
     from matplotlib.figure import Figure  # only here: the table needs no matplotlib
 
     figure = Figure(figsize=(4.4 * len(policies), 9.2), layout="constrained")
@@ -315,7 +325,10 @@ class Options:
 
 
 def make_figure(options: Options) -> str:
-    """Writes OUT/NAME.png, .svg and .md; returns the table. Raises: UsageError, RunError."""
+    """Writes OUT/NAME.png, .svg and .md; returns the table.
+
+    Raises: UsageError, RunError.
+    """
     if not options.run:
         raise UsageError("--run needs at least one run folder")
     if not importlib.util.find_spec("matplotlib"):

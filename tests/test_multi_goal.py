@@ -1,4 +1,4 @@
-"""The multi-goal world: dynamics, reward and ends by hand; its figure from random policies."""
+"""The multi-goal world: dynamics, reward, ends by hand; a figure of random policies."""
 
 import json
 import math
@@ -26,7 +26,7 @@ ENV_ID = "multi_goal:MultiGoal-v0"
 
 
 def step_from(state, action):
-    """One step of the environment from a state: new state, reward, terminated, truncated."""
+    """One step from a state: new state, reward, terminated, truncated."""
     env = gym.make(ENV_ID, disable_env_checker=True)
     env.reset(seed=0, options={"state": state})
     return env.step(np.float32(action))[:4]
@@ -40,8 +40,8 @@ def step_from(state, action):
             (1, 1),
             (0.5, -0.25),
             (1.5, 0.75),
-            -30 * 0.3125 - (3.5**2 + 0.75**2),
-        ),  # right is nearest
+            -30 * 0.3125 - (3.5**2 + 0.75**2),  # right is nearest
+        ),
         ((-1, 3), (0, -1), (-1, 2), -30 - (1 + 9)),  # up
         ((-3, 0), (0.5, 0), (-2.5, 0), -7.5 - 6.25),  # left
         ((0.5, -6.5), (0.5, 0), (1, -6.5), -7.5 - (1 + 2.25)),  # down
@@ -49,8 +49,8 @@ def step_from(state, action):
             (0, 0),
             (5, -3),
             (1, -1),
-            -60 - (16 + 1),
-        ),  # clipped, and the cost is the clipped action's
+            -60 - (16 + 1),  # clipped, and the cost is the clipped action's
+        ),
         ((6.5, -6.5), (1, -1), (7, -7), -60 - (49 + 4)),  # stopped by the walls
         ((-6.75, 6.75), (-1, 0.5), (-7, 7), -37.5 - (49 + 4)),
     ],
@@ -159,7 +159,7 @@ def test_counting_of_goals():
 
 
 def test_trajectories_follow_the_world():
-    """A policy that steps right (or left, by the sign of its noise) and never stops by itself."""
+    """A policy that steps right or left, by the sign of its noise, and never stops."""
 
     def sample(obs, noise):
         sign = torch.where(obs[:, :1] == 0, noise[:, :1].sign(), obs[:, :1].sign())
@@ -180,7 +180,7 @@ def test_trajectories_follow_the_world():
 
 
 def test_quadrature_gives_the_exact_value_of_the_flow(make_random_flow):
-    """The figure needs the integral for SAC and soft Q-learning; MEow's V has it already."""
+    """SAC and soft Q-learning need the integral; MEow's V has it already."""
     flow = make_random_flow(2, 2, alpha=2.5, low=-1.5, high=-0.3)
     for mlp in flow.t:  # moderate couplings, so that the grid can resolve the density
         mlp.layers[-1].weight.data *= 0.2
@@ -193,7 +193,9 @@ def test_quadrature_gives_the_exact_value_of_the_flow(make_random_flow):
 
 
 def test_quadrature_of_a_known_integral():
-    """Q = -30 |a|^2: V = alpha log(pi alpha / 30) but for the tails; the lower Q counts."""
+    """Q = -30
+    a
+    ^2: V = alpha log(pi alpha / 30), bar the tails; the lower Q counts."""
 
     def q_values(_, action):
         q = -30 * action.square().sum(-1)
@@ -201,9 +203,8 @@ def test_quadrature_of_a_known_integral():
 
     for alpha in (0.2, 0.4, 2.5):
         value = figure.quadrature_value(q_values, torch.zeros(40, 2), alpha)
-        inside = (
-            math.erf((30 / alpha) ** 0.5) ** 2
-        )  # of a normal with variance alpha / 60
+        # Of a normal with variance alpha / 60.
+        inside = math.erf((30 / alpha) ** 0.5) ** 2
         expected = alpha * math.log(inside * math.pi * alpha / 30)
         np.testing.assert_allclose(value, expected, atol=1e-4)
 
@@ -244,7 +245,7 @@ def test_meow_value_is_the_lower_of_its_two(tmp_path):
 
 @pytest.mark.parametrize("script", [sac, sql])
 def test_sac_and_sql_values_are_in_reward_units(script, tmp_path):
-    """V = alpha log int exp(min_k Q_k / alpha) da; SQL's Q is scaled and its alpha is 1."""
+    """V = alpha log int exp(min_k Q_k / alpha) da; SQL's Q is scaled, its alpha 1."""
     run = random_run(script, tmp_path / "run")
     saved = load_file("--run", run / "policy_final.pt", script.__name__)
     args = script.Args(**saved["args"])
@@ -294,16 +295,15 @@ def test_a_composed_run_shows_the_mean_of_its_two(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_figure(tmp_path, monkeypatch, capsys):
-    """A column per run, whatever the algorithms; an untrained MEow's V is the same everywhere."""
+    """A column per run, whatever the algorithms; an untrained MEow's V is constant."""
     monkeypatch.setattr(figure, "MAP_POINTS", 9)
     out = tmp_path / "new" / "out"
     east = "multi_goal:MultiGoalNorthEast-v0"
     runs = [str(random_run(s, tmp_path / s.__name__)) for s in (meow, sac)]
     runs.append(str(random_run(sql, tmp_path / "east", env_id=east)))
     for chosen in (runs, runs[2:]):
-        assert (
-            figure.main(["--run", *chosen, "--out", str(out), "--name", "goals"]) == 0
-        )
+        words = ["--run", *chosen, "--out", str(out), "--name", "goals"]
+        assert figure.main(words) == 0
         table = (out / "goals.md").read_text(encoding="utf-8")
         assert capsys.readouterr().out == table
         rows = [
@@ -413,7 +413,7 @@ def test_it_trains_and_the_figure_reads_the_run(script, tmp_path, monkeypatch, c
     ("name", "goals"), [("NorthEast", (0, 2)), ("SouthEast", (0, 3))]
 )
 def test_worlds_to_compose_have_two_goals(name, goals):
-    """Only their own goals end an episode and draw the point; MEow's settings apply there too."""
+    """Only their own goals end an episode and draw the point; MEow's settings apply."""
     env_id = f"multi_goal:MultiGoal{name}-v0"
     env = make_env(env_id)
     for i, goal in enumerate(multi_goal.GOALS):

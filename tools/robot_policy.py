@@ -2,9 +2,9 @@
 
     python tools/robot_policy.py runs/RUN_NAME
 
-Prints the mean return and length of deterministic episodes, and what the task is about (such as
-the speed or the opening of the drawer: `measures` in isaac_tasks/): its mean over an episode and
-its largest value, both as means of the episodes.
+Prints the mean return and length of deterministic episodes, and what the task is about
+(such as the speed or the opening of the drawer: `measures` in isaac_tasks/): its mean
+over an episode and its largest value, both as means of the episodes.
 """
 
 import sys
