@@ -21,7 +21,7 @@ experiments=(
   # "sb3_baselines.py --algo ppo"
   # "sb3_baselines.py --algo sac"
 
-  # The paper's ablations:
+  # Ablations:
   # "meow_continuous_action.py --exp-name meow_one_shift --reward-shifting single"
   # "meow_continuous_action.py --exp-name meow_no_shift --reward-shifting none"
   # "meow_continuous_action.py --exp-name meow_affine --coupling affine"

@@ -72,6 +72,7 @@ class Bench:
 
     def __init__(self, folder):
         self.folder, self.out, self.gate = folder, folder / "runs", folder / "gate"
+        self.processes = []
         self.script = self.program("stand_in.py", STAND_IN)
         self.one = (str(self.script), "--env-ids", "Hopper-v4")
         self.program("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -97,7 +98,7 @@ class Bench:
             for number in ignored:
                 signal.signal(number, signal.SIG_IGN)
 
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(word) for word in (*program, *words)],
             cwd=self.folder,
             env=self.env | env,
@@ -107,6 +108,14 @@ class Bench:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self.processes.append(process)
+        return process
+
+    def close(self):
+        """Ends what a failed test left."""
+        self.gate.touch()
+        for process in self.processes:
+            process.kill()
 
     def run(self, *words, code=0, **options):
         return output(self.start(*words, **options), code)
@@ -133,7 +142,7 @@ class Bench:
 
 def output(process, code=0):
     """All that it wrote, errors included."""
-    text = process.communicate(timeout=200)[0]
+    text = process.communicate(timeout=100)[0]
     assert process.returncode == code, text
     return text
 
@@ -152,7 +161,9 @@ def after(words, option):
 
 @pytest.fixture
 def bench(tmp_path):
-    return Bench(tmp_path)
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
 
 
 # --- 1. What runs ---------------------------------------------------------------------
@@ -449,7 +460,7 @@ class FakeSlurm:
         self.bench = bench
         bench.program("sbatch", SBATCH)
         bench.program("srun", SRUN)
-        bench.program("scontrol", "#!/bin/sh\necho $* >requeued\n")
+        bench.program("scontrol", "#!/bin/sh\n(echo $*; cat events) >requeued\n")
 
     def script(self):
         return (self.bench.folder / "submitted").read_text()
@@ -513,7 +524,9 @@ def test_slurm_signals(bench, number):
     if number == signal.SIGTERM:
         assert not requeued.exists()
     else:
-        assert requeued.read_text() == "requeue 77_2\n"
+        words, *before = requeued.read_text().splitlines()
+        assert words == "requeue 77_2"
+        assert len(before) == 2  # it began and ended
     bench.run(program=script, **environment)
     assert bench.steps() == {"3": WHOLE}
 
