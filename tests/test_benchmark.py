@@ -496,9 +496,10 @@ def test_slurm_array(bench):
 
 
 def test_slurm_failure(bench):
-    """The element fails as its run does."""
+    """The element fails as its run does. All may train at a time, unless told."""
     slurm = FakeSlurm(bench)
     bench.run(*bench.one, "--slurm")
+    assert "#SBATCH --array=0-4%5\n" in slurm.script()
     script = bench.folder / "submitted"
     environment = slurm.environment(2) | {"FAIL": "3"}
     bench.run(program=["bash", script], code=1, **environment)
