@@ -309,6 +309,24 @@ def test_failures_are_named(bench):
     assert "4 runs are finished, 0 failed" in bench.run(*words)
 
 
+def test_run_that_cannot_start_is_a_failure(bench):
+    """Here because the interpreter is gone."""
+    python = bench.folder / "interpreter"
+    python.symlink_to(sys.executable)
+    process = bench.gated(
+        *bench.one,
+        *("--seeds", "1-2", "--workers", "1"),
+        program=[python, BENCHMARK],
+        runs=1,
+        PYTHONPATH=os.pathsep.join(sys.path),
+    )
+    python.unlink()
+    bench.gate.touch()
+    text = output(process, 1)
+    assert "1 runs are finished, 1 failed" in text
+    assert re.search("2.log: exit code 1: .*No such file .*interpreter", text)
+
+
 def test_comparison_is_named(bench):
     """The last line is the command that compares the runs."""
     text = bench.run(*bench.one, "--seeds", "1", "--out", "a b")
