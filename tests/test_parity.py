@@ -51,7 +51,6 @@ ENTRY = {
 LINES = {script: 450 for script in GYMNASIUM} | {script: 480 for script in ISAAC}
 LINES |= {module: 260 for module in HARNESS}
 LINES |= {
-    "benchmark.sh": 100,
     "tools/compare.py": 350,
     "sb3_baselines.py": 220,
     "README.md": 200,
