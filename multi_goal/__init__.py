@@ -1,12 +1,11 @@
 """The multi-goal world of the soft Q-learning and MEow papers.
 
-A point walks to one of four goals.
-
     python meow_continuous_action.py --env-id multi_goal:MultiGoal-v0   # or sac_, sql_
     python -m multi_goal.figure --run runs/RUN_A runs/RUN_B --out results
 
-Importing this package registers `MultiGoal-v0`, and two worlds with two of its goals
-each, whose Q-functions `sql_continuous_action.py --compose` can join.
+A point walks to one of four goals. Importing this package registers `MultiGoal-v0`, and
+two worlds with two of its goals each, whose Q-functions
+`sql_continuous_action.py --compose` can join.
 """
 
 import gymnasium as gym
@@ -44,10 +43,7 @@ def move(
 
 
 class MultiGoalEnv(gym.Env):
-    """A point that walks to one of the goals; it observes `state`.
-
-    Its action is a velocity.
-    """
+    """A point that moves by its action, a velocity, and observes its position."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     observation_space = gym.spaces.Box(-WALL, WALL, (2,), np.float32)
@@ -59,8 +55,7 @@ class MultiGoalEnv(gym.Env):
         if render_mode not in (None, "rgb_array"):
             text = f"render_mode {render_mode!r}: only 'rgb_array' is supported"
             raise ValueError(text)
-        self.render_mode = render_mode
-        self.state = np.zeros(2, np.float32)
+        self.render_mode, self.state = render_mode, np.zeros(2, np.float32)
         self.goals = GOALS[list(goals)]
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -76,11 +71,7 @@ class MultiGoalEnv(gym.Env):
         return self.state.copy(), float(reward), bool(arrived), False, {}
 
     def render(self) -> np.ndarray | None:
-        """Goals with their radius, and the point: (280, 280, 3), y upwards.
-
-        20 pixels per unit.
-
-        """
+        """Goals with their radius, and the point. (280, 280, 3): 20 pixels a unit."""
         if self.render_mode is None:
             return None
         axis = (np.arange(280) + 0.5) / 20 - WALL
@@ -94,15 +85,11 @@ class MultiGoalEnv(gym.Env):
 
 
 def register(name: str, goals: tuple[int, ...]):
-    gym.register(
-        name,
-        "multi_goal:MultiGoalEnv",
-        max_episode_steps=TIME_LIMIT,
-        kwargs={"goals": goals},
-    )
+    options = {"max_episode_steps": TIME_LIMIT, "kwargs": {"goals": goals}}
+    gym.register(name, "multi_goal:MultiGoalEnv", **options)
 
 
 register("MultiGoal-v0", (0, 1, 2, 3))
-# Two tasks to compose: they share the goal in the east.
+# two tasks to compose: they share the goal in the east
 register("MultiGoalNorthEast-v0", (0, 2))
 register("MultiGoalSouthEast-v0", (0, 3))

@@ -1,4 +1,4 @@
-"""The multi-goal figure of finished runs: what policies know, which goals they choose.
+"""The multi-goal figure of finished runs: what they know, which goals they choose.
 
     python -m multi_goal.figure --run runs/RUN_A runs/RUN_B --out results
 
@@ -9,7 +9,8 @@ is chosen: a maximum-entropy policy should choose all of them. Writes NAME.png, 
 
 V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da. MEow knows V exactly; for SAC and
 soft Q-learning the integral is a midpoint sum over QUADRATURE x QUADRATURE cells of
-[-1, 1]^2. Shapes: B batch or trajectories, T steps, K Q-functions.
+[-1, 1]^2.
+Shapes: B batch or trajectories, T steps, K Q-functions.
 """
 
 import importlib
@@ -24,9 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
-from harness.files import POLICY_FILES, RunError, UsageError, load_file
+from harness.errors import RunError, UsageError
+from harness.files import POLICY_FILES, load_file
 from multi_goal import GOALS, RADIUS, TIME_LIMIT, WALL, distances, move
 
 N_TRAJECTORIES = 200  # counted, of each policy; the first N_DRAWN of them are drawn
@@ -48,28 +50,22 @@ STATES = {  # of the densities
 class Policy:
     """What the figure needs of a run: functions of float32 tensors.
 
-    Actions lie in [-1, 1].
-
+    soft_value(obs (B, 2)) -> V(s) (B,), reward units.
+    sample(obs, noise (B, 2) ~ N(0, I)) -> action (B, 2) in [-1, 1], something else.
+    log_prob(obs, action) -> (B,), or None where there is no density.
     """
 
     name: str  # of the algorithm
     method: str  # how soft_value knows V
-    # V(s), in reward units: obs (B, 2) -> (B,)
     soft_value: Callable[[Tensor], Tensor]
-    # obs (B, 2), noise (B, 2) ~ N(0, I) -> action (B, 2), something else
-    sample: Callable
-    # of actions: obs, action (B, 2) -> (B,); SQL has none
+    sample: Callable[[Tensor, Tensor], tuple]
     log_prob: Callable[[Tensor, Tensor], Tensor] | None
     seed: int = 0
     step: int = 0  # environment steps that it was trained for
 
 
 def action_cells(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Centres of n x n equal cells of [-1, 1]^2: (n * n, 2).
-
-    The first coordinate varies first.
-
-    """
+    """Centres of n x n equal cells of [-1, 1]^2, (n * n, 2), row by row."""
     axis = (torch.arange(n, dtype=dtype) + 0.5) * 2 / n - 1
     return torch.cartesian_prod(axis, axis).flip(-1)
 
@@ -78,9 +74,9 @@ def action_cells(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def quadrature_value(
     q_values: Callable, obs: Tensor, alpha: float, n: int = QUADRATURE
 ) -> Tensor:
-    """V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da, by n x n midpoints.
+    """V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da, midpoint rule, n x n cells.
 
-    Shapes: obs (B, 2) -> (B,), in the units of q_values(obs, action) (B, K).
+    obs (B, 2) -> (B,), in the units of q_values(obs, action) (B, K).
     """
     actions, log_area = action_cells(n, obs.dtype), 2 * math.log(2 / n)
     values = []
@@ -91,9 +87,13 @@ def quadrature_value(
     return torch.cat(values)
 
 
+def restored(network: nn.Module, state: dict) -> nn.Module:
+    network.load_state_dict(state)
+    return network
+
+
 def meow_policy(script, args, saved: dict) -> Policy:
-    flow = script.make_flow(args, 2, 2)
-    flow.load_state_dict(saved["flow"])
+    flow = restored(script.make_flow(args, 2, 2), saved["flow"])
 
     def soft_value(obs):  # no integral
         return flow.soft_values(obs).min(-1).values
@@ -103,8 +103,8 @@ def meow_policy(script, args, saved: dict) -> Policy:
 
 def sac_policy(script, args, saved: dict) -> Policy:
     actor, critics = script.make_networks(args, 2, 2)
-    actor.load_state_dict(saved["actor"])
-    critics.load_state_dict(saved["critics"])
+    actor = restored(actor, saved["actor"])
+    critics = restored(critics, saved["critics"])
 
     def soft_value(obs):
         return quadrature_value(critics.q_values, obs, float(actor.log_alpha.exp()))
@@ -114,8 +114,8 @@ def sac_policy(script, args, saved: dict) -> Policy:
 
 def sql_policy(script, args, saved: dict) -> Policy:
     sampler, critic = script.make_networks(args, 2, 2)
-    sampler.load_state_dict(saved["sampler"])
-    critic.load_state_dict(saved["critic"])
+    sampler = restored(sampler, saved["sampler"])
+    critic = restored(critic, saved["critic"])
 
     def soft_value(obs):  # its Q is in units of the scaled reward, with alpha = 1
         return quadrature_value(critic.q_values, obs, 1.0) / args.reward_scale
@@ -124,15 +124,12 @@ def sql_policy(script, args, saved: dict) -> Policy:
     return Policy(name, SUMMED, soft_value, sampler.sample, None)
 
 
-SCRIPTS = {
-    "meow_continuous_action": meow_policy,
-    "sac_continuous_action": sac_policy,
-    "sql_continuous_action": sql_policy,
-}
+MEOW, SAC = "meow_continuous_action", "sac_continuous_action"
+SCRIPTS = (MEOW, SAC, "sql_continuous_action")
 
 
 def load_policy(run: str) -> Policy:
-    """The policy of one run; its args.json names its script.
+    """The policy of one run, whose args.json names its script.
 
     Raises: UsageError, RunError.
     """
@@ -140,22 +137,24 @@ def load_policy(run: str) -> Policy:
     try:
         name = Path(json.loads(about.read_text())["script"]).stem
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--run {run}: {about} doesn't name a run's script ({error!r})"
-        ) from None
+        text = f"--run {run}: {about} doesn't name a run's script ({error!r})"
+        raise UsageError(text) from None
     if name not in SCRIPTS:
-        raise UsageError(
-            f"--run {run}: a run of {name}.py, not of one of {', '.join(SCRIPTS)}"
-        )
+        known = ", ".join(SCRIPTS)
+        raise UsageError(f"--run {run}: a run of {name}.py, not of one of {known}")
     saved = load_file("--run", run, name, POLICY_FILES)
     script = importlib.import_module(name)
     try:
         args = script.Args(**saved["args"])
         if not args.env_id.startswith("multi_goal:MultiGoal"):
-            raise UsageError(
-                f"--run {run}: a run of {args.env_id}, not of multi_goal:MultiGoal-v0"
-            )
-        policy = SCRIPTS[name](script, args, saved)
+            text = f"a run of {args.env_id}, not of multi_goal:MultiGoal-v0"
+            raise UsageError(f"--run {run}: {text}")
+        if name == MEOW:
+            policy = meow_policy(script, args, saved)
+        elif name == SAC:
+            policy = sac_policy(script, args, saved)
+        else:
+            policy = sql_policy(script, args, saved)
     except (KeyError, RuntimeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise RunError(f"{saved['path']} is of another version ({reason})") from None
@@ -168,14 +167,14 @@ def load_policy(run: str) -> Policy:
 # --- What the figure shows ------------------------------------------------------------
 @torch.no_grad()
 def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarray]:
-    """n trajectories of the stochastic policy from the origin, each (T + 1, 2).
+    """n trajectories of the stochastic policy from the origin.
 
-    T is at most TIME_LIMIT.
-
+    Each is (T + 1, 2) with T at most TIME_LIMIT.
     """
     generator = torch.Generator().manual_seed(seed)
-    position, length = np.zeros((n, 2), np.float32), np.full(n, TIME_LIMIT)
-    positions, moving = [position], np.full(n, True)
+    position = np.zeros((n, 2), np.float32)
+    length, moving = np.full(n, TIME_LIMIT), np.full(n, True)
+    positions = [position]
     for t in range(TIME_LIMIT):
         noise = torch.randn(n, 2, generator=generator)
         action = policy.sample(torch.from_numpy(position), noise)[0].numpy()
@@ -186,8 +185,7 @@ def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarra
         positions.append(position)
         if not moving.any():
             break
-    # (T + 1, n, 2); those that have arrived just move on in it.
-    stacked = np.stack(positions)
+    stacked = np.stack(positions)  # (T + 1, n, 2); who has arrived moves on in it
     return [stacked[: length[i] + 1, i] for i in range(n)]
 
 
@@ -195,7 +193,7 @@ def count_goals(trajectories: list[np.ndarray]) -> np.ndarray:
     """How many trajectories (T + 1, 2) arrive first at each goal, and at none: (5,)."""
     counts = np.zeros(len(GOALS) + 1, int)
     for trajectory in trajectories:
-        # Rows (time, goal), in time's order.
+        # rows (time, goal), in time's order
         arrivals = np.argwhere(distances(trajectory) < RADIUS)
         counts[arrivals[0, 1] if len(arrivals) else -1] += 1
     return counts
@@ -209,26 +207,22 @@ def action_density(policy: Policy, state: tuple[float, float]) -> np.ndarray:
     """
     if policy.log_prob:
         actions = action_cells(BINS)
-        log_prob = policy.log_prob(
-            torch.tensor(state).expand(len(actions), -1), actions
-        )
-        return log_prob.exp().view(BINS, BINS).numpy()
+        obs = torch.tensor(state).expand(len(actions), -1)
+        return policy.log_prob(obs, actions).exp().view(BINS, BINS).numpy()
     noise = torch.randn(100_000, 2, generator=torch.Generator().manual_seed(0))
-    actions = policy.sample(torch.tensor(state).expand(len(noise), -1), noise)[
-        0
-    ].numpy()
+    obs = torch.tensor(state).expand(len(noise), -1)
+    actions = policy.sample(obs, noise)[0].numpy()
     edges = np.linspace(-1, 1, BINS + 1)
-    return np.histogram2d(
-        actions[:, 1], actions[:, 0], bins=(edges, edges), density=True
-    )[0]
+    first, second = actions.T
+    return np.histogram2d(second, first, bins=(edges, edges), density=True)[0]
 
 
 def markdown(policies: list[Policy], trajectories: list[list[np.ndarray]]) -> str:
     """The table of the goals chosen, with a sentence on how it was made."""
     goals = " | ".join(f"({x:g}, {y:g})" for x, y in GOALS)
     lines = [
-        f"Goals chosen in {N_TRAJECTORIES} trajectories of each stochastic policy from "
-        f"the origin, cut after {TIME_LIMIT} steps:",
+        f"Goals chosen in {N_TRAJECTORIES} trajectories of each stochastic policy "
+        f"from the origin, cut after {TIME_LIMIT} steps:",
         "",
         f"| method | seed | trained steps | {goals} | none | mean length |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -253,13 +247,11 @@ def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
     value = policy.soft_value(torch.cartesian_prod(axis, axis).flip(-1))
     value = value.view(MAP_POINTS, MAP_POINTS).numpy()  # (y, x)
     if not np.isfinite(value).all():
-        raise RunError(
-            f"{policy.name}, seed {policy.seed}: the soft value is not finite"
-        )
+        name = f"{policy.name}, seed {policy.seed}"
+        raise RunError(f"{name}: the soft value is not finite")
     ax.contourf(axis, axis, value, levels=20, cmap="Blues_r", alpha=0.7)
-    lines = ax.contour(
-        axis, axis, value, levels=10, colors="0.4", linewidths=0.5, linestyles="-"
-    )
+    style = dict(colors="0.4", linewidths=0.5, linestyles="-")
+    lines = ax.contour(axis, axis, value, levels=10, **style)
     ax.clabel(lines, fontsize=7, fmt="%g")
     for trajectory in trajectories[:N_DRAWN]:
         ax.plot(*trajectory.T, color="black", linewidth=0.6, alpha=0.3, rasterized=True)
@@ -279,11 +271,7 @@ def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
 
 
 def draw_densities(axes, policy: Policy):
-    """The density over actions at each of the STATES.
-
-    Its square root, or a peak would hide the rest.
-
-    """
+    """The density at each of the STATES; its square root, or a peak hides the rest."""
     for ax, (letter, state) in zip(axes, STATES.items(), strict=True):
         density = action_density(policy, state)
         options = dict(cmap="magma_r", vmin=0, interpolation="none")
@@ -297,10 +285,7 @@ def draw_densities(axes, policy: Policy):
 
 
 def draw(policies: list[Policy], trajectories: list[list[np.ndarray]]):
-    """One column per policy: the map above, the four densities below.
-
-    Returns the figure.
-    """
+    """The figure: one column per policy, the map above, the four densities below."""
     from matplotlib.figure import Figure  # only here: the table needs no matplotlib
 
     figure = Figure(figsize=(4.4 * len(policies), 9.2), layout="constrained")
