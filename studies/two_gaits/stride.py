@@ -1,11 +1,12 @@
-"""Stride frequency of HalfCheetah policies: with long strides runs learn on, with short ones not.
+"""Stride frequency of the policies of a HalfCheetah run.
 
-    python meow_continuous_action.py --env-id HalfCheetah-v4 --keep-policies --total-timesteps 90000
-    python tools/stride.py runs/RUN_NAME            # a row for each kept policy: step,return,stride
-    python tools/stride.py runs/RUN_NAME --thigh front
+    python meow_continuous_action.py --env-id HalfCheetah-v4 --keep-policies
+    python studies/two_gaits/stride.py runs/RUN_NAME
+    python studies/two_gaits/stride.py runs/RUN_NAME --thigh front
 
-The frequency is the largest peak in the spectrum of a thigh's angle (back: observation 2, front: 5)
-over steps 200 to 1,000 of a deterministic episode; median of the episodes.
+Prints a row for each kept policy: step,return,stride. The frequency is the largest
+peak in the spectrum of a thigh's angle (back: observation 2, front: 5) over steps 200
+to 1,000 of a deterministic episode; median of the episodes.
 """
 
 import sys
@@ -15,6 +16,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
 from saved_policy import UsageError, exit_code, load_evaluator
 
 THIGHS = {"back": 2, "front": 5}  # observations
@@ -22,20 +26,18 @@ SECONDS_PER_STEP, FIRST, LAST = 0.05, 200, 1000
 
 
 def stride_frequency(angles: np.ndarray) -> float:
-    """Hz of the largest peak in the spectrum of the angles (T,) of one episode, T >= 1,000."""
+    """Hz of the largest peak in the spectrum of the angles (T,), T >= 1,000."""
     x = angles[FIRST:LAST]
     power = np.abs(np.fft.rfft(x - x.mean())) ** 2
     return float(np.fft.rfftfreq(len(x), SECONDS_PER_STEP)[power.argmax()])
 
 
 def measure(file: Path, episodes: int, thigh: str = "back") -> tuple[int, float, float]:
-    """Step, mean return and stride of a saved policy, over the episodes of its own evaluation."""
+    """Step, mean return and stride of a saved policy, in its own evaluation."""
     evaluator, step = load_evaluator(file, episodes)
-    if not evaluator.args.env_id.startswith("HalfCheetah-"):
-        text = (
-            f"{file} was trained on {evaluator.args.env_id}: strides are HalfCheetah's"
-        )
-        raise UsageError(text)
+    env_id = evaluator.args.env_id
+    if not env_id.startswith("HalfCheetah-"):
+        raise UsageError(f"{file} was trained on {env_id}: strides are HalfCheetah's")
     angles, play = [], evaluator.policy
 
     def recorded(obs, noise):
@@ -57,7 +59,7 @@ class Options:
     episodes: int = 10
     """episodes per policy"""
     thigh: Literal["back", "front"] = "back"
-    """whose frequency; in short strides the back one swings twice while the front one does once"""
+    """whose frequency; in short strides the back one swings twice as often"""
 
 
 def main():

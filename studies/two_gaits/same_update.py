@@ -2,40 +2,42 @@
 
     git clone https://github.com/ChienFeng-hub/meow && git -C meow checkout b786d27
     python meow_continuous_action.py --env-id HalfCheetah-v4 --total-timesteps 90000
-    python tools/same_update.py runs/RUN_NAME --repository meow > same_update.csv
-    python tools/same_update.py runs/RUN_NAME --arms ours bf16 > same_update_bf16.csv
+    python studies/two_gaits/same_update.py runs/RUN_NAME --repository meow > new.csv
 
-The arms learn from the first 50,000 transitions of the run's replay buffer, in the same batches:
-their update, ours (one dropout mask for both Q_k: D1), ours with a mask for each, and ours with
---bf16. A row is a measurement without dropout on the next 10,000 transitions: the squared TD error
-of Q_1 and Q_2, its share of the variance of y - min_k V_k(s), which the action has to explain, and
-the mean log sigma.
+The arms learn from the first 50,000 transitions of the run's replay buffer, in the
+same batches: their update, ours (one dropout mask for both Q_k: D1) and ours with a
+mask for each. A row is a measurement without dropout on the next 10,000 transitions:
+the squared TD error of Q_1 and Q_2, its share of the variance of y - min_k V_k(s),
+which the action has to explain, and the mean log sigma.
 
-Needs the packages of a contributor, and stable-baselines3 and tensorboard for their script.
+Needs the extras bench and dev of this project; their script imports stable-baselines3
+and tensorboard.
 """
 
 import importlib.util
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
-from saved_policy import UsageError, exit_code
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from saved_policy import UsageError, exit_code
 
 import meow_continuous_action as ours
 from harness.args import parse_args
 from harness.functional import Hardware, Learner, adam_moments, flatten_parameters
 from harness.replay import split_batch
 
-DIMS, ROW = (
-    (17, 6),
-    17 + 6 + 17 + 2,
-)  # of HalfCheetah: observation and action; a transition
-TRAIN, UNSEEN = 50_000, 10_000
+DIMS = (17, 6)  # of HalfCheetah's observation and action
+ROW = 17 + 6 + 17 + 2  # a transition
+TRAIN = 50_000  # transitions to learn from
+UNSEEN = 10_000  # the next ones, to measure on
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Options:
     """folder of a HalfCheetah-v4 run with a checkpoint after step 60,000"""
     repository: Path | None = None
     """clone of github.com/ChienFeng-hub/meow, for their arm"""
-    arms: list[Literal["theirs", "ours", "two masks", "bf16"]] = field(
+    arms: list[Literal["theirs", "ours", "two masks"]] = field(
         default_factory=lambda: ["theirs", "ours", "two masks"]
     )
     """the updates to compare"""
@@ -55,7 +57,7 @@ class Options:
 
 
 class Theirs:
-    """Their update, compiled as tools/authors_code.py --compile does."""
+    """Their update, compiled as authors_code.py --compile does."""
 
     def __init__(self, args: ours.Args, script):
         torch.manual_seed(args.seed)
@@ -68,10 +70,8 @@ class Theirs:
         self.optimizer = torch.optim.Adam(
             self.policy.parameters(), args.learning_rate, fused=True
         )
-        self.qv, self.v = (
-            torch.compile(self.policy.get_qv),
-            torch.compile(self.target.get_v),
-        )
+        self.qv = torch.compile(self.policy.get_qv)
+        self.v = torch.compile(self.target.get_v)
         self.args = args
 
     @staticmethod
@@ -104,10 +104,8 @@ class Theirs:
     ) -> tuple[Tensor, ...]:
         self.policy.eval()
         q = self.twice(lambda *x: self.policy.get_qv(*x)[0], obs, action)
-        v, v_next = (
-            self.twice(self.policy.get_v, obs),
-            self.twice(self.target.get_v, next_obs),
-        )
+        v = self.twice(self.policy.get_v, obs)
+        v_next = self.twice(self.target.get_v, next_obs)
         _, sigma = self.policy.prior.get_mean_std(action, obs)
         return q, v, v_next, sigma.log()
 
@@ -120,10 +118,10 @@ class TwoMasks(ours.EnergyFlow):
     ) -> Tensor:
         if keep is None:
             return super().q_values(obs, action)
-        both = [
-            super(TwoMasks, self).q_values(obs, action, k) for k in keep.chunk(2, dim=2)
-        ]
-        return torch.stack([both[0][:, 0], both[1][:, 1]], -1)
+        first, second = keep.chunk(2, dim=2)
+        q1 = super().q_values(obs, action, first)[:, 0]
+        q2 = super().q_values(obs, action, second)[:, 1]
+        return torch.stack([q1, q2], -1)
 
 
 class Ours:
@@ -131,10 +129,8 @@ class Ours:
 
     def __init__(self, args: ours.Args, masks: int):
         self.rng = np.random.default_rng(args.seed)
-        self.flow, self.target = (
-            ours.make_flow(args, *DIMS),
-            ours.make_flow(args, *DIMS),
-        )
+        self.flow = ours.make_flow(args, *DIMS)
+        self.target = ours.make_flow(args, *DIMS)
         if masks == 2:
             self.flow.__class__ = TwoMasks
         theta = flatten_parameters(self.flow)
@@ -142,10 +138,8 @@ class Ours:
         shape = self.flow.couplings, 2, masks * args.batch_size, self.flow.hidden
         keep = [ours.Keep(*shape, dropout=args.dropout)]
         self.batch = torch.zeros(args.batch_size, ROW)
-        update, hardware = (
-            ours.make_update(self.flow, *DIMS, args),
-            Hardware(False, 1, True),
-        )
+        update = ours.make_update(self.flow, *DIMS, args)
+        hardware = Hardware(False, 1, True)
         self.learner = Learner(
             update, state, [self.batch], keep, ours.METRICS, hardware
         )
@@ -164,9 +158,7 @@ class Ours:
 def make_arm(name: str, args: ours.Args, script) -> Theirs | Ours:
     if name == "theirs":
         return Theirs(args, script)
-    return Ours(
-        replace(args, bf16=name == "bf16"), masks=2 if name == "two masks" else 1
-    )
+    return Ours(args, masks=2 if name == "two masks" else 1)
 
 
 @torch.no_grad()
@@ -201,12 +193,9 @@ def load_script(repository: Path | None):
 def main():
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     script = load_script(options.repository) if "theirs" in options.arms else None
-    torch._inductor.config.fallback_random = (
-        True  # eager PyTorch's dropout masks, for theirs
-    )
-    rows = torch.load(options.run / "checkpoint.pt", weights_only=False)["replay"][
-        "rows"
-    ]
+    torch._inductor.config.fallback_random = True  # for theirs: eager dropout masks
+    checkpoint = torch.load(options.run / "checkpoint.pt", weights_only=False)
+    rows = checkpoint["replay"]["rows"]
     if len(rows) < TRAIN + UNSEEN or rows.shape[1] != ROW:
         raise UsageError(
             f"{options.run} holds no {TRAIN + UNSEEN} transitions of HalfCheetah"
@@ -222,14 +211,8 @@ def main():
                 arm.update(rows[rng.integers(0, TRAIN, args.batch_size)])
                 if n in options.updates:
                     values = measure(arm, rows[TRAIN : TRAIN + UNSEEN], args.gamma)
-                    print(
-                        name,
-                        seed,
-                        n,
-                        *(f"{x:.3f}" for x in values),
-                        sep=",",
-                        flush=True,
-                    )
+                    cells = [name, seed, n, *(f"{x:.3f}" for x in values)]
+                    print(*cells, sep=",", flush=True)
 
 
 if __name__ == "__main__":
