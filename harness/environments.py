@@ -88,7 +88,7 @@ def make(env_id: str, options: dict, render: bool = False) -> gym.Env:
                 f"{cannot_make(env_id, error)}; see --env-kwargs"
             ) from None
         raise UserCodeError(cannot_make(env_id, error)) from error
-    if render and env.render_mode != "rgb_array":
+    if render and "rgb_array" not in env.metadata.get("render_modes", []):
         raise UsageError(no_video(env_id))
     return CheckedEnv(env, env_id)
 
@@ -193,6 +193,9 @@ class CheckedEnv(gym.Wrapper):
         truncated = bool(self._number("truncated", truncated))
         self.steps += 1
         return obs, reward, terminated, truncated, info or {}
+
+    def close(self):
+        self._call("close", self.env.close)
 
     def _call(self, name: str, method, *args, **kwargs):
         try:
@@ -320,6 +323,7 @@ class ReplayableEnv(gym.Wrapper):
 
     def load_state_dict(self, state: dict):
         self.saved = state
+        self.episode_count, self.steps = state["episode_count"], state["steps"]
 
     def _go_on(self, seed: int) -> np.ndarray:
         """Plays the previous and the current episode again; the observation to act on.

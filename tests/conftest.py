@@ -19,7 +19,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import harness.envs  # noqa: E402, F401 (it chooses MuJoCo's renderer, before MuJoCo is imported)
+# it chooses MuJoCo's renderer, before MuJoCo is imported
+import harness.environments  # noqa: E402
 
 SCRIPTS = [ROOT / f"{name}_continuous_action.py" for name in ("meow", "sac", "sql")]
 SCRIPT = SCRIPTS[0]
@@ -31,7 +32,7 @@ QUICK = dict(
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 torch.set_num_threads(1)
 
-from harness.envs import TrainingEnv  # noqa: E402 (found in ROOT)
+ReplayableEnv = harness.environments.ReplayableEnv
 
 
 def options(**values) -> list[str]:
@@ -52,15 +53,18 @@ def quick(**changes) -> list[str]:
 
 
 def interrupting(signals: dict[int, int]):
-    """A patch: this process gets signals[n] while training takes step n (counted from 1)."""
-    step = TrainingEnv.step
+    """A patch: this process gets signals[n] while an environment takes its step n.
+
+    Steps are counted from 1. (Evaluations are shorter than that, in `quick` runs.)
+    """
+    step = ReplayableEnv.step
 
     def interrupted(env, action):
         if signum := signals.get(env.steps + 1):
             os.kill(os.getpid(), signum)
         return step(env, action)
 
-    return mock.patch.object(TrainingEnv, "step", interrupted)
+    return mock.patch.object(ReplayableEnv, "step", interrupted)
 
 
 def launch(script, words, cwd, signals=None, largest_file=None):
@@ -84,7 +88,7 @@ def launch(script, words, cwd, signals=None, largest_file=None):
             resource.setrlimit(
                 resource.RLIMIT_FSIZE, (largest_file or limit[0], limit[1])
             )
-            code = module.main(module.Args, module.train, module.load_evaluator, argv)
+            code = module.main(module.Args, module.train, module.evaluate_saved, argv)
         except SystemExit as stopped:
             code = stopped.code
         finally:
@@ -149,14 +153,15 @@ def is_one_sentence(result, code, *needles):
 @pytest.fixture
 def make_random_flow():
     """make(obs_dim, act_dim, ...): a float64 flow whose every parameter is random."""
-    from meow_continuous_action import EnergyFlow
+    from meow_continuous_action import Args, make_flow
 
     def make(obs_dim, act_dim, alpha=0.25, low=-3.0, high=-0.3, seed=0, **options):
-        torch.manual_seed(seed)
-        flow = EnergyFlow(obs_dim, act_dim, alpha, low, high, **options).double()
+        bounds = dict(log_sigma_min=low, log_sigma_max=high)
+        args = Args(alpha=alpha, seed=seed, **bounds, **options)
+        flow = make_flow(args, obs_dim, act_dim).double().requires_grad_(True)
         for p in flow.parameters():  # zeros would hide the dependence on the state
             p.data += 0.1 * torch.randn_like(p)
-        if flow.affine:  # moderate scales, so that a grid can resolve the density
+        if flow.outputs == 2:  # moderate scales, so that a grid resolves the density
             for mlp in flow.t:
                 mlp.layers[-1].weight.data *= 0.2
         return flow

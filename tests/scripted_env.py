@@ -4,6 +4,7 @@ import itertools
 
 import gymnasium as gym
 import numpy as np
+import torch  # noqa: F401 (for the text of `change`)
 from gymnasium import spaces
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
@@ -89,29 +90,184 @@ class Broken(OneState):
 
 
 class Spaces(OneState):
-    """OneState with other spaces than it really has."""
+    """OneState with other spaces than it really has; `natural`: what it returns fits."""
+
+    natural = False
 
     def __init__(self, render_mode=None, obs=None, act=None):
         super().__init__(render_mode)
         self.observation_space = obs or OneState.observation_space
         self.action_space = act or BOX
 
+    def reset(self, **options):
+        obs, info = super().reset(**options)
+        return self.observation_space.sample() if self.natural else obs, info
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return self.observation_space.sample() if self.natural else obs, *rest
+
+
+class Plain(OneState):
+    """Its constructor has no render_mode, as gym.make doesn't ask for one."""
+
+    def __init__(self):
+        super().__init__()
+
+
+def function():
+    return Plain()
+
+
+class Endless(OneState):
+    """No episode ends by itself."""
+
+    def step(self, _action):
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+class Sleepless(OneState):
+    """A training episode, the first instance's, is short; the others' are `length`."""
+
+    length, made = 10**9, 0
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        Sleepless.made += 1
+        self.number = Sleepless.made
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.number % 2 == 0:
+            truncated = self.t == self.length
+        return obs, reward, terminated, truncated, info
+
+
+class Scaled(OneState):
+    """The reward is `scale`."""
+
+    def __init__(self, render_mode=None, scale=1.0):
+        super().__init__(render_mode)
+        self.scale = float(scale)
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, self.scale, *rest
+
+
+class Leaking(OneState):
+    """Keeps something over reset(seed): steps count on, from episode to episode."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.total = 0
+
+    def step(self, action):
+        self.total += 1
+        _, *rest = super().step(action)
+        return np.full(1, self.total / 1e6, np.float32), *rest
+
+
+class LeakingReward(Leaking):
+    """The observations don't show it."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return 0 * obs, float(self.total), *rest
+
+
+class Returning(Endless):
+    """From step 3 on its step returns one thing more or less: change = "name=value"."""
+
+    def __init__(self, render_mode=None, change="reward=1.0"):
+        super().__init__(render_mode)
+        name, _, value = change.partition("=")
+        self.change, self.steps = {name: eval(value)}, 0
+
+    def step(self, action):
+        names = ("obs", "reward", "terminated", "truncated", "info")
+        result = dict(zip(names, super().step(action), strict=True))
+        self.steps += 1
+        return tuple((result | self.change if self.steps > 3 else result).values())
+
+
+class OldStep(OneState):
+    """The step of the old Gym API: (observation, reward, done, info)."""
+
+    def step(self, action):
+        obs, reward, *_ = super().step(action)
+        return obs, reward, False, {}
+
+
+class OldReset(OneState):
+    """The reset of the old Gym API: the observation alone."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed, options=options)[0]
+
+
+class Seedless(OneState):
+    """A reset without `seed`, as in the old Gym API."""
+
+    def reset(self):
+        return super().reset()
+
+
+class Raising(OneState):
+    """`method` raises, from its second step on."""
+
+    def __init__(self, render_mode=None, method="step", at=2):
+        super().__init__(render_mode)
+        self.method, self.at, self.steps = method, at, 0
+
+    def fail(self, method):
+        if method == self.method:
+            raise ConnectionResetError("CUDA error: not enough memory")
+
+    def reset(self, **options):
+        self.fail("reset")
+        return super().reset(**options)
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps >= self.at:
+            self.fail("step")
+        return super().step(action)
+
+    def close(self):
+        self.fail("close")
+
 
 def register(name, entry_point, **kwargs):
     gym.register(f"{name}-v0", entry_point=entry_point, kwargs=kwargs)
 
 
+WIDE = np.float32([3e38, 3e38])
 register("Scripted", Scripted)
 register("OneState", OneState)
 register("Drifting", Drifting)
+register("Leaking", Leaking)
+register("LeakingReward", LeakingReward)
+register("Plain", Plain)
+register("Function", function)
+register("Endless", Endless)
+register("Sleepless", Sleepless)
+register("Scaled", Scaled)
+register("Returning", Returning)
+register("OldStep", OldStep)
+register("OldReset", OldReset)
+register("Seedless", Seedless)
+register("Raising", Raising)
 register("NanObs", Broken, obs=np.nan)
 register("InfReward", Broken, reward=np.inf)
 register("DictObs", Spaces, obs=spaces.Dict(a=BOX))
+register("SequenceObs", Spaces, obs=spaces.Sequence(BOX))
 register("WrongShape", Spaces, obs=BOX)
 register("ImageObs", Spaces, obs=spaces.Box(0, 255, (8, 8, 3), np.uint8))
 register("DiscreteObs", Spaces, obs=spaces.Discrete(3))
 register("Unbounded", Spaces, act=spaces.Box(-np.inf, np.inf, (2,), np.float32))
 register("HalfBounded", Spaces, act=spaces.Box(0, np.inf, (2,), np.float32))
+register("TooWide", Spaces, act=spaces.Box(-WIDE, WIDE))
 register("IntegerBox", Spaces, act=spaces.Box(0, 3, (2,), np.int64))
 register("MultiDiscrete", Spaces, act=spaces.MultiDiscrete([2, 2]))
 register("MatrixAction", Spaces, act=spaces.Box(-1, 1, (2, 2), np.float32))

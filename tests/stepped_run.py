@@ -4,6 +4,7 @@ The world, Noise-v0, has five observations, three actions whose own ranges are S
 rewards and a termination every fourth step.
 """
 
+import contextlib
 import copy
 
 import gymnasium as gym
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from harness.functional import Hardware
+from harness.compiling import Compiler
+from harness.machine import choose_device, configure_process
+from harness.runs import get_state, set_state
 
 SCALE = torch.tensor([0.4, 1.0, 3.0], dtype=torch.float64)
 RANDOM_STEPS = 64
@@ -51,44 +54,64 @@ class SteppedRun:
     def __init__(self, args, compiled=False, cuda=False, after=None, restored=None):
         self.args, self.after, self.restored = args, after, restored
         self.metrics = []  # of each step
-        self.hardware = Hardware(cuda=cuda, torch_threads=1, compile=compiled)
-        self.device = self.hardware.device
+        self.evaluations = []  # (step, returns)
+        configure_process(torch_threads=1)
+        self.device = choose_device(cuda)
+        self.compile = Compiler(compiled, self.device, lambda seconds: None)
 
-    def start(self, env, evaluator, policy, rng, **parts):
-        self.env, self.evaluator, self.policy, self.rng = env, evaluator, policy, rng
-        self.parts, self.replay = parts | {"env": env}, parts["replay"]
-        self.learners = [part for name, part in parts.items() if "learner" in name]
+    def closing(self, thing):
+        return thing
+
+    def start(self, policy, rng, sizes, **parts):
+        self.policy, self.rng, self.sizes, self.parts = policy, rng, sizes, parts
+        self.env, self.replay = parts["env"], parts["replay"]
         self.step = 0
-        env.reset()
         if self.restored:
-            self.step, rng.bit_generator.state = (
-                self.restored["step"],
-                self.restored["rng"],
-            )
-            for name, part in self.parts.items():
-                part.load_state_dict(self.restored[name])
+            self.step = self.restored["step"]
+            rng.bit_generator.state = self.restored["rng"]
+            for name, part in parts.items():
+                set_state(part, self.restored[name])
 
     def steps(self):
         while self.step < self.args.total_timesteps:
             yield self.step
 
-    def log(self, metrics):
-        self.step += 1
+    def due(self, frequency):
+        return self.step > 0 and self.step % frequency == 0
+
+    def due_to_log(self):
+        return True
+
+    @contextlib.contextmanager
+    def evaluation(self, fps):
+        yield self
+
+    def watch(self, *_):
+        """Of an evaluation: nothing to show."""
+
+    film = watch
+
+    def log_evaluation(self, returns, lengths):
+        self.evaluations.append((self.step, returns))
+
+    def log_episode(self, episode):
+        """Nothing to write."""
+
+    log_episodes = log_episode
+
+    def log(self, metrics, num_envs=None):
         self.metrics.append(metrics)
+
+    def end_step(self):
+        self.step += 1
         if self.after:
             self.after(self)
 
     def checkpointed(self):
         """What a checkpoint of this moment holds."""
-        states = {name: part.state_dict() for name, part in self.parts.items()}
+        states = {name: get_state(part) for name, part in self.parts.items()}
         rng = self.rng.bit_generator.state
         return copy.deepcopy(states | {"step": self.step, "rng": rng})
-
-    def update(self, rng):
-        """One batch, and an update of each learner."""
-        self.replay.sample(rng)
-        for learner in self.learners:
-            learner.update(rng)
 
 
 def trained(

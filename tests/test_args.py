@@ -18,8 +18,8 @@ import pytest
 import tyro
 from conftest import ISAAC_SCRIPTS, ROOT, SCRIPT, SCRIPTS, each_script
 
-from harness.args import RunArgs, parse_args
-from harness.files import UsageError
+from harness.args import parse_args
+from harness.errors import UsageError
 from meow_continuous_action import Args
 
 PAPER_TABLE = {  # steps, tau, alpha, learning starts, log sigma max, log sigma min
@@ -34,6 +34,7 @@ each = pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda path: path.stem
 BELOW_ZERO = {"log_sigma_min", "log_sigma_max"}
 ZERO = {
     "seed",
+    "eval_episodes",
     "checkpoint_frequency",
     "gamma",
     "dropout",
@@ -101,6 +102,16 @@ def test_options_override_the_papers_settings(spelling):
         )
 
 
+def test_an_id_without_version_gets_the_settings_of_the_newest(capsys):
+    args = parse("--env-id", "HalfCheetah")
+    assert args == parse("--env-id", "HalfCheetah-v5")
+    assert args.tau == 0.003
+    note = "note: --env-id HalfCheetah is taken as HalfCheetah-v5, with settings of its"
+    assert note in capsys.readouterr().err
+    assert parse("--env-id", "Pusher", "--tau", 0.5).env_id == "Pusher-v5"
+    assert "Pusher-v5, with the default settings" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "my/Ant-v4", "Ant-v40", "Ant-v3"])
 def test_other_environments_get_general_defaults(env_id):
     assert parse("--env-id", env_id) == Args(env_id=env_id)
@@ -145,7 +156,7 @@ def test_help_gives_every_option_its_type_text_and_default(script):
     for field in dataclasses.fields(options_of(script)):
         flag = "--" + field.name.replace("_", "-")
         shown = {int: " INT", float: " FLOAT", str: " STR", bool: f", --no-{flag[2:]}"}
-        shown |= {str | None: r" {None}|STR"}
+        shown |= {str | None: r" {None}|STR", int | None: r" {None}|INT"}
         kind = types[field.name]
         suffix = re.escape(shown[kind]) if kind in shown else r" \{.+?\}"
         assert re.search(rf"{flag}{suffix} [^(-].{{5,}}\(default: ", text), flag
@@ -273,7 +284,8 @@ def test_settings_name_options():
     """What may change on resuming and evaluating, and every setting, are options."""
     for script in ALL_SCRIPTS:
         names = {field.name for field in dataclasses.fields(options_of(script))}
-        may_change = f"{RunArgs.resume_may_change} {RunArgs.evaluate_may_change}"
+        args = options_of(script)
+        may_change = f"{args.resume_may_change} {args.evaluate_may_change}"
         assert set(may_change.split()) <= names
         for settings in options_of(script).settings.values():
             assert set(settings) <= names

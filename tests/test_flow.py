@@ -9,14 +9,18 @@ from torch.autograd.functional import jacobian
 
 import meow_continuous_action
 import meow_isaacgym
-from meow_continuous_action import EnergyFlow, log_prior, log_tanh_slope
+from meow_continuous_action import (
+    Args,
+    EnergyFlow,
+    log_prior,
+    log_tanh_slope,
+)
 
 OPTIONS = [
     {},
     {"coupling": "affine"},
     {"reward_shifting": "single"},
     {"reward_shifting": "none"},
-    {"shift_units": "reward"},
 ]
 EXACT = dict(rtol=0, atol=1e-8)
 
@@ -62,9 +66,10 @@ def test_soft_value_is_the_integral(
 )
 @pytest.mark.parametrize("script", [meow_continuous_action, meow_isaacgym])
 def test_what_others_may_import(script, dtype, tol):
-    """EnergyFlow(obs_dim, act_dim, alpha, log_sigma_min, log_sigma_max) in both precisions."""
+    """EnergyFlow(obs_dim, act_dim, args) in both precisions."""
     torch.manual_seed(0)
-    flow = script.EnergyFlow(3, 1, 0.25, -2.0, 0.5).to(dtype)
+    args = script.Args(alpha=0.25, log_sigma_min=-2.0, log_sigma_max=0.5)
+    flow = script.EnergyFlow(3, 1, args).to(dtype)
     for p in flow.parameters():
         p.data += 0.1 * torch.randn_like(p)
     obs = torch.randn(9, 3, dtype=dtype)
@@ -105,21 +110,34 @@ def test_q_v_and_log_prob(make_random_flow, act_dim, options):
     )
 
 
-@pytest.mark.parametrize(("units", "moved"), [("nats", 0.3), ("reward", 3.0)])
-def test_units_of_the_shifts(make_random_flow, units, moved):
-    """If a network's output grows by 3, Q_k and V_k grow by 3 alpha or by 3; log pi is the same."""
-    flow = make_random_flow(3, 2, alpha=0.1, shift_units=units)
+def test_units_of_the_shifts(make_random_flow):
+    """If a network's output grows by 3, Q_k and V_k grow by 3 alpha; log pi doesn't."""
+    flow = make_random_flow(3, 2, alpha=0.1)
     obs, action = torch.randn(6, 3).double(), torch.rand(6, 2).double() - 0.5
-    before = (
+    q, v, log_prob = (
         flow.q_values(obs, action),
         flow.soft_values(obs),
         flow.log_prob(obs, action),
     )
     flow.b[0].layers[-1].bias.data += 3.0
-    moved = torch.tensor([moved, 0.0], dtype=torch.float64).expand(6, 2)
-    torch.testing.assert_close(flow.q_values(obs, action) - before[0], moved, **EXACT)
-    torch.testing.assert_close(flow.soft_values(obs) - before[1], moved, **EXACT)
-    torch.testing.assert_close(flow.log_prob(obs, action), before[2], rtol=0, atol=0)
+    moved = torch.tensor([0.3, 0.0], dtype=torch.float64).expand(6, 2)
+    torch.testing.assert_close(flow.q_values(obs, action) - q, moved, **EXACT)
+    torch.testing.assert_close(flow.soft_values(obs) - v, moved, **EXACT)
+    torch.testing.assert_close(flow.log_prob(obs, action), log_prob, rtol=0, atol=0)
+
+
+def test_additive_couplings_have_volume_1(make_random_flow):
+    """Their Jacobian's determinant is 1, as `to_prior` says by giving 0; affine: exp(s)."""
+    for options in OPTIONS[:2]:
+        flow = make_random_flow(3, 4, **options)
+        obs, x = torch.randn(1, 3).double(), torch.randn(1, 4).double()
+        zero = torch.zeros(1).double()
+        for method in (flow.to_prior, flow.from_prior):
+            slope = jacobian(lambda x: method(x, zero, obs)[0], x)[0, :, 0]  # noqa: B023
+            expected = torch.linalg.slogdet(slope)[1]
+            found = method(x, zero, obs)[1][0]
+            torch.testing.assert_close(found, expected, **EXACT)
+            assert (found == 0) == (options == {})
 
 
 @pytest.mark.parametrize(
@@ -229,14 +247,15 @@ def test_rows_are_independent(make_random_flow):
 
 def test_soft_values_never_run_the_flow(make_random_flow, monkeypatch):
     flow = make_random_flow(4, 3)
-    monkeypatch.setattr(EnergyFlow, "coupling", lambda *_: pytest.fail("the flow ran"))
+    fail = lambda *_: pytest.fail("the flow ran")  # noqa: E731
+    monkeypatch.setattr(EnergyFlow, "translation", fail)
     assert flow.soft_values(torch.randn(5, 4, dtype=torch.float64)).shape == (5, 2)
 
 
 def test_one_flow_pass_gives_both_q_values(make_random_flow, monkeypatch):
-    flow, calls, original = make_random_flow(4, 3), [], EnergyFlow.coupling
+    flow, calls, original = make_random_flow(4, 3), [], EnergyFlow.translation
     monkeypatch.setattr(
-        EnergyFlow, "coupling", lambda *a: (calls.append(a[1]), original(*a))[1]
+        EnergyFlow, "translation", lambda *a: (calls.append(a[1]), original(*a))[1]
     )
     assert flow.q_values(
         torch.randn(5, 4).double(), torch.zeros(5, 3).double()
@@ -246,7 +265,7 @@ def test_one_flow_pass_gives_both_q_values(make_random_flow, monkeypatch):
 
 def test_initial_network():
     """The paper's: orthogonal couplings, zero h and b, beta = 1, sigma within its bounds."""
-    flow = EnergyFlow(11, 3, 0.25, -5.0, -0.3)
+    flow = EnergyFlow(11, 3, Args())
     weight = flow.t[0].layers[1].weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(64), rtol=0, atol=1e-5)
     for mlp in (flow.h, *flow.b):
@@ -277,7 +296,7 @@ def test_masks_alternate(make_random_flow):
     obs, x = torch.randn(1, 2).double(), torch.randn(1, 3).double()
     for i, mask in enumerate([[1, 0, 1], [0, 1, 0], [1, 0, 1], [0, 1, 0]]):
         mask = torch.tensor(mask).bool()
-        slope = jacobian(lambda x, i=i: flow.coupling(i, x, obs)[1], x)[0, :, 0]
+        slope = jacobian(lambda x, i=i: flow.translation(i, x, obs), x)[0, :, 0]
         assert (slope[mask] == 0).all()
         assert (slope[:, ~mask] == 0).all()
         assert (slope[~mask][:, mask] != 0).all()
@@ -295,53 +314,22 @@ def test_state_dict_round_trip(make_random_flow):
 
 def test_extreme_actions_stay_finite():
     """Actions at the bounds count as the nearest ones inside."""
-    flow, obs = EnergyFlow(3, 2, 0.25, -5.0, 2.0), torch.randn(2, 3)
+    flow = EnergyFlow(3, 2, Args(alpha=0.25, log_sigma_max=2.0))
+    obs = torch.randn(2, 3)
     action = torch.tensor([[1.0, -1.0], [1 - 1e-7, 0.0]])
     q = flow.q_values(obs, action)
     assert torch.isfinite(q).all()
     assert torch.equal(q, flow.q_values(obs, action.clamp(-(1 - 1e-5), 1 - 1e-5)))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_actions_before_tanh_are_the_same_actions(make_random_flow, options):
-    """With pre_tanh u = atanh(a) stands for a; Q, the densities (of a) and the policy stay."""
-    flow = make_random_flow(3, 2, **options)
-    obs, z = torch.randn(16, 3).double(), torch.randn(16, 2).double()
-    action, log_prob = flow.sample(obs, z)
-    expected = [f(obs, action) for f in (flow.q_values, flow.log_prob)]
-    flow.pre_tanh = True
-    u, log_prob_of_u = flow.sample(obs, z)
-    torch.testing.assert_close(torch.tanh(u), action, **EXACT)
-    torch.testing.assert_close(log_prob_of_u, log_prob, **EXACT)
-    for got, f in zip(expected, (flow.q_values, flow.log_prob), strict=True):
-        torch.testing.assert_close(f(obs, u), got, **EXACT)
-
-
-@pytest.mark.parametrize(("pre_tanh", "reach"), [(True, 1.0), (False, 0.0)])
-def test_only_before_tanh_float32_reaches_the_whole_policy(pre_tanh, reach):
-    """The share of the policy's mass that Q tells apart where its mode is u = 12, a = 1 - 8e-11."""
-    flow = EnergyFlow(3, 1, 0.25, -1.0, 0.0)
-    for t in flow.t:  # couplings 1 and 3 move the only unit
-        t.layers[-1].weight.data.zero_()
-        t.layers[-1].bias.data.fill_(6.0)
-    flow.pre_tanh = pre_tanh
-    obs, u = torch.zeros(2001, 3), torch.linspace(2, 22, 2001)[:, None]
-    q = flow.q_values(obs, u if pre_tanh else torch.tanh(u))[:, 0]
-    integral = torch.exp(q / flow.alpha + log_tanh_slope(u)[:, 0]).sum() * (
-        u[1, 0] - u[0, 0]
-    )
-    value = flow.soft_values(obs[:1])[0, 0]
-    assert abs(integral / torch.exp(value / flow.alpha) - reach) < 1e-3
-
-
 def test_dropout_masks_units():
     """A hidden unit that isn't kept gives 0, the others 1/(1 - p) of what they gave."""
-    flow = EnergyFlow(3, 2, 0.25, -5.0, -0.3, dropout=0.5)
+    flow = EnergyFlow(3, 2, Args(dropout=0.5))
     obs, action = torch.randn(16, 3), torch.rand(16, 2) - 0.5
-    keep = torch.rand(4, 2, 16, 64) > 0.5
-    assert (flow.q_values(obs, action, keep) != flow.q_values(obs, action)).all()
+    kept = torch.rand(4, 2, 16, 64) > 0.5
+    assert (flow.q_values(obs, action, kept) != flow.q_values(obs, action)).all()
     mlp, x = flow.t[0], torch.randn(16, 5)
-    y = mlp(x, keep[0])
+    y = mlp(x, kept[0])
     for i in range(2):
-        x = mlp.swishes[i](mlp.norms[i](mlp.layers[i](x))) * keep[0, i] / 0.5
+        x = mlp.swishes[i](mlp.norms[i](mlp.layers[i](x))) * kept[0, i] / 0.5
     torch.testing.assert_close(y, mlp.layers[2](x))

@@ -22,7 +22,7 @@ def evaluations(script, folder, **settings) -> list[float]:
     """Mean returns of the evaluations of a run."""
     settings |= dict(batch_size=128, tau=0.02, eval_episodes=3, runs_dir=folder)
     words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    assert script.main(script.Args, script.train, script.load_evaluator, words) == 0
+    assert script.main(script.Args, script.train, script.evaluate_saved, words) == 0
     (metrics,) = folder.glob("*/metrics.csv")
     with open(metrics) as f:
         return [

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from harness.envs import TrainingEnv
-from harness.files import UsageError
-from harness.replay import ReplayBuffer, check_memory, split_batch
+from harness.errors import UsageError
+from harness.machine import check_memory
+from meow_continuous_action import Args, ReplayBuffer, make_env, split_batch
 
 
 def numbered(i: int) -> tuple:
@@ -15,7 +15,7 @@ def numbered(i: int) -> tuple:
 
 
 def filled(capacity: int, n: int, batch_size: int = 8) -> ReplayBuffer:
-    replay = ReplayBuffer(capacity, 2, 1, batch_size)
+    replay = ReplayBuffer(capacity, 2, 1, batch_size, "cpu")
     for i in range(n):
         replay.add(*numbered(i))
     return replay
@@ -70,7 +70,7 @@ def test_split_batch_cuts_what_add_was_given():
 
 @pytest.mark.parametrize("n", [4, 12])
 def test_a_saved_buffer_goes_on_as_if_never_stopped(n):
-    whole, restored = filled(10, n), ReplayBuffer(10, 2, 1, 8)
+    whole, restored = filled(10, n), ReplayBuffer(10, 2, 1, 8, "cpu")
     state = whole.state_dict()
     assert state["rows"].untyped_storage().nbytes() == 4 * 7 * min(
         n, 10
@@ -84,15 +84,15 @@ def test_a_saved_buffer_goes_on_as_if_never_stopped(n):
 
 
 def test_a_saved_buffer_fits_a_larger_one():
-    larger = ReplayBuffer(1000, 2, 1, 8)
+    larger = ReplayBuffer(1000, 2, 1, 8, "cpu")
     larger.load_state_dict(filled(10, 4).state_dict())
     larger.add(*numbered(7))
     assert larger.rows[:5].tolist() == [flat(i) for i in (0, 1, 2, 3, 7)]
 
 
 def test_a_buffer_larger_than_the_memory_is_refused():
-    with pytest.raises(UsageError, match=r"--buffer-size 123: .* 1000000\.0 GB"):
-        check_memory(123, 10**15, torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"the buffer needs 1000000\.0 GB, more than"):
+        check_memory("the buffer", 10**15, torch.device("cpu"))
 
 
 def test_stored_transitions_are_the_environments_own():
@@ -100,16 +100,18 @@ def test_stored_transitions_are_the_environments_own():
 
     The next observation is the episode's true last one, not the first of the episode after it.
     """
-    env, replay = (
-        TrainingEnv("scripted_env:Scripted-v0", seed=1),
-        ReplayBuffer(30, 2, 2, 8),
-    )
-    env.reset()
-    statistics = []
+    env = make_env(Args(env_id="scripted_env:Scripted-v0"))
+    replay = ReplayBuffer(30, 2, 2, 8, "cpu")
+    statistics, done = [], True
     for step in range(30):
-        replay.add(*env.step(np.float32([step / 30, -0.5])))
-        if ended := env.episode_metrics(True):
-            statistics.append((step + 1, *ended.values()))
+        if done:
+            obs, _ = env.reset(seed=step)
+        action = np.float32([step / 30, -0.5])
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        replay.add(obs, action, next_obs, reward, terminated)
+        obs, done = next_obs, terminated or truncated
+        if done:
+            statistics.append((step + 1, info["episode"]["r"], info["episode"]["l"]))
     expected, ends = [], []
     for episode in range(1, 10):
         kind = (

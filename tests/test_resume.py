@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from importlib import import_module
 from conftest import interrupting
 interrupting({57: 9}).start()
 script = import_module(sys.argv[1])
-script.main(script.Args, script.train, script.load_evaluator, sys.argv[2:])
+script.main(script.Args, script.train, script.evaluate_saved, sys.argv[2:])
 """
 
 
@@ -74,7 +75,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, script):
     final, expected = (
         read(f / "policy_final.pt") for f in (folder, finished(script)[0])
     )
-    for name in expected.keys() - {"format", "args", "step"}:
+    for name in expected.keys() - {"format", "args", "sizes", "step"}:
         for key, value in expected[name].items():
             assert torch.equal(value, final[name][key]), key
 
@@ -118,12 +119,44 @@ def test_an_environment_that_does_not_replay_is_announced(tmp_path):
     folder = only_run(tmp_path)
     resumed = launch(SCRIPT, ["--resume", folder, "--total-timesteps", 40], tmp_path)
     assert resumed.returncode == 0
-    assert (
-        "warning: scripted_env:Drifting-v0 did not replay its episode exactly"
-        in resumed.stderr
-    )
+    warning = "warning: scripted_env:Drifting-v0 did not replay its episode exactly"
+    assert warning in resumed.stderr
     env = read(folder / "checkpoint.pt")["env"]
-    assert (env["steps"], env["episode"], len(env["actions"])) == (40, 8, 2)
+    assert (env["steps"], env["episode_count"]) == (40, 7)
+    assert len(env["current"]["actions"]) == 2
+
+
+@each_script
+def test_a_signal_ends_an_evaluation_that_never_ends(tmp_path, script):
+    """With a checkpoint of its beginning, from which the run goes on exactly."""
+    settings = dict(env_id="scripted_env:Sleepless-v0", eval_episodes=1)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    with mock.patch("scripted_env.Sleepless.length", 90):
+        assert launch(script, quick(**settings), whole).returncode == 0
+    words = quick(**settings, resume="auto", checkpoint_frequency=0)
+    # its 77th step is one of an evaluation: training has taken 25 by then
+    stopped = launch(script, words, parts, signals={77: signal.SIGTERM})
+    assert stopped.returncode == 143
+    assert "stopped at step 25; " in stopped.stderr
+    with mock.patch("scripted_env.Sleepless.length", 90):
+        assert launch(script, words, parts).returncode == 0
+    assert metrics(only_run(parts)) == metrics(only_run(whole))
+
+
+@each_script
+def test_another_size_than_when_saved_is_one_sentence(finished, tmp_path, script):
+    """The user has edited the environment; both sizes are named."""
+    folder = shutil.copytree(finished(script)[0], tmp_path / "run")
+    for file in ("checkpoint.pt", "policy_final.pt"):
+        content = read(folder / file)
+        content["args"]["env_id"] = "Hopper-v4"
+        torch.save(content, folder / file)
+    named = ["4 observations and 1 actions; Hopper-v4 now has 11 and 3"]
+    words = ["--resume", folder, "--total-timesteps", 90]
+    is_one_sentence(launch(script, words, tmp_path), 2, *named)
+    is_one_sentence(launch(script, ["--evaluate", folder], tmp_path), 2, *named)
 
 
 def test_a_changed_machine_is_announced(stopped, tmp_path):

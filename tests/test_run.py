@@ -264,7 +264,11 @@ BAD_RUNS = [
     (dict(evaluate=""), 2, "--evaluate : there is no"),
     (dict(batch_size=10**12), 1, "not enough memory"),
     (dict(alpha=1e300), 1, "the update at step 31 gave losses/loss = nan"),
-    (dict(env_id="scripted_env:WrongShape-v0"), 1, "an observation of shape (1,)"),
+    (
+        dict(env_id="scripted_env:WrongShape-v0"),
+        1,
+        "an observation of shape (1,) at step 0",
+    ),
     (dict(env_id="scripted_env:InfReward-v0"), 1, "reward = inf at step 24"),
 ]
 
@@ -346,7 +350,7 @@ def test_a_closed_standard_output_is_no_error(finished):
     """As after `>&-`: Python then has no sys.stdout."""
     words = ["--evaluate", str(finished(SCRIPT)[0])]
     with mock.patch("sys.stdout", None):
-        assert main(meow.Args, meow.train, meow.load_evaluator, words) == 0
+        assert main(meow.Args, meow.train, meow.evaluate_saved, words) == 0
 
 
 def test_without_git_and_cpuinfo_a_run_is_described(tmp_path):
