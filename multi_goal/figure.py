@@ -1,13 +1,15 @@
-"""The multi-goal figure of finished runs: what the policies know and which goals they choose.
+"""The multi-goal figure of finished runs: what they know, which goals they choose.
 
     python -m multi_goal.figure --run runs/RUN_A runs/RUN_B --out results
 
-One column per run: the soft value V over the plane with trajectories from the origin, the policy's
-density over actions at four states, and how often each of the four goals is chosen: a
-maximum-entropy policy should choose all of them. Writes NAME.png, .svg and .md to --out.
+One column per run: the soft value V over the plane with trajectories from the origin,
+the policy's density over actions at four states, and how often each of the four goals
+is chosen: a maximum-entropy policy should choose all of them. Writes NAME.png, .svg and
+.md to --out.
 
-V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da. MEow knows V exactly; for SAC and soft
-Q-learning the integral is a midpoint sum over QUADRATURE x QUADRATURE cells of [-1, 1]^2.
+V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da. MEow knows V exactly; for SAC and
+soft Q-learning the integral is a midpoint sum over QUADRATURE x QUADRATURE cells of
+[-1, 1]^2.
 Shapes: B batch or trajectories, T steps, K Q-functions.
 """
 
@@ -25,7 +27,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from harness.files import POLICY_FILES, RunError, UsageError, load_file
+from harness.errors import RunError, UsageError
+from harness.files import POLICY_FILES, load_file
 from multi_goal import GOALS, RADIUS, TIME_LIMIT, WALL, distances, move
 
 N_TRAJECTORIES = 200  # counted, of each policy; the first N_DRAWN of them are drawn
@@ -34,34 +37,35 @@ QUADRATURE = 40  # cells along each action axis, for V of SAC and soft Q-learnin
 SUMMED = f"{QUADRATURE} x {QUADRATURE} quadrature"
 BINS = 60  # cells along each action axis, for the densities
 MAP_POINTS = 57  # along each axis of the plane: one every quarter
-STATES = {
+STATES = {  # of the densities
     "A": (0.0, 0.0),
     "B": (2.5, 2.5),
     "C": (-3.0, 0.0),
     "D": (0.0, -3.0),
-}  # of the densities
+}
 
 
-# --- Policies of finished runs --------------------------------------------------------------------
+# --- Policies of finished runs --------------------------------------------------------
 @dataclass
 class Policy:
-    """What the figure needs of a run: functions of float32 tensors; actions in [-1, 1]."""
+    """What the figure needs of a run: functions of float32 tensors.
+
+    soft_value(obs (B, 2)) -> V(s) (B,), reward units.
+    sample(obs, noise (B, 2) ~ N(0, I)) -> action (B, 2) in [-1, 1], something else.
+    log_prob(obs, action) -> (B,), or None where there is no density.
+    """
 
     name: str  # of the algorithm
     method: str  # how soft_value knows V
-    soft_value: Callable[[Tensor], Tensor]  # V(s), in reward units. obs (B, 2) -> (B,)
-    sample: (
-        Callable  # obs (B, 2), noise (B, 2) ~ N(0, I) -> action (B, 2), something else
-    )
-    log_prob: (
-        Callable[[Tensor, Tensor], Tensor] | None
-    )  # of actions (B, 2) -> (B,); SQL has none
+    soft_value: Callable[[Tensor], Tensor]
+    sample: Callable[[Tensor, Tensor], tuple]
+    log_prob: Callable[[Tensor, Tensor], Tensor] | None
     seed: int = 0
     step: int = 0  # environment steps that it was trained for
 
 
 def action_cells(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Centres of n x n equal cells of [-1, 1]^2, (n * n, 2); the first coordinate varies first."""
+    """Centres of n x n equal cells of [-1, 1]^2, (n * n, 2), row by row."""
     axis = (torch.arange(n, dtype=dtype) + 0.5) * 2 / n - 1
     return torch.cartesian_prod(axis, axis).flip(-1)
 
@@ -70,9 +74,9 @@ def action_cells(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def quadrature_value(
     q_values: Callable, obs: Tensor, alpha: float, n: int = QUADRATURE
 ) -> Tensor:
-    """V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da, midpoint rule with n x n cells.
+    """V(s) = alpha log int exp(min_k Q_k(s,a) / alpha) da, midpoint rule, n x n cells.
 
-    Shapes: obs (B, 2) -> (B,), in the units of q_values(obs, action) (B, K).
+    obs (B, 2) -> (B,), in the units of q_values(obs, action) (B, K).
     """
     actions, log_area = action_cells(n, obs.dtype), 2 * math.log(2 / n)
     values = []
@@ -99,10 +103,8 @@ def meow_policy(script, args, saved: dict) -> Policy:
 
 def sac_policy(script, args, saved: dict) -> Policy:
     actor, critics = script.make_networks(args, 2, 2)
-    actor, critics = (
-        restored(actor, saved["actor"]),
-        restored(critics, saved["critics"]),
-    )
+    actor = restored(actor, saved["actor"])
+    critics = restored(critics, saved["critics"])
 
     def soft_value(obs):
         return quadrature_value(critics.q_values, obs, float(actor.log_alpha.exp()))
@@ -112,10 +114,8 @@ def sac_policy(script, args, saved: dict) -> Policy:
 
 def sql_policy(script, args, saved: dict) -> Policy:
     sampler, critic = script.make_networks(args, 2, 2)
-    sampler, critic = (
-        restored(sampler, saved["sampler"]),
-        restored(critic, saved["critic"]),
-    )
+    sampler = restored(sampler, saved["sampler"])
+    critic = restored(critic, saved["critic"])
 
     def soft_value(obs):  # its Q is in units of the scaled reward, with alpha = 1
         return quadrature_value(critic.q_values, obs, 1.0) / args.reward_scale
@@ -124,37 +124,37 @@ def sql_policy(script, args, saved: dict) -> Policy:
     return Policy(name, SUMMED, soft_value, sampler.sample, None)
 
 
-SCRIPTS = {
-    "meow_continuous_action": meow_policy,
-    "sac_continuous_action": sac_policy,
-    "sql_continuous_action": sql_policy,
-}
+MEOW, SAC = "meow_continuous_action", "sac_continuous_action"
+SCRIPTS = (MEOW, SAC, "sql_continuous_action")
 
 
 def load_policy(run: str) -> Policy:
-    """The policy of one run; its args.json names its script. Raises: UsageError, RunError."""
+    """The policy of one run, whose args.json names its script.
+
+    Raises: UsageError, RunError.
+    """
     about = (Path(run) if Path(run).is_dir() else Path(run).parent) / "args.json"
     try:
         name = Path(json.loads(about.read_text())["script"]).stem
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--run {run}: {about} doesn't name a run's script ({error!r})"
-        ) from None
+        text = f"--run {run}: {about} doesn't name a run's script ({error!r})"
+        raise UsageError(text) from None
     if name not in SCRIPTS:
-        raise UsageError(
-            f"--run {run}: a run of {name}.py, not of one of {', '.join(SCRIPTS)}"
-        )
-    saved, script = (
-        load_file("--run", run, name, POLICY_FILES),
-        importlib.import_module(name),
-    )
+        known = ", ".join(SCRIPTS)
+        raise UsageError(f"--run {run}: a run of {name}.py, not of one of {known}")
+    saved = load_file("--run", run, name, POLICY_FILES)
+    script = importlib.import_module(name)
     try:
         args = script.Args(**saved["args"])
         if not args.env_id.startswith("multi_goal:MultiGoal"):
-            raise UsageError(
-                f"--run {run}: a run of {args.env_id}, not of multi_goal:MultiGoal-v0"
-            )
-        policy = SCRIPTS[name](script, args, saved)
+            text = f"a run of {args.env_id}, not of multi_goal:MultiGoal-v0"
+            raise UsageError(f"--run {run}: {text}")
+        if name == MEOW:
+            policy = meow_policy(script, args, saved)
+        elif name == SAC:
+            policy = sac_policy(script, args, saved)
+        else:
+            policy = sql_policy(script, args, saved)
     except (KeyError, RuntimeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise RunError(f"{saved['path']} is of another version ({reason})") from None
@@ -164,13 +164,17 @@ def load_policy(run: str) -> Policy:
     return policy
 
 
-# --- What the figure shows ------------------------------------------------------------------------
+# --- What the figure shows ------------------------------------------------------------
 @torch.no_grad()
 def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarray]:
-    """n trajectories of the stochastic policy from the origin, each (T + 1, 2), T <= TIME_LIMIT."""
+    """n trajectories of the stochastic policy from the origin.
+
+    Each is (T + 1, 2) with T at most TIME_LIMIT.
+    """
     generator = torch.Generator().manual_seed(seed)
-    position, length = np.zeros((n, 2), np.float32), np.full(n, TIME_LIMIT)
-    positions, moving = [position], np.full(n, True)
+    position = np.zeros((n, 2), np.float32)
+    length, moving = np.full(n, TIME_LIMIT), np.full(n, True)
+    positions = [position]
     for t in range(TIME_LIMIT):
         noise = torch.randn(n, 2, generator=generator)
         action = policy.sample(torch.from_numpy(position), noise)[0].numpy()
@@ -181,19 +185,16 @@ def sample_trajectories(policy: Policy, n: int, seed: int = 0) -> list[np.ndarra
         positions.append(position)
         if not moving.any():
             break
-    stacked = np.stack(
-        positions
-    )  # (T + 1, n, 2); those that have arrived just move on in it
+    stacked = np.stack(positions)  # (T + 1, n, 2); who has arrived moves on in it
     return [stacked[: length[i] + 1, i] for i in range(n)]
 
 
 def count_goals(trajectories: list[np.ndarray]) -> np.ndarray:
-    """How many trajectories (T + 1, 2) arrive first at each of the GOALS, and at none: (5,)."""
+    """How many trajectories (T + 1, 2) arrive first at each goal, and at none: (5,)."""
     counts = np.zeros(len(GOALS) + 1, int)
     for trajectory in trajectories:
-        arrivals = np.argwhere(
-            distances(trajectory) < RADIUS
-        )  # rows (time, goal), in time's order
+        # rows (time, goal), in time's order
+        arrivals = np.argwhere(distances(trajectory) < RADIUS)
         counts[arrivals[0, 1] if len(arrivals) else -1] += 1
     return counts
 
@@ -206,26 +207,22 @@ def action_density(policy: Policy, state: tuple[float, float]) -> np.ndarray:
     """
     if policy.log_prob:
         actions = action_cells(BINS)
-        log_prob = policy.log_prob(
-            torch.tensor(state).expand(len(actions), -1), actions
-        )
-        return log_prob.exp().view(BINS, BINS).numpy()
+        obs = torch.tensor(state).expand(len(actions), -1)
+        return policy.log_prob(obs, actions).exp().view(BINS, BINS).numpy()
     noise = torch.randn(100_000, 2, generator=torch.Generator().manual_seed(0))
-    actions = policy.sample(torch.tensor(state).expand(len(noise), -1), noise)[
-        0
-    ].numpy()
+    obs = torch.tensor(state).expand(len(noise), -1)
+    actions = policy.sample(obs, noise)[0].numpy()
     edges = np.linspace(-1, 1, BINS + 1)
-    return np.histogram2d(
-        actions[:, 1], actions[:, 0], bins=(edges, edges), density=True
-    )[0]
+    first, second = actions.T
+    return np.histogram2d(second, first, bins=(edges, edges), density=True)[0]
 
 
 def markdown(policies: list[Policy], trajectories: list[list[np.ndarray]]) -> str:
     """The table of the goals chosen, with a sentence on how it was made."""
     goals = " | ".join(f"({x:g}, {y:g})" for x, y in GOALS)
     lines = [
-        f"Goals chosen in {N_TRAJECTORIES} trajectories of each stochastic policy from the origin, "
-        f"cut after {TIME_LIMIT} steps:",
+        f"Goals chosen in {N_TRAJECTORIES} trajectories of each stochastic policy "
+        f"from the origin, cut after {TIME_LIMIT} steps:",
         "",
         f"| method | seed | trained steps | {goals} | none | mean length |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -242,7 +239,7 @@ def markdown(policies: list[Policy], trajectories: list[list[np.ndarray]]) -> st
     return "\n".join(lines) + "\n"
 
 
-# --- The figure -----------------------------------------------------------------------------------
+# --- The figure -----------------------------------------------------------------------
 @torch.no_grad()
 def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
     """Contours of V, trajectories, and the goals with how often each was chosen."""
@@ -250,13 +247,11 @@ def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
     value = policy.soft_value(torch.cartesian_prod(axis, axis).flip(-1))
     value = value.view(MAP_POINTS, MAP_POINTS).numpy()  # (y, x)
     if not np.isfinite(value).all():
-        raise RunError(
-            f"{policy.name}, seed {policy.seed}: the soft value is not finite"
-        )
+        name = f"{policy.name}, seed {policy.seed}"
+        raise RunError(f"{name}: the soft value is not finite")
     ax.contourf(axis, axis, value, levels=20, cmap="Blues_r", alpha=0.7)
-    lines = ax.contour(
-        axis, axis, value, levels=10, colors="0.4", linewidths=0.5, linestyles="-"
-    )
+    style = dict(colors="0.4", linewidths=0.5, linestyles="-")
+    lines = ax.contour(axis, axis, value, levels=10, **style)
     ax.clabel(lines, fontsize=7, fmt="%g")
     for trajectory in trajectories[:N_DRAWN]:
         ax.plot(*trajectory.T, color="black", linewidth=0.6, alpha=0.3, rasterized=True)
@@ -276,7 +271,7 @@ def draw_map(ax, policy: Policy, trajectories: list[np.ndarray]):
 
 
 def draw_densities(axes, policy: Policy):
-    """The density over actions at each of the STATES; its square root, or a peak hides the rest."""
+    """The density at each of the STATES; its square root, or a peak hides the rest."""
     for ax, (letter, state) in zip(axes, STATES.items(), strict=True):
         density = action_density(policy, state)
         options = dict(cmap="magma_r", vmin=0, interpolation="none")
@@ -290,7 +285,7 @@ def draw_densities(axes, policy: Policy):
 
 
 def draw(policies: list[Policy], trajectories: list[list[np.ndarray]]):
-    """One column per policy: the map above, the four densities below. Returns the figure."""
+    """The figure: one column per policy, the map above, the four densities below."""
     from matplotlib.figure import Figure  # only here: the table needs no matplotlib
 
     figure = Figure(figsize=(4.4 * len(policies), 9.2), layout="constrained")
@@ -315,7 +310,10 @@ class Options:
 
 
 def make_figure(options: Options) -> str:
-    """Writes OUT/NAME.png, .svg and .md; returns the table. Raises: UsageError, RunError."""
+    """Writes OUT/NAME.png, .svg and .md; returns the table.
+
+    Raises: UsageError, RunError.
+    """
     if not options.run:
         raise UsageError("--run needs at least one run folder")
     if not importlib.util.find_spec("matplotlib"):

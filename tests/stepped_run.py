@@ -1,7 +1,7 @@
-"""Drives a script's `train` without files or evaluations, and looks at its state in between.
+"""Drives a script's `train` without files, and looks at its state in between.
 
-The world, Noise-v0, has five observations, three actions whose own ranges are SCALE, normal
-rewards and a termination every fourth step.
+The world, Noise-v0, has five observations, three actions whose own ranges are SCALE,
+normal rewards and a termination every fourth step.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from harness.compiling import Compiler
 from harness.machine import choose_device, configure_process
-from harness.runs import get_state, set_state
+from harness.runs import Watch, get_state, set_state
 
 SCALE = torch.tensor([0.4, 1.0, 3.0], dtype=torch.float64)
 RANDOM_STEPS = 64
@@ -57,10 +57,16 @@ class SteppedRun:
         self.evaluations = []  # (step, returns)
         configure_process(torch_threads=1)
         self.device = choose_device(cuda)
-        self.compile = Compiler(compiled, self.device, lambda seconds: None)
+        self.compiler = Compiler(compiled, self.device, lambda _: None)
+        self.functions, self.tensors = {}, {}  # what `compile` gave and got, by name
 
     def closing(self, thing):
         return thing
+
+    def compile(self, name, function, *tensors):
+        self.functions[name] = self.compiler(name, function, *tensors)
+        self.tensors[name] = tensors
+        return self.functions[name]
 
     def start(self, policy, rng, sizes, **parts):
         self.policy, self.rng, self.sizes, self.parts = policy, rng, sizes, parts
@@ -83,15 +89,13 @@ class SteppedRun:
         return True
 
     @contextlib.contextmanager
-    def evaluation(self, fps):
-        yield self
+    def evaluation(self, _fps):
+        yield Watch(self, video=None)
 
-    def watch(self, *_):
-        """Of an evaluation: nothing to show."""
+    def check_signal(self):
+        """There are none."""
 
-    film = watch
-
-    def log_evaluation(self, returns, lengths):
+    def log_evaluation(self, returns, _lengths):
         self.evaluations.append((self.step, returns))
 
     def log_episode(self, episode):
@@ -99,7 +103,7 @@ class SteppedRun:
 
     log_episodes = log_episode
 
-    def log(self, metrics, num_envs=None):
+    def log(self, metrics, _num_envs=None):
         self.metrics.append(metrics)
 
     def end_step(self):
@@ -117,7 +121,7 @@ class SteppedRun:
 def trained(
     script, updates=0, compiled=False, cuda=False, after=None, restored=None, **settings
 ):
-    """A run of `train` after 64 random transitions and, by default, as many updates as given."""
+    """A run of `train`: 64 random transitions, then by default so many updates."""
     rates = {name: 1e-2 for name in ("learning_rate", "q_lr", "policy_lr")}
     defaults = DEFAULTS | {k: v for k, v in rates.items() if hasattr(script.Args, k)}
     total = RANDOM_STEPS + updates

@@ -1,4 +1,4 @@
-"""The multi-goal world: dynamics, reward and ends by hand; its figure from random policies."""
+"""The multi-goal world by hand; its figure from random policies."""
 
 import json
 import math
@@ -17,7 +17,6 @@ import multi_goal
 import sac_continuous_action as sac
 import sql_continuous_action as sql
 from harness.args import parse_args
-from harness.envs import make_env
 from harness.files import load_file, save_file
 from harness.runs import main
 from multi_goal import figure
@@ -26,7 +25,7 @@ ENV_ID = "multi_goal:MultiGoal-v0"
 
 
 def step_from(state, action):
-    """One step of the environment from a state: new state, reward, terminated, truncated."""
+    """One step from a state: new state, reward, terminated, truncated."""
     env = gym.make(ENV_ID, disable_env_checker=True)
     env.reset(seed=0, options={"state": state})
     return env.step(np.float32(action))[:4]
@@ -36,22 +35,15 @@ def step_from(state, action):
     ("state", "action", "new", "reward"),
     [
         ((0, 0), (0, 0), (0, 0), -25),
-        (
-            (1, 1),
-            (0.5, -0.25),
-            (1.5, 0.75),
-            -30 * 0.3125 - (3.5**2 + 0.75**2),
-        ),  # right is nearest
-        ((-1, 3), (0, -1), (-1, 2), -30 - (1 + 9)),  # up
-        ((-3, 0), (0.5, 0), (-2.5, 0), -7.5 - 6.25),  # left
-        ((0.5, -6.5), (0.5, 0), (1, -6.5), -7.5 - (1 + 2.25)),  # down
-        (
-            (0, 0),
-            (5, -3),
-            (1, -1),
-            -60 - (16 + 1),
-        ),  # clipped, and the cost is the clipped action's
-        ((6.5, -6.5), (1, -1), (7, -7), -60 - (49 + 4)),  # stopped by the walls
+        # the nearest goal is on the right, above, on the left, below
+        ((1, 1), (0.5, -0.25), (1.5, 0.75), -30 * 0.3125 - (3.5**2 + 0.75**2)),
+        ((-1, 3), (0, -1), (-1, 2), -30 - (1 + 9)),
+        ((-3, 0), (0.5, 0), (-2.5, 0), -7.5 - 6.25),
+        ((0.5, -6.5), (0.5, 0), (1, -6.5), -7.5 - (1 + 2.25)),
+        # the action is clipped, and the cost is the clipped one's
+        ((0, 0), (5, -3), (1, -1), -60 - (16 + 1)),
+        # stopped by the walls
+        ((6.5, -6.5), (1, -1), (7, -7), -60 - (49 + 4)),
         ((-6.75, 6.75), (-1, 0.5), (-7, 7), -37.5 - (49 + 4)),
     ],
 )
@@ -132,7 +124,7 @@ def test_picture():
 
 
 def test_the_scripts_environment():
-    env = make_env(ENV_ID, "rgb_array")
+    env = meow.make_env(meow.Args.for_env(ENV_ID), render=True)
     assert env.observation_space.shape == env.action_space.shape == (2,)
     env.reset(seed=0)
     env.step(np.float32([1, -1]))
@@ -159,7 +151,7 @@ def test_counting_of_goals():
 
 
 def test_trajectories_follow_the_world():
-    """A policy that steps right (or left, by the sign of its noise) and never stops by itself."""
+    """A policy that walks right or left, by the sign of its noise, without an end."""
 
     def sample(obs, noise):
         sign = torch.where(obs[:, :1] == 0, noise[:, :1].sign(), obs[:, :1].sign())
@@ -180,7 +172,7 @@ def test_trajectories_follow_the_world():
 
 
 def test_quadrature_gives_the_exact_value_of_the_flow(make_random_flow):
-    """The figure needs the integral for SAC and soft Q-learning; MEow's V has it already."""
+    """The figure integrates for SAC and soft Q-learning; MEow's V needs no integral."""
     flow = make_random_flow(2, 2, alpha=2.5, low=-1.5, high=-0.3)
     for mlp in flow.t:  # moderate couplings, so that the grid can resolve the density
         mlp.layers[-1].weight.data *= 0.2
@@ -193,7 +185,7 @@ def test_quadrature_gives_the_exact_value_of_the_flow(make_random_flow):
 
 
 def test_quadrature_of_a_known_integral():
-    """Q = -30 |a|^2: V = alpha log(pi alpha / 30) but for the tails; the lower Q counts."""
+    """Q = -30 |a|^2: V = alpha log(pi alpha / 30) but for the tails, by the lower Q."""
 
     def q_values(_, action):
         q = -30 * action.square().sum(-1)
@@ -201,9 +193,7 @@ def test_quadrature_of_a_known_integral():
 
     for alpha in (0.2, 0.4, 2.5):
         value = figure.quadrature_value(q_values, torch.zeros(40, 2), alpha)
-        inside = (
-            math.erf((30 / alpha) ** 0.5) ** 2
-        )  # of a normal with variance alpha / 60
+        inside = math.erf((30 / alpha) ** 0.5) ** 2  # of N(0, alpha / 60)
         expected = alpha * math.log(inside * math.pi * alpha / 30)
         np.testing.assert_allclose(value, expected, atol=1e-4)
 
@@ -220,9 +210,8 @@ def random_run(script, folder, env_id=ENV_ID, settings=(), **changes):
     """A run folder with the untrained policy of one of the scripts."""
     args = script.Args.for_env(env_id)
     args.seed = 7
-    state = {
-        name: network.state_dict() for name, network in networks(script, args).items()
-    }
+    own = networks(script, args).items()
+    state = {name: network.state_dict() for name, network in own}
     folder.mkdir(parents=True)
     content = {"args": vars(args) | dict(settings), "step": 4000, **state, **changes}
     save_file(folder / "policy_final.pt", content, script.__name__)
@@ -244,7 +233,7 @@ def test_meow_value_is_the_lower_of_its_two(tmp_path):
 
 @pytest.mark.parametrize("script", [sac, sql])
 def test_sac_and_sql_values_are_in_reward_units(script, tmp_path):
-    """V = alpha log int exp(min_k Q_k / alpha) da; SQL's Q is scaled and its alpha is 1."""
+    """alpha log int exp(min_k Q_k / alpha) da; SQL's alpha is 1, its Q is scaled."""
     run = random_run(script, tmp_path / "run")
     saved = load_file("--run", run / "policy_final.pt", script.__name__)
     args = script.Args(**saved["args"])
@@ -294,7 +283,7 @@ def test_a_composed_run_shows_the_mean_of_its_two(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_figure(tmp_path, monkeypatch, capsys):
-    """A column per run, whatever the algorithms; an untrained MEow's V is the same everywhere."""
+    """A column per run, also where V is the same everywhere: MEow's, untrained."""
     monkeypatch.setattr(figure, "MAP_POINTS", 9)
     out = tmp_path / "new" / "out"
     east = "multi_goal:MultiGoalNorthEast-v0"
@@ -394,16 +383,9 @@ def test_it_trains_and_the_figure_reads_the_run(script, tmp_path, monkeypatch, c
     """From the command line of each script to the table."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figure, "MAP_POINTS", 5)
-    sizes = [
-        "--total-timesteps",
-        "40",
-        "--learning-starts",
-        "30",
-        "--eval-episodes",
-        "1",
-    ]
-    words = ["--env-id", ENV_ID, *sizes, "--batch-size", "8", "--no-compile"]
-    assert main(script.Args, script.train, script.load_evaluator, words) == 0
+    words = f"--env-id {ENV_ID} --total-timesteps 40 --learning-starts 30"
+    words += " --eval-episodes 1 --batch-size 8 --no-compile"
+    assert main(script.Args, script.train, script.evaluate_saved, words.split()) == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert figure.main(["--run", str(run), "--out", "out"]) == 0
     assert "| 1 | 40 |" in capsys.readouterr().out
@@ -413,9 +395,9 @@ def test_it_trains_and_the_figure_reads_the_run(script, tmp_path, monkeypatch, c
     ("name", "goals"), [("NorthEast", (0, 2)), ("SouthEast", (0, 3))]
 )
 def test_worlds_to_compose_have_two_goals(name, goals):
-    """Only their own goals end an episode and draw the point; MEow's settings apply there too."""
+    """Only their own goals end an episode and draw the point; MEow's settings hold."""
     env_id = f"multi_goal:MultiGoal{name}-v0"
-    env = make_env(env_id)
+    env = meow.make_env(meow.Args.for_env(env_id))
     for i, goal in enumerate(multi_goal.GOALS):
         env.reset(seed=0, options={"state": goal})
         _, reward, terminated, _, _ = env.step(np.zeros(2, np.float32))

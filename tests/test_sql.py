@@ -10,9 +10,8 @@ import torch
 from stepped_run import RANDOM_STEPS, random_batch, trained
 
 import sql_continuous_action as sql
-from harness.functional import adam_moments, flatten_parameters
-from harness.replay import split_batch
-from sql_continuous_action import Args
+from harness.compiling import flatten_parameters
+from sql_continuous_action import Args, adam_moments, split_batch
 
 
 @pytest.fixture(autouse=True)
@@ -26,33 +25,26 @@ def make_update(dtype=torch.float64, critic=None, **settings):
     sampler, own_critic = (net.to(dtype) for net in sql.make_networks(args, 5, 3))
     phi, theta = flatten_parameters(sampler), flatten_parameters(own_critic)
     state = [theta, theta.clone(), *adam_moments(theta), phi, *adam_moments(phi)]
-    update = torch.no_grad()(sql.make_update(sampler, critic or own_critic, 5, 3, args))
+    update = torch.no_grad()(sql.make_update(sampler, critic or own_critic, args))
     return sampler, own_critic, state, update
 
 
 def mixture_log_density(x):
-    """Two Gaussians of sigma 0.3 at (-1, 0) and (1, 0), the right one three times as likely."""
+    """Gaussians of sigma 0.3 at (-1, 0) and (1, 0), the right one thrice as likely."""
     left = -(x - torch.tensor([-1.0, 0.0])).square().sum(-1) / (2 * 0.3**2)
     right = -(x - torch.tensor([1.0, 0.0])).square().sum(-1) / (2 * 0.3**2)
-    return torch.logsumexp(
-        torch.stack([left + math.log(0.25), right + math.log(0.75)]), 0
-    )
+    both = torch.stack([left + math.log(0.25), right + math.log(0.75)])
+    return torch.logsumexp(both, 0)
 
 
 def test_reward_scales_are_the_papers():
-    expected = {
-        "Hopper": 30,
-        "HalfCheetah": 30,
-        "Walker2d": 10,
-        "Ant": 300,
-        "Humanoid": 100,
-    }
+    expected = dict(Hopper=30, HalfCheetah=30, Walker2d=10, Ant=300, Humanoid=100)
     for name, scale in expected.items():
         assert Args.for_env(f"{name}-v4").reward_scale == scale
 
 
 def test_soft_value_of_a_constant_is_exact():
-    """Q = c: log int over [-1, 1]^A of exp(c) = c + A log 2, with any number of particles."""
+    """Q = c: V = log int over [-1, 1]^A of exp(c) = c + A log 2, for any number M."""
     for m, act_dim in ((1, 1), (16, 3), (7, 17)):
         v = sql.soft_value(torch.full((4, m), 2.5), act_dim)
         torch.testing.assert_close(v, torch.full((4,), 2.5 + act_dim * math.log(2)))
@@ -76,14 +68,12 @@ def test_target_and_loss_by_hand():
     reward, terminated = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])
     y = sql.soft_target(reward, terminated, torch.tensor([10.0, 10.0]), 30.0, 0.9)
     torch.testing.assert_close(y, torch.tensor([39.0, 60.0]))
-    assert (
-        sql.critic_loss(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])).item()
-        == 1.0
-    )
+    q, target = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])
+    assert sql.critic_loss(q, target).item() == 1.0
 
 
 def test_kernel_and_its_gradient():
-    """Each value by hand; the gradient by the fixed actions is autograd's at constant h."""
+    """Each value by hand; the gradient is autograd's at constant h."""
     fixed, updated = torch.randn(4, 8, 3).double(), torch.randn(4, 5, 3).double()
     kappa, gradient = sql.kernel(fixed, updated)
     for b in range(4):
@@ -98,11 +88,11 @@ def test_kernel_and_its_gradient():
 
 def test_bandwidth_depends_on_the_particles_and_not_on_the_batch():
     fixed, updated = torch.randn(6, 8, 2), torch.randn(6, 8, 2)
-    alone = torch.cat([sql.kernel(f[None], u[None])[0] for f, u in zip(fixed, updated)])  # noqa: B905
+    pairs = zip(fixed.split(1), updated.split(1), strict=True)
+    alone = torch.cat([sql.kernel(*pair)[0] for pair in pairs])
     torch.testing.assert_close(sql.kernel(fixed, updated)[0], alone)
-    doubled = sql.kernel(fixed.repeat(1, 2, 1), updated)[0][
-        :, :8
-    ]  # log 16 instead of log 8
+    twice = fixed.repeat(1, 2, 1)  # log 16 instead of log 8
+    doubled = sql.kernel(twice, updated)[0][:, :8]
     torch.testing.assert_close(doubled, alone ** (math.log(16) / math.log(8)))
 
 
@@ -135,7 +125,7 @@ def test_stein_direction_against_autograd():
 
 @pytest.mark.slow
 def test_particles_find_a_mixture():
-    """Particles that follow the direction end around both modes with the mixture's spread."""
+    """Particles that follow the direction end around both modes, as spread as they."""
     torch.manual_seed(0)
     x = 0.5 * torch.randn(1, 60, 2)
     gradient = torch.func.grad(lambda x: mixture_log_density(x).sum())
@@ -174,27 +164,24 @@ def test_sampler_learns_a_two_sided_q():
 
 
 def test_update_against_autograd_and_torch_optim():
-    """Three updates equal ordinary PyTorch: backward, two torch Adams, particles in loops."""
+    """Three updates equal ordinary PyTorch: two torch Adams, particles in loops."""
     sampler, critic, state, update = make_update(reward_scale=3.0)
     theta, phi = state[0], state[5]
     sampler, critic, targets = map(copy.deepcopy, (sampler, critic, critic))
-    sampler.requires_grad_(True), critic.requires_grad_(True)
+    sampler.requires_grad_(True)
+    critic.requires_grad_(True)
     q_adam = torch.optim.Adam(critic.parameters(), lr=1e-2)
     f_adam = torch.optim.Adam(sampler.parameters(), lr=1e-2)
     for _ in range(3):
         batch = random_batch()
-        uniform, noise = (
-            2 * torch.rand(32, 16, 3).double() - 1,
-            torch.randn(32, 16, 3).double(),
-        )
+        uniform = 2 * torch.rand(32, 16, 3).double() - 1
+        noise = torch.randn(32, 16, 3).double()
         metrics = update(*state, batch, uniform, noise)
 
         obs, action, next_obs, reward, terminated = split_batch(batch, 5, 3)
         with torch.no_grad():
-            q = [
-                targets.q_values(next_obs, uniform[:, j])[:, 0].exp() for j in range(16)
-            ]
-            v = (sum(q) / 16).log() + 3 * math.log(2)
+            q = [targets.q_values(next_obs, uniform[:, j])[:, 0] for j in range(16)]
+            v = (sum(x.exp() for x in q) / 16).log() + 3 * math.log(2)
             y = 3.0 * reward + 0.99 * (1 - terminated) * v
         loss = (0.5 * (critic.q_values(obs, action)[:, 0] - y) ** 2).mean()
         q_adam.zero_grad()
@@ -219,24 +206,23 @@ def test_update_against_autograd_and_torch_optim():
 
 
 def test_target_network_frequency():
-    """tau 1 and frequency 3: theta' is a copy of theta after each third update, else it stays."""
+    """tau 1, frequency 3: each third update theta' becomes theta, else it stays."""
     seen = []
 
     def look(run):
-        seen.append([t.clone() for t in run.learners[0].state[:2]])
+        seen.append([t.clone() for t in run.parts["learner"][:2]])
 
     trained(sql, 6, after=look, tau=1.0, target_network_frequency=3)
-    for i, ((_, before), (theta, target)) in enumerate(
-        itertools.pairwise(seen[RANDOM_STEPS - 1 :]), start=1
-    ):
+    pairs = itertools.pairwise(seen[RANDOM_STEPS - 1 :])
+    for i, ((_, before), (theta, target)) in enumerate(pairs, start=1):
         assert torch.equal(target, theta if i % 3 == 0 else before)
 
 
 def test_uniform_actions_cover_the_box():
-    numbers, rng, seen = sql.Uniform(32, 16, 3), np.random.default_rng(0), []
+    numbers, rng, seen = torch.zeros(32, 16, 3), np.random.default_rng(0), []
     for _ in range(5):
-        numbers.fill(rng)
-        seen.append(numbers.tensor.clone())
+        sql.draw_uniform(numbers, rng)
+        seen.append(numbers.clone())
     seen = torch.stack(seen)
     assert -1 <= seen.min() < -0.99
     assert 0.99 < seen.max() <= 1
@@ -245,28 +231,38 @@ def test_uniform_actions_cover_the_box():
     assert (seen[0] != seen[1]).any()
 
 
+def test_random_numbers_are_drawn_in_one_order():
+    """Action, batch, uniform actions, noise."""
+    run = trained(sql, 4, seed=5)
+    rng = np.random.default_rng(5)
+    rng.uniform(-1, 1, (RANDOM_STEPS, 3))
+    for step in range(RANDOM_STEPS, RANDOM_STEPS + 4):
+        rng.standard_normal((1, 3), dtype=np.float32)
+        rng.integers(0, step, 32)
+        uniform = 2 * rng.random((32, 16, 3), dtype=np.float32) - 1
+        noise = rng.standard_normal((32, 16, 3), dtype=np.float32)
+    assert run.rng.bit_generator.state == rng.bit_generator.state
+    *_, own_uniform, own_noise = run.tensors["the update"]
+    np.testing.assert_array_equal(own_uniform.numpy(), uniform)
+    np.testing.assert_array_equal(own_noise.numpy(), noise)
+
+
 def quick_run(tmp_path, env_id="Pendulum-v1", *words):
-    """A run of 60 steps; returns its folder."""
-    command = (
-        f"--env-id {env_id} --total-timesteps 60 --learning-starts 20 --batch-size 8"
-    )
-    command += f" --eval-episodes 1 --no-compile --runs-dir {tmp_path}"
-    code = sql.main(
-        Args, sql.train, sql.load_evaluator, [*command.split(), *map(str, words)]
-    )
+    """A run of 60 steps; its folder, or the exit code."""
+    command = f"--env-id {env_id} --total-timesteps 60 --learning-starts 20"
+    command += " --batch-size 8 --eval-episodes 1 --no-compile"
+    words = [*command.split(), "--runs-dir", str(tmp_path), *map(str, words)]
+    code = sql.main(Args, sql.train, sql.evaluate_saved, words)
     return next(tmp_path.iterdir(), None) if code == 0 else code
 
 
 def test_composition_keeps_both_q_functions_and_acts_on_their_mean(tmp_path):
     """The composed run holds the two critics unchanged, and trains its sampler."""
-    runs = [
-        quick_run(tmp_path / str(seed), "Pendulum-v1", "--seed", seed)
-        for seed in (1, 2)
-    ]
-    together = quick_run(
-        tmp_path / "both", "Pendulum-v1", "--seed", 3, "--compose", *runs
-    )
-    files = [run / "policy_final.pt" for run in (together, *runs)]
+    one = quick_run(tmp_path / "1", "Pendulum-v1", "--seed", 1)
+    two = quick_run(tmp_path / "2", "Pendulum-v1", "--seed", 2)
+    compose = ("--seed", 3, "--compose", one, two)
+    both = quick_run(tmp_path / "both", "Pendulum-v1", *compose)
+    files = [run / "policy_final.pt" for run in (both, one, two)]
     composed, *singles = [torch.load(file, weights_only=True) for file in files]
     for i, single in enumerate(singles):
         for name, value in single["critic"].items():
@@ -286,9 +282,9 @@ def test_composition_keeps_both_q_functions_and_acts_on_their_mean(tmp_path):
 
 def test_composition_of_unfit_runs_is_refused(tmp_path, capsys):
     pendulum, scripted = quick_run(tmp_path / "a"), "scripted_env:Scripted-v0"
-    assert quick_run(tmp_path / "b", scripted, "--compose", pendulum, pendulum) == 2
+    compose = ("--compose", pendulum, pendulum)
+    assert quick_run(tmp_path / "b", scripted, *compose) == 2
     assert "other dimensions" in capsys.readouterr().err
-    assert (
-        quick_run(tmp_path / "c", "Pendulum-v1", "--compose", "nowhere", pendulum) == 2
-    )
+    compose = ("--compose", "nowhere", pendulum)
+    assert quick_run(tmp_path / "c", "Pendulum-v1", *compose) == 2
     assert "--compose nowhere" in capsys.readouterr().err
