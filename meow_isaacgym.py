@@ -565,19 +565,21 @@ class EnergyFlow(nn.Module):
         """(1 - m) t_i(m*x, s) of coupling i: zero where its mask m is 1. -> (B, A)."""
         return (1 - self.masks[i % 2]) * self.coupling_output(i, x, obs, kept)
 
-    def to_prior(self, u: Tensor, obs: Tensor, kept: Tensor | None = None):
-        """Couplings from u to x, (B, A), and log|det dx/du|: 0, their volume is 1."""
+    def to_prior(
+        self, u: Tensor, log_det: Tensor, obs: Tensor, kept: Tensor | None = None
+    ):
+        """The couplings from u to x, (B, A); log_det (B,) stays: their volume is 1."""
         x = u
         for i in reversed(range(self.n_couplings)):
             x = x - self.translation(i, x, obs, kept)
-        return x, 0.0
+        return x, log_det
 
-    def from_prior(self, x: Tensor, obs: Tensor):
-        """Couplings from x to u, (B, A), and log|det du/dx|: 0, their volume is 1."""
+    def from_prior(self, x: Tensor, log_det: Tensor, obs: Tensor):
+        """The couplings from x to u, (B, A); log_det (B,) stays: their volume is 1."""
         u = x
         for i in range(self.n_couplings):
             u = u + self.translation(i, u, obs)
-        return u, 0.0
+        return u, log_det
 
     # the flow and its inverse
     def to_latent(
@@ -590,10 +592,10 @@ class EnergyFlow(nn.Module):
         """
         limit = 1 - (1e-12 if action.dtype == torch.float64 else 1e-5)  # D10
         u = torch.atanh(action.clamp(-limit, limit))
-        x, log_det_couplings = self.to_prior(u, obs, kept)
+        log_det_nonlinear = -log_tanh_slope(u).sum(-1)
+        x, log_det_nonlinear = self.to_prior(u, log_det_nonlinear, obs, kept)
         log_sigma = self.log_sigma(obs)
         z = x * torch.exp(-log_sigma)
-        log_det_nonlinear = log_det_couplings - log_tanh_slope(u).sum(-1)
         return z, log_det_nonlinear, -log_sigma.sum(-1)
 
     def to_action(self, obs: Tensor, z: Tensor) -> Triple:
@@ -603,8 +605,8 @@ class EnergyFlow(nn.Module):
         """
         log_sigma = self.log_sigma(obs)
         x = z * torch.exp(log_sigma)
-        u, log_det_couplings = self.from_prior(x, obs)
-        log_det_nonlinear = log_det_couplings + log_tanh_slope(u).sum(-1)
+        u, log_det_nonlinear = self.from_prior(x, torch.zeros_like(z[:, 0]), obs)
+        log_det_nonlinear = log_det_nonlinear + log_tanh_slope(u).sum(-1)
         return torch.tanh(u), log_det_nonlinear, log_sigma.sum(-1)
 
     # soft Q, soft value and policy
@@ -661,16 +663,20 @@ class AffineEnergyFlow(EnergyFlow):
         free = 1 - self.masks[i % 2]
         return free * scale, free * t
 
-    def to_prior(self, u: Tensor, obs: Tensor, kept: Tensor | None = None):
-        x, log_det = u, 0.0
+    def to_prior(
+        self, u: Tensor, log_det: Tensor, obs: Tensor, kept: Tensor | None = None
+    ):
+        """The couplings from u to x; adds log|det dx/du| = -sum s to log_det."""
+        x = u
         for i in reversed(range(self.n_couplings)):
             scale, t = self.scale_and_translation(i, x, obs, kept)
             x = (x - t) * torch.exp(-scale)
             log_det = log_det - scale.sum(-1)
         return x, log_det
 
-    def from_prior(self, x: Tensor, obs: Tensor):
-        u, log_det = x, 0.0
+    def from_prior(self, x: Tensor, log_det: Tensor, obs: Tensor):
+        """The couplings from x to u; adds log|det du/dx| = sum s to log_det."""
+        u = x
         for i in range(self.n_couplings):
             scale, t = self.scale_and_translation(i, u, obs)
             u = u * torch.exp(scale) + t
@@ -791,8 +797,9 @@ def make_update(flow: EnergyFlow, args: Args):
 # --- Training -------------------------------------------------------------------------
 def make_policy(network, theta: Tensor, n: int, run: Run, name: str):
     """policy(obs (n, S), z (n, A)) -> actions (n, A): `network.sample`, compiled."""
-    obs_in = torch.zeros(n, network.obs_dim, device=run.device)
-    z_in = torch.zeros(n, network.act_dim, device=run.device)
+    widths = [network.obs_dim, network.act_dim]
+    inputs = torch.zeros(n, sum(widths), device=run.device)
+    obs_in, z_in = inputs.split(widths, dim=-1)
     sample = function_of_parameters(network.sample)
     draw = run.compile(name, lambda *x: sample(*x)[0], theta, obs_in, z_in)
 

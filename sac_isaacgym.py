@@ -689,8 +689,9 @@ def make_actor_update(actor: Actor, critics: Critics, args: Args):
 # --- Training -------------------------------------------------------------------------
 def make_policy(network, theta: Tensor, n: int, run: Run, name: str):
     """policy(obs (n, S), z (n, A)) -> actions (n, A): `network.sample`, compiled."""
-    obs_in = torch.zeros(n, network.obs_dim, device=run.device)
-    z_in = torch.zeros(n, network.act_dim, device=run.device)
+    widths = [network.obs_dim, network.act_dim]
+    inputs = torch.zeros(n, sum(widths), device=run.device)
+    obs_in, z_in = inputs.split(widths, dim=-1)
     sample = function_of_parameters(network.sample)
     draw = run.compile(name, lambda *x: sample(*x)[0], theta, obs_in, z_in)
 
