@@ -41,8 +41,8 @@ from torch.nn.functional import softplus
 
 from harness.args import RunArgs
 from harness.compiling import flatten_parameters, function_of_parameters
+from harness.environments import check_sizes
 from harness.errors import RunError, UsageError, check_finite, say
-from harness.files import check_sizes
 from harness.machine import check_memory
 from harness.runs import Run, Session, main
 from isaac_tasks import Simulator, SimulatorError, make_simulator

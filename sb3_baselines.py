@@ -19,9 +19,9 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import torch
+from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv
 
 from harness.args import RunArgs
-from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv
 from harness.runs import Run, main
 
 try:

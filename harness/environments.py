@@ -363,6 +363,14 @@ class ReplayableEnv(gym.Wrapper):
         return obs
 
 
+def check_sizes(saved: dict, sizes: list[int], env_id: str):
+    """Raises: UsageError where the environment isn't the one of a saved run."""
+    (obs, act), (obs_now, act_now) = saved["sizes"], sizes
+    if [obs, act] != [obs_now, act_now]:
+        made = f"{saved['path']} was made with {obs} observations and {act} actions"
+        raise UsageError(f"{made}; {env_id} now has {obs_now} and {act_now}")
+
+
 def json_object(name: str, text: str) -> dict:
     """An option's JSON object. Raises: ValueError."""
     try:

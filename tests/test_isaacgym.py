@@ -20,6 +20,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ISAAC_SCRIPTS, ROOT
+from isaac_tasks.training import (
+    ObservationNorm,
+    SimulatorEnvs,
+    TrainingEnvs,
+    VectorReplayBuffer,
+)
 from stepped_run import SteppedRun, adam_steps
 from test_isaac_simulators import HOW, stand_ins, timeline  # noqa: F401 (a fixture)
 
@@ -29,12 +35,6 @@ from harness.files import RunError, UsageError
 from harness.runs import main
 from isaac_tasks import TASKS, make_simulator
 from isaac_tasks.ingenuity import Ingenuity
-from isaac_tasks.training import (
-    ObservationNorm,
-    SimulatorEnvs,
-    TrainingEnvs,
-    VectorReplayBuffer,
-)
 
 BOTH = [meow, sac]
 both_scripts = pytest.mark.parametrize("script", BOTH, ids=lambda s: s.__name__)

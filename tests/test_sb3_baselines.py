@@ -14,8 +14,9 @@ from conftest import ROOT
 
 pytest.importorskip("stable_baselines3")
 
-import sb3_baselines as script
 from harness.envs import TrainingEnv, derive_seed
+
+import sb3_baselines as script
 from harness.runs import Run, main
 
 ALGORITHMS = ("td3", "ddpg", "sac", "ppo")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harness.args import parse_args
 from harness.envs import Evaluator
+
+from harness.args import parse_args
 from harness.files import RunError, UsageError
 
 

@@ -27,12 +27,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
+from harness.functional import Hardware, Learner, adam_moments, flatten_parameters
+from harness.replay import split_batch
 from saved_policy import UsageError, exit_code
 
 import meow_continuous_action as ours
 from harness.args import parse_args
-from harness.functional import Hardware, Learner, adam_moments, flatten_parameters
-from harness.replay import split_batch
 
 DIMS = (17, 6)  # of HalfCheetah's observation and action
 ROW = 17 + 6 + 17 + 2  # a transition
