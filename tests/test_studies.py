@@ -185,60 +185,91 @@ def test_the_stride_is_the_strongest_frequency_of_the_last_800_steps():
     assert stride.stride_frequency(angle) == pytest.approx(3.25)
 
 
-def test_a_policy_is_measured_by_the_thigh_that_is_asked_for(monkeypatch):
+def test_a_policy_is_measured_by_the_thigh_that_is_asked_for(monkeypatch, tmp_path):
     """The back thigh swings at 4.5 Hz, the front one at 2.25 Hz, all else at 1 Hz."""
 
-    class Evaluator:
-        args, policy = meow.Args(env_id="HalfCheetah-v4"), staticmethod(lambda *_: None)
+    class Env:
+        def reset(self):
+            self.t = 0.0
+            return self.observation(), {}
 
-        def run(self, *_):
-            for t in 0.05 * np.arange(1000):
-                obs = np.sin(2 * np.pi * t) * torch.ones(3, 17)
-                obs[:, 2], obs[:, 5] = (
-                    np.sin(2 * np.pi * 4.5 * t),
-                    np.sin(2 * np.pi * 2.25 * t),
-                )
-                self.policy(obs, None)
-            return [7.0, 8.0, 9.0], None
+        def step(self, _):
+            self.t += 0.05
+            return self.observation(), 1.0, False, False, {}
 
-    monkeypatch.setattr(stride, "load_evaluator", lambda *_: (Evaluator(), 90_000))
-    assert stride.measure("policy.pt", 3) == (90_000, 8.0, pytest.approx(4.5))
-    assert stride.measure("policy.pt", 3, "front") == (90_000, 8.0, pytest.approx(2.25))
+        def observation(self):
+            hertz = np.ones(17)
+            hertz[2], hertz[5] = 4.5, 2.25
+            return np.sin(2 * np.pi * hertz * self.t)
+
+        def close(self):
+            pass
+
+    def evaluate_saved(_args, _saved, session):
+        env = session.closing(Env())
+        for _ in range(3):
+            env.reset()
+            for _ in range(1000):
+                env.step(None)
+        return [7.0, 8.0, 9.0], [1000] * 3
+
+    args = meow.Args(env_id="HalfCheetah-v4")
+    monkeypatch.setattr(stride, "parse_args", lambda *_: (args, {"step": 90_000}))
+    monkeypatch.setattr(stride, "configure_process", lambda _: None)
+    monkeypatch.setattr(meow, "evaluate_saved", evaluate_saved)
+    (tmp_path / "args.json").write_text('{"script": "meow_continuous_action.py"}')
+    file = tmp_path / "policy_final.pt"
+    assert stride.measure(file, 3) == (90_000, 8.0, pytest.approx(4.5))
+    assert stride.measure(file, 3, "front") == (90_000, 8.0, pytest.approx(2.25))
+    args.env_id = "Hopper-v4"
+    with pytest.raises(stride.UsageError, match="trained on Hopper-v4"):
+        stride.measure(file, 3)
+
+
+def test_a_run_that_is_missing_is_one_sentence(monkeypatch, capsys):
+    for instrument, words in (stride, []), (same_update, ["--arms", "ours"]):
+        monkeypatch.setattr(sys, "argv", ["instrument", "runs/none", *words])
+        assert instrument.main() == 1
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_each_q_of_two_masks_has_its_own():
     args = meow.Args(env_id="HalfCheetah-v4", dropout=0.5)
     flow = meow.make_flow(args, 3, 2)
-    one, rng = meow.Keep(4, 2, 8, 64, dropout=0.5), np.random.default_rng(1)
-    obs, action, masks, expected = torch.randn(8, 3), torch.rand(8, 2), [], []
+    obs, action, rng = torch.randn(8, 3), torch.rand(8, 2), np.random.default_rng(1)
+    masks, expected = torch.ones(2, 4, 2, 8, 64, dtype=torch.bool), []
     for k in range(2):
-        one.fill(rng)
-        masks.append(one.tensor.clone())
+        meow.draw_dropout(masks[k], 0.5, rng)
         expected.append(flow.q_values(obs, action, masks[k])[:, k])
     flow.__class__ = same_update.TwoMasks
-    found = flow.q_values(obs, action, torch.cat(masks, dim=2))
+    found = flow.q_values(obs, action, torch.cat([*masks], dim=2))
     torch.testing.assert_close(found, torch.stack(expected, -1))
     assert not torch.equal(*masks)
-    torch.testing.assert_close(
-        flow.q_values(obs, action), meow.EnergyFlow.q_values(flow, obs, action)
-    )
+    without = meow.EnergyFlow.q_values(flow, obs, action)
+    torch.testing.assert_close(flow.q_values(obs, action), without)
 
 
 def test_each_arm_differs_in_what_it_is_named_after(monkeypatch, capsys):
-    monkeypatch.setattr(same_update, "Hardware", lambda *_: Hardware(False, 1, False))
     args = meow.Args(env_id="HalfCheetah-v4")
-    one, two = (same_update.make_arm(n, args, None) for n in ("ours", "two masks"))
+    one, two = (
+        same_update.make_arm(name, args, None, compiled=False)
+        for name in ("ours", "two masks")
+    )
     assert type(one.flow) is meow.EnergyFlow
     assert type(two.flow) is same_update.TwoMasks
     batch = torch.rand(args.batch_size, same_update.ROW)
     values = []
     for arm in (one, two):
+        before = arm.q_v_next(batch[:, :17], batch[:, 17:23], batch[:, 23:40])
         for _ in range(3):
             arm.update(batch)
-        values.append(arm.q_v_next(batch[:, :17], batch[:, 17:23], batch[:, 23:40])[0])
+        after = arm.q_v_next(batch[:, :17], batch[:, 17:23], batch[:, 23:40])
+        assert not torch.equal(before[0], after[0])  # it learns, and so does its target
+        assert not torch.equal(before[2], after[2])
+        values.append(after[0])
     assert (values[0] - values[1]).abs().max() > 1e-5  # not the same arm
     monkeypatch.setattr(sys, "argv", ["same_update.py", "runs/x"])
-    assert same_update.exit_code(same_update.main) == 2
+    assert same_update.main() == 2
     assert "--repository" in capsys.readouterr().err
 
 

@@ -25,14 +25,13 @@ import torch
 import tyro
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from harness.functional import Hardware, Learner, adam_moments, flatten_parameters
-from harness.replay import split_batch
-from saved_policy import UsageError, exit_code
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import meow_continuous_action as ours
 from harness.args import parse_args
+from harness.compiling import Compiler, flatten_parameters
+from harness.errors import UsageError
+from harness.runs import explain
 
 DIMS = (17, 6)  # of HalfCheetah's observation and action
 ROW = 17 + 6 + 17 + 2  # a transition
@@ -80,7 +79,7 @@ class Theirs:
         return function(*(x.repeat(2, 1) for x in inputs)).view(2, -1).T
 
     def update(self, batch: Tensor):
-        obs, action, next_obs, reward, terminated = split_batch(batch, *DIMS)
+        obs, action, next_obs, reward, terminated = ours.split_batch(batch, *DIMS)
         with torch.no_grad():
             v_next = self.twice(self.v, next_obs)
             target = reward + (1 - terminated) * self.args.gamma * v_next.min(-1).values
@@ -114,11 +113,11 @@ class TwoMasks(ours.EnergyFlow):
     """Q_1 and Q_2 with a dropout mask each, as the authors' doubled batch has them."""
 
     def q_values(
-        self, obs: Tensor, action: Tensor, keep: Tensor | None = None
+        self, obs: Tensor, action: Tensor, kept: Tensor | None = None
     ) -> Tensor:
-        if keep is None:
+        if kept is None:
             return super().q_values(obs, action)
-        first, second = keep.chunk(2, dim=2)
+        first, second = kept.chunk(2, dim=2)
         q1 = super().q_values(obs, action, first)[:, 0]
         q2 = super().q_values(obs, action, second)[:, 1]
         return torch.stack([q1, q2], -1)
@@ -127,26 +126,27 @@ class TwoMasks(ours.EnergyFlow):
 class Ours:
     """Our update, as the script makes it."""
 
-    def __init__(self, args: ours.Args, masks: int):
-        self.rng = np.random.default_rng(args.seed)
+    def __init__(self, args: ours.Args, masks: int, compiled: bool):
+        self.rng, self.dropout = np.random.default_rng(args.seed), args.dropout
         self.flow = ours.make_flow(args, *DIMS)
         self.target = ours.make_flow(args, *DIMS)
         if masks == 2:
             self.flow.__class__ = TwoMasks
         theta = flatten_parameters(self.flow)
-        state = [theta, flatten_parameters(self.target), *adam_moments(theta)]
-        shape = self.flow.couplings, 2, masks * args.batch_size, self.flow.hidden
-        keep = [ours.Keep(*shape, dropout=args.dropout)]
+        target_theta = flatten_parameters(self.target)
+        learner = [theta, target_theta, *ours.adam_moments(theta)]
+        shape = self.flow.n_couplings, 2, masks * args.batch_size, self.flow.hidden
+        self.kept = torch.ones(shape, dtype=torch.bool)
         self.batch = torch.zeros(args.batch_size, ROW)
-        update = ours.make_update(self.flow, *DIMS, args)
-        hardware = Hardware(False, 1, True)
-        self.learner = Learner(
-            update, state, [self.batch], keep, ours.METRICS, hardware
-        )
+        compiler = Compiler(compiled, torch.device("cpu"), lambda _: None)
+        update = ours.make_update(self.flow, args)
+        tensors = *learner, self.batch, self.kept
+        self.make_step = compiler("the update", update, *tensors)
 
     def update(self, batch: Tensor):
         self.batch.copy_(batch)
-        self.learner.update(self.rng)
+        ours.draw_dropout(self.kept, self.dropout, self.rng)
+        self.make_step()
 
     def q_v_next(
         self, obs: Tensor, action: Tensor, next_obs: Tensor
@@ -155,16 +155,16 @@ class Ours:
         return q, v, self.target.soft_values(next_obs), self.flow.log_sigma(obs)
 
 
-def make_arm(name: str, args: ours.Args, script) -> Theirs | Ours:
+def make_arm(name: str, args: ours.Args, script, compiled=True) -> Theirs | Ours:
     if name == "theirs":
         return Theirs(args, script)
-    return Ours(args, masks=2 if name == "two masks" else 1)
+    return Ours(args, masks=2 if name == "two masks" else 1, compiled=compiled)
 
 
 @torch.no_grad()
 def measure(arm: Theirs | Ours, rows: Tensor, gamma: float) -> tuple[float, ...]:
     """Squared TD error, its share of the variance of y - V, and mean log sigma."""
-    obs, action, next_obs, reward, terminated = split_batch(rows, *DIMS)
+    obs, action, next_obs, reward, terminated = ours.split_batch(rows, *DIMS)
     q, v, v_next, log_sigma = arm.q_v_next(obs, action, next_obs)
     target = ours.soft_target(reward, terminated, v_next, gamma)
     error = (q - target[:, None]).square().mean()
@@ -190,7 +190,16 @@ def load_script(repository: Path | None):
     return module
 
 
-def main():
+def main() -> int:
+    """The exit code; what is missing is one sentence."""
+    try:
+        compare()
+    except Exception as error:
+        return explain(error)
+    return 0
+
+
+def compare():
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     script = load_script(options.repository) if "theirs" in options.arms else None
     torch._inductor.config.fallback_random = True  # for theirs: eager dropout masks
@@ -216,4 +225,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main())

@@ -9,17 +9,23 @@ peak in the spectrum of a thigh's angle (back: observation 2, front: 5) over ste
 to 1,000 of a deterministic episode; median of the episodes.
 """
 
+import importlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from saved_policy import UsageError, exit_code, load_evaluator
+from harness.args import parse_args
+from harness.errors import UsageError
+from harness.machine import configure_process
+from harness.runs import Session, explain
 
 THIGHS = {"back": 2, "front": 5}  # observations
 SECONDS_PER_STEP, FIRST, LAST = 0.05, 200, 1000
@@ -32,24 +38,58 @@ def stride_frequency(angles: np.ndarray) -> float:
     return float(np.fft.rfftfreq(len(x), SECONDS_PER_STEP)[power.argmax()])
 
 
+class RecordedEnv:
+    """An environment that keeps one number of each observation, by episode."""
+
+    def __init__(self, env, index: int):
+        self.env, self.index, self.episodes = env, index, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.env, name)
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        self.episodes.append([obs[self.index]])
+        return obs, info
+
+    def step(self, action):
+        obs, *outcome = self.env.step(action)
+        self.episodes[-1].append(obs[self.index])
+        return obs, *outcome
+
+
+class RecordedSession(Session):
+    """A session whose environments are recorded."""
+
+    def __init__(self, args, index: int):
+        super().__init__(args, torch.device("cpu"))
+        self.index, self.recorded = index, []
+
+    def closing(self, env):
+        self.recorded.append(RecordedEnv(super().closing(env), self.index))
+        return self.recorded[-1]
+
+
 def measure(file: Path, episodes: int, thigh: str = "back") -> tuple[int, float, float]:
     """Step, mean return and stride of a saved policy, in its own evaluation."""
-    evaluator, step = load_evaluator(file, episodes)
-    env_id = evaluator.args.env_id
-    if not env_id.startswith("HalfCheetah-"):
-        raise UsageError(f"{file} was trained on {env_id}: strides are HalfCheetah's")
-    angles, play = [], evaluator.policy
-
-    def recorded(obs, noise):
-        angles.append(obs[:, THIGHS[thigh]].numpy().copy())
-        return play(obs, noise)
-
-    evaluator.policy = recorded
-    returns, _ = evaluator.run(step, Path())
-    strides = [
-        stride_frequency(episode) for episode in np.array(angles, dtype=np.float64).T
+    folder = file.parent.parent if file.parent.name == "policies" else file.parent
+    script = json.loads((folder / "args.json").read_text())["script"]
+    module = importlib.import_module(Path(script).stem)
+    options = ["--evaluate", str(file), "--eval-episodes", str(episodes)]
+    args, saved = parse_args(module.Args, module.__name__, "", options)
+    if not args.env_id.startswith("HalfCheetah-"):
+        text = f"{file} was trained on {args.env_id}: strides are HalfCheetah's"
+        raise UsageError(text)
+    configure_process(args.torch_threads)
+    with RecordedSession(args, THIGHS[thigh]) as session:
+        returns, _ = module.evaluate_saved(args, saved, session)
+    angles = [
+        np.array(angles, dtype=np.float64)
+        for env in session.recorded
+        for angles in env.episodes
     ]
-    return step, float(np.mean(returns)), float(np.median(strides))
+    strides = [stride_frequency(episode) for episode in angles]
+    return saved["step"], float(np.mean(returns)), float(np.median(strides))
 
 
 @dataclass
@@ -62,16 +102,20 @@ class Options:
     """whose frequency; in short strides the back one swings twice as often"""
 
 
-def main():
+def main() -> int:
+    """The exit code; what is missing is one sentence."""
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
-    files = sorted((options.run / "policies").glob("*.pt")) or [
-        options.run / "policy_final.pt"
-    ]
-    rows = (measure(file, options.episodes, options.thigh) for file in files)
-    print("step,return,stride")
-    for row in rows:
-        print("{},{:.1f},{:.3f}".format(*row), flush=True)
+    files = sorted((options.run / "policies").glob("*.pt"))
+    files = files or [options.run / "policy_final.pt"]
+    try:
+        rows = (measure(file, options.episodes, options.thigh) for file in files)
+        print("step,return,stride")
+        for row in rows:
+            print("{},{:.1f},{:.3f}".format(*row), flush=True)
+    except Exception as error:
+        return explain(error)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main())
