@@ -200,8 +200,9 @@ def make_env(args: Args, render: bool = False) -> environments.ReplayableEnv:
     env = environments.make(args.env_id, options, render)  # gym.make
     if args.flatten:
         env = gym.wrappers.FlattenObservation(env)
-    limit = args.max_episode_steps or gym.spec(args.env_id).max_episode_steps
-    env = gym.wrappers.TimeLimit(env, limit or 100_000)
+    own_limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
+    limit = args.max_episode_steps or own_limit or 100_000
+    env = gym.wrappers.TimeLimit(env, limit)
     env = environments.check_spaces(env, args.env_id)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return environments.ReplayableEnv(env, args.env_id)
