@@ -358,13 +358,15 @@ class RunCallback(callbacks.BaseCallback):
         self.run, self.env, self.model, self.parts = run, env, model, parts
         self.evaluate_now = evaluate_now
         self.replay = getattr(model, "replay_buffer", None)  # PPO has none
-        self.rollout_began = None  # PPO's state then
+        self.rollout_began = None  # PPO's state then, within a rollout
 
     def _on_rollout_start(self):
         if self.replay is None:
-            self.rollout_began = None
             self.rollout_began = copy.deepcopy(self.state_dict())
-        self._end_step()
+        self.end_step()
+
+    def _on_rollout_end(self):
+        self.rollout_began = None
 
     def _on_step(self) -> bool:
         """After a step of the environment. -> whether SB3 shall go on."""
@@ -374,10 +376,10 @@ class RunCallback(callbacks.BaseCallback):
         if self.replay is None:
             rollout = self.model.rollout_buffer
             if rollout.pos + 1 < rollout.buffer_size:  # this step isn't its last one
-                self._end_step()
+                self.end_step()
         return self.run.step < self.run.args.total_timesteps  # B3
 
-    def _end_step(self):
+    def end_step(self):
         """Ends a step that the run hasn't ended before, begins the next one."""
         run = self.run
         if self.model.num_timesteps > run.step:
@@ -446,7 +448,7 @@ def train(args: Args, run: Run):
     next(run.steps())  # from here on a signal ends the run after a step
     steps = args.total_timesteps - model.num_timesteps
     model.learn(steps, callback, log_interval=None, reset_num_timesteps=False)
-    callback.on_rollout_start()  # ends the last step
+    callback.end_step()  # the last one, learned from by now
     evaluate_now()
 
 
