@@ -15,7 +15,7 @@ import robot_policy
 
 @pytest.mark.slow
 def test_what_a_robots_policy_does(tmp_path):
-    """Over the episodes of the run's last evaluation: targets are 0 to 3 m away."""
+    """Over the episodes of the run's last evaluation."""
     words = options(env_id="Ingenuity", total_timesteps=20, num_envs=4, batch_size=8)
     words += options(learning_starts=10, eval_episodes=2, compile=False)
     result = launch(ISAAC_SCRIPTS[0], words, tmp_path)
@@ -26,7 +26,7 @@ def test_what_a_robots_policy_does(tmp_path):
     assert means["return"] == pytest.approx(last["eval/return_mean"], rel=1e-3)
     assert means["length"] == pytest.approx(last["eval/length_mean"])
     mean = means["distance to the target, m"]
-    assert 0.1 < mean < means["largest distance to the target, m"] < 3
+    assert 0.1 < mean < means["largest distance to the target, m"]
 
 
 def test_measures_count_until_an_episode_ends():
