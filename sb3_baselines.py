@@ -25,12 +25,10 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv
 
 from harness import environments
 from harness.args import RunArgs
 from harness.errors import say
-from harness.files import check_sizes
 from harness.runs import Run, Session, main
 
 try:
@@ -455,7 +453,7 @@ def train(args: Args, run: Run):
 def evaluate_saved(args: Args, saved: dict, session: Session):
     """Returns and lengths of episodes with a saved policy, on the CPU."""
     envs = make_eval_envs(args, session)
-    check_sizes(saved, envs[0].sizes, args.env_id)
+    environments.check_sizes(saved, envs[0].sizes, args.env_id)
     model, _ = make_model(args, envs[0], "cpu", saved)
     policy = make_eval_policy(args, model)
     return evaluate(args, envs, policy, saved["step"], session)
