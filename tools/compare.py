@@ -52,7 +52,7 @@ from run_table import (
     number_rows,
 )
 
-OTHER_COLOURS = ("#1b1b1b", "#66a61e", "#e7298a", "#a6761d", "#4575b4", "#999900")
+OTHER_COLOURS = ("#1b1b1b", "#66a61e", "#b2182b", "#a6761d", "#4575b4", "#999900")
 LINE_STYLES = ("-", "--", ":", "-.")  # of the rows of one algorithm in a panel
 DRAWN = {  # of the published curves, in whose colour
     "MEow in the paper": "meow_continuous_action",
