@@ -57,7 +57,6 @@ from torch.nn.functional import softplus
 from harness import environments
 from harness.args import RunArgs
 from harness.compiling import flatten_parameters, function_of_parameters
-from harness.files import check_sizes
 from harness.machine import check_memory
 from harness.runs import Run, Session, main
 
@@ -677,7 +676,7 @@ def train(args: Args, run: Run):
 def evaluate_saved(args: Args, saved: dict, session: Session):
     """Returns and lengths of episodes with a saved policy, on the CPU."""
     envs = make_eval_envs(args, session)
-    check_sizes(saved, envs[0].sizes, args.env_id)
+    environments.check_sizes(saved, envs[0].sizes, args.env_id)
     flow = make_flow(args, *saved["sizes"])
     flow.load_state_dict(saved["flow"])
 

@@ -41,12 +41,12 @@ from torch.nn.functional import softplus
 
 from harness.args import RunArgs
 from harness.compiling import flatten_parameters, function_of_parameters
+from harness.environments import check_sizes
 from harness.errors import RunError, UsageError, check_finite, say
-from harness.files import check_sizes
 from harness.machine import check_memory
 from harness.runs import Run, Session, main
 from isaac_tasks import Simulator, SimulatorError, make_simulator
-from isaac_tasks.interface import NAMES
+from isaac_tasks.interface import SimulatorName
 
 # --- Settings -------------------------------------------------------------------------
 PAPER_SETTINGS = {  # the defaults of these tasks; all others get those of `Args`
@@ -96,7 +96,7 @@ class Args(RunArgs):
     exp_name: str = "sac_isaacgym"  # name of the experiment
 
     # Simulator and evaluation
-    simulator: NAMES = "auto"  # auto: mujoco where it has the task, else NVIDIA's
+    simulator: SimulatorName = "auto"  # auto: mujoco if it has the task, else NVIDIA's
     num_envs: int = 128  # environments stepped together
     variant: Literal["oige", "ige"] = "oige"  # constants of OmniIsaac- or IsaacGymEnvs
     sim_threads: int = 1  # CPU threads that step mujoco; results are the same

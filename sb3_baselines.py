@@ -1,17 +1,23 @@
 """TD3, DDPG, PPO and SAC of Stable-Baselines3, measured like our own scripts.
 
-    python sb3_baselines.py --algo td3 --env-id HalfCheetah-v4           # or ddpg, ppo, sac
-    python sb3_baselines.py --resume runs/<run_name>                     # go on exactly
+    python sb3_baselines.py --algo td3 --env-id HalfCheetah-v4  # or ddpg, ppo, sac
+    python sb3_baselines.py --resume runs/<run_name>            # go on exactly
     python sb3_baselines.py --evaluate runs/<run_name> --capture-video
 
-Algorithms and training loop are theirs (`model.learn`), with the settings of RL Baselines3 Zoo;
-environments, seeds, evaluation, options and files are ours. What differs from their own runs:
-B1  Each training episode starts from its own seed, so that a resumed run can play it again.
-B2  Observations are float32 from the start; theirs stores MuJoCo's float64 and rounds later.
-B3  PPO stops at exactly --total-timesteps, even within a rollout, which is then not learned from.
+Algorithms and training loop are theirs (`model.learn`), with the settings of RL
+Baselines3 Zoo; environments, seeds, evaluation, options and files are ours. What
+differs from their own runs:
+B1  Each training episode starts from its own seed, so that a resumed run can play it
+    again.
+B2  Observations are float32 from the start; theirs stores MuJoCo's float64 and rounds
+    later.
+B3  PPO stops at exactly --total-timesteps, even within a rollout, which is then not
+    learned from.
 """
 
+import copy
 import io
+import json
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -19,10 +25,13 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import torch
-
-from harness.args import RunArgs
 from harness.envs import EvaluationEnvs, Evaluator, TrainingEnv
-from harness.runs import Run, main
+
+from harness import environments
+from harness.args import RunArgs
+from harness.errors import say
+from harness.files import check_sizes
+from harness.runs import Run, Session, main
 
 try:
     import stable_baselines3 as sb3
@@ -31,286 +40,426 @@ except ModuleNotFoundError as error:
     print(f'error: {error.name} is missing: pip install ".[bench]"', file=sys.stderr)
     sys.exit(2)
 
-# --- Settings -------------------------------------------------------------------------------------
-# From hyperparams/*.yml of RL Baselines3 Zoo 2.9.2, these tasks' v4; what SB3 defaults to is left
-# out. (The package rl_zoo3 has the files, but needs 30 more packages that nothing else here does.)
-PPO_COLUMNS = (
-    "n_steps batch_size gamma learning_rate ent_coef clip_range n_epochs gae_lambda"
-)
-PPO_COLUMNS += " max_grad_norm vf_coef policy_kwargs"
+# --- Settings -------------------------------------------------------------------------
+# From hyperparams/*.yml of RL Baselines3 Zoo 2.9.2, these tasks' v4; what SB3 defaults
+# to is left out. (The package rl_zoo3 has the files, but needs 30 more packages that
+# nothing else here does.) `make_model` takes `normalize` and `noise_std` out of them.
+ACTION_NOISE = dict(learning_starts=10_000, noise_std=0.1)  # of TD3 and DDPG
 LARGE = dict(
     log_std_init=-2, ortho_init=False, activation_fn=torch.nn.ReLU, net_arch=[256, 256]
 )
-PPO_TUNED = {
-    "Hopper": (
-        512,
-        32,
-        0.999,
-        9.80828e-5,
-        0.00229519,
-        0.2,
-        5,
-        0.99,
-        0.7,
-        0.835671,
-        LARGE,
-    ),
-    "HalfCheetah": (
-        512,
-        64,
-        0.98,
-        2.0633e-5,
-        0.000401762,
-        0.1,
-        20,
-        0.92,
-        0.8,
-        0.58096,
-        LARGE,
-    ),
-    "Walker2d": (
-        512,
-        32,
-        0.99,
-        5.05041e-5,
-        0.000585045,
-        0.1,
-        20,
-        0.95,
-        1,
-        0.871923,
-        {},
-    ),
-    "Ant": (),
-    "Humanoid": (
-        512,
-        256,
-        0.95,
-        3.56987e-5,
-        0.00238306,
-        0.3,
-        5,
-        0.9,
-        2,
-        0.431892,
-        LARGE,
-    ),
+ZOO = {
+    "td3": {
+        "Hopper": ACTION_NOISE,
+        "HalfCheetah": ACTION_NOISE,
+        "Walker2d": ACTION_NOISE,
+        "Ant": ACTION_NOISE,
+        "Humanoid": ACTION_NOISE,
+    },
+    "ddpg": {
+        "Hopper": ACTION_NOISE,
+        "HalfCheetah": ACTION_NOISE,
+        "Walker2d": ACTION_NOISE,
+        "Ant": ACTION_NOISE,
+        "Humanoid": ACTION_NOISE,
+    },
+    "sac": {
+        "Hopper": dict(learning_starts=10_000),
+        "HalfCheetah": dict(learning_starts=10_000),
+        "Walker2d": dict(learning_starts=10_000),
+        "Ant": dict(learning_starts=10_000),
+        "Humanoid": dict(learning_starts=10_000),
+    },
+    "ppo": {
+        "Hopper": dict(
+            normalize=True,
+            n_steps=512,
+            batch_size=32,
+            gamma=0.999,
+            learning_rate=9.80828e-5,
+            ent_coef=0.00229519,
+            clip_range=0.2,
+            n_epochs=5,
+            gae_lambda=0.99,
+            max_grad_norm=0.7,
+            vf_coef=0.835671,
+            policy_kwargs=LARGE,
+        ),
+        "HalfCheetah": dict(
+            normalize=True,
+            n_steps=512,
+            batch_size=64,
+            gamma=0.98,
+            learning_rate=2.0633e-5,
+            ent_coef=0.000401762,
+            clip_range=0.1,
+            n_epochs=20,
+            gae_lambda=0.92,
+            max_grad_norm=0.8,
+            vf_coef=0.58096,
+            policy_kwargs=LARGE,
+        ),
+        "Walker2d": dict(
+            normalize=True,
+            n_steps=512,
+            batch_size=32,
+            gamma=0.99,
+            learning_rate=5.05041e-5,
+            ent_coef=0.000585045,
+            clip_range=0.1,
+            n_epochs=20,
+            gae_lambda=0.95,
+            max_grad_norm=1,
+            vf_coef=0.871923,
+        ),
+        "Ant": dict(normalize=True),
+        "Humanoid": dict(
+            normalize=True,
+            n_steps=512,
+            batch_size=256,
+            gamma=0.95,
+            learning_rate=3.56987e-5,
+            ent_coef=0.00238306,
+            clip_range=0.3,
+            n_epochs=5,
+            gae_lambda=0.9,
+            max_grad_norm=2,
+            vf_coef=0.431892,
+            policy_kwargs=LARGE,
+        ),
+    },
 }
-ZOO = {"td3": {}, "ddpg": {}, "ppo": {}, "sac": {}}
-for task, row in PPO_TUNED.items():
-    ZOO["td3"][task] = ZOO["ddpg"][task] = dict(learning_starts=10_000, noise_std=0.1)
-    ZOO["ppo"][task] = dict(
-        zip(PPO_COLUMNS.split(), row, strict=bool(row)), normalize=True
-    )
-    ZOO["sac"][task] = dict(learning_starts=10_000)
 
 
 @dataclass
 class Args(RunArgs):
     algo: Literal["td3", "ddpg", "ppo", "sac"] = "td3"  # algorithm of Stable-Baselines3
-    exp_name: str = (
-        "sb3_td3"  # name of the experiment; by default sb3_ and the algorithm
-    )
+    exp_name: str = "sb3_td3"  # name of the experiment (default: sb3_ and algorithm)
     compile: bool = False  # not possible here
+
+    # Environment and evaluation
+    env_kwargs: str = "{}"  # arguments of its constructor, as a JSON object
+    flatten: bool = False  # flatten dictionaries and images to one vector
+    max_episode_steps: int | None = None  # cap (default: the environment's, or 100,000)
+    eval_frequency: int = 10_000  # steps between evaluations; the last step has one too
+    eval_episodes: int = 10  # per evaluation, each time with fresh seeds (0: none)
+    eval_envs: int = 10  # environments that play them at a time; returns are the same
+    deterministic_eval: bool = True  # evaluate the policy's mode, else draw from it
+
+    resume_may_change = RunArgs.resume_may_change + " eval_envs"
+    evaluate_may_change = (
+        RunArgs.evaluate_may_change
+        + " eval_episodes eval_envs deterministic_eval max_episode_steps"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.exp_name in [f"sb3_{algo}" for algo in ZOO]:
             self.exp_name = f"sb3_{self.algo}"
+        environments.json_object("--env-kwargs", self.env_kwargs)
+        self.check("eval_frequency eval_envs", lambda x: x >= 1, "at least 1")
+        self.check("eval_episodes", lambda x: x >= 0, "at least 0")
+        if self.max_episode_steps is not None:
+            self.check("max_episode_steps", lambda x: x >= 1, "at least 1")
         self.check("compile", lambda x: not x, "off: Stable-Baselines3 doesn't compile")
         if not self.deterministic_eval and self.algo in ("td3", "ddpg"):
-            raise ValueError(
-                f"--no-deterministic-eval: the policy of {self.algo} is deterministic"
-            )
+            text = f"the policy of {self.algo} is deterministic"
+            raise ValueError(f"--no-deterministic-eval: {text}")
 
     def zoo_settings(self) -> dict:
-        """The Zoo's entry, whose v4 serves v5 too; empty where it has none: SB3's defaults."""
+        """The Zoo's entry, whose v4 serves v5 too; empty where it has none."""
         task, _, version = self.env_id.rpartition("-v")
-        return ZOO[self.algo].get(task, {}) if version in ("4", "5") else {}
+        if version not in ("4", "5"):
+            return {}
+        return ZOO[self.algo].get(task, {})
+
+    def describe(self) -> str:
+        """What is about to be trained."""
+        if not self.zoo_settings():
+            settings = "Stable-Baselines3's defaults: the Zoo has none for it"
+        elif self.env_id.endswith("-v4"):
+            settings = "the Zoo's settings"
+        else:
+            settings = "the Zoo's settings of its v4"
+        algorithm = f"{self.algo.upper()} of Stable-Baselines3 (--algo {self.algo})"
+        return f"{algorithm} on {self.env_id} with {settings}"
 
 
-# --- Environment, model and policy ----------------------------------------------------------------
-class Env(gym.Env):
-    """The training environment for SB3, with actions in the units in which the Zoo tuned PPO."""
+# --- Environment and evaluation -------------------------------------------------------
+TRAINING, EVALUATION, NOISE = 0, 1, 2  # what a seed is for
 
-    def __init__(self, training: TrainingEnv):
-        self.training = training
-        own = training.env.env.action_space  # below the rescaling to [-1, 1]
+
+def episode_seed(*key: int) -> int:
+    """A 32-bit seed from several numbers: the run's seed, its use, the episode."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def make_env(args: Args, render: bool = False) -> environments.ReplayableEnv:
+    """The environment with actions in [-1, 1] and a time limit. Raises: UsageError."""
+    options = json.loads(args.env_kwargs)
+    env = environments.make(args.env_id, options, render)  # gym.make
+    if args.flatten:
+        env = gym.wrappers.FlattenObservation(env)
+    own_limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
+    limit = args.max_episode_steps or own_limit or 100_000
+    env = gym.wrappers.TimeLimit(env, limit)
+    env = environments.check_spaces(env, args.env_id)
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return environments.ReplayableEnv(env, args.env_id)
+
+
+def make_eval_envs(args: Args, session: Session) -> list[environments.ReplayableEnv]:
+    """The environments that play an evaluation; the first one can be filmed."""
+    count = min(args.eval_envs, args.eval_episodes)
+    renders = [args.capture_video and i == 0 for i in range(count)]
+    return [session.closing(make_env(args, render)) for render in renders]
+
+
+def evaluate(
+    args: Args,
+    envs: list[environments.ReplayableEnv],
+    policy,
+    step: int,
+    session: Session,
+) -> tuple[list[float], list[int]]:
+    """Returns and lengths of --eval-episodes new episodes: --seed and `step` seed them.
+
+    policy(obs (n, S), z (n, A)) -> actions (n, A). Episode i is row i, whichever of
+    `envs` plays it, so that the returns don't depend on their number.
+    """
+    n = args.eval_episodes
+    returns, lengths = [0.0] * n, [0] * n
+    if n == 0:
+        return returns, lengths
+    obs = np.zeros((n, *envs[0].observation_space.shape), np.float32)
+    z = np.zeros((n, *envs[0].action_space.shape), np.float32)
+    with session.evaluation(envs[0].metadata.get("render_fps", 30)) as watch:
+        for first in range(0, n, len(envs)):
+            rng = np.random.default_rng(episode_seed(args.seed, NOISE, step))
+            playing = dict(zip(range(first, n), envs, strict=False))
+            for i, env in playing.items():
+                obs[i], _ = env.reset(seed=episode_seed(args.seed, EVALUATION, step, i))
+            while playing:
+                watch.step(f"evaluation: episodes of {lengths} steps so far")
+                if 0 in playing:
+                    watch.film(envs[0])
+                if not args.deterministic_eval:
+                    rng.standard_normal(out=z, dtype=np.float32)
+                action = policy(obs, z)
+                for i, env in list(playing.items()):
+                    obs[i], reward, terminated, truncated, _ = env.step(action[i])
+                    returns[i] += reward
+                    lengths[i] += 1
+                    if terminated or truncated:
+                        del playing[i]
+    return returns, lengths
+
+
+class ZooEnv(gym.Wrapper):
+    """An environment for SB3: actions in the units in which the Zoo tuned PPO."""
+
+    def __init__(self, env: environments.ReplayableEnv, seed: int):
+        super().__init__(env)
+        self.seed = seed
+        own = env.env.env.action_space  # below the rescaling to [-1, 1]
         half = (own.high / 2 - own.low / 2).astype(np.float32)  # Humanoid: 0.4
         self.action_space = gym.spaces.Box(-half, half)
-        self.observation_space = gym.spaces.Box(
-            -np.inf, np.inf, (training.obs_dim,), np.float32
-        )
+        shape = env.observation_space.shape
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
 
-    def reset(self, **_options):
-        return self.training.obs, {}  # its episodes start by themselves  # B1
+    def reset(self, *, seed=None, options=None):
+        """Each episode has a seed of its own, whatever SB3 asks for.  # B1"""
+        seed = episode_seed(self.seed, TRAINING, self.env.episode_count)
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray):
-        unit = np.clip(action / self.action_space.high, -1, 1)
-        _, _, obs, reward, terminated = self.training.step(unit)
-        ended = not self.training.actions  # there are none yet in the next episode
-        return obs, reward, terminated, ended and not terminated, {}
+        return self.env.step(np.clip(action / self.action_space.high, -1, 1))
 
 
+# --- Model and policy -----------------------------------------------------------------
 class Normalizer(vec_env.VecNormalize):
-    """SB3's normalisation of observations and rewards; saves its statistics as tensors."""
+    """SB3's normalisation of observations and rewards, with its state as tensors."""
 
-    names = "obs_rms.mean obs_rms.var obs_rms.count ret_rms.mean ret_rms.var ret_rms.count returns"
+    names = (
+        "obs_rms.mean obs_rms.var obs_rms.count "
+        "ret_rms.mean ret_rms.var ret_rms.count returns"
+    )
 
     def state_dict(self) -> dict:
-        values = {
-            name: save_util.recursive_getattr(self, name) for name in self.names.split()
-        }
-        return {
-            name: torch.as_tensor(x, dtype=torch.float64) for name, x in values.items()
-        }
+        state = {}
+        for name in self.names.split():
+            value = save_util.recursive_getattr(self, name)
+            state[name] = torch.as_tensor(value, dtype=torch.float64)
+        return state
 
     def load_state_dict(self, state: dict):
         for name, value in state.items():
             save_util.recursive_setattr(self, name, value.numpy())
 
 
-def make_model(args: Args, training: TrainingEnv, device, saved: dict | None = None):
-    """SB3's model with the Zoo's settings or as it was saved, and what of it a policy holds."""
+def make_model(
+    args: Args, env: environments.ReplayableEnv, device, saved: dict | None = None
+):
+    """SB3's model, and by name what of it a policy holds.
+
+    With the Zoo's settings, or as it was saved: in a checkpoint or as a policy.
+    """
     settings = dict(args.zoo_settings())
-    env, parts = vec_env.DummyVecEnv([lambda: Env(training)]), {}
+    venv, parts = vec_env.DummyVecEnv([lambda: ZooEnv(env, args.seed)]), {}
     if settings.pop("normalize", False):
-        env = parts["normalizer"] = Normalizer(env, gamma=settings.get("gamma", 0.99))
+        venv = Normalizer(venv, gamma=settings.get("gamma", 0.99))
+        parts["normalizer"] = venv
     if std := settings.pop("noise_std", None):
-        settings["action_noise"] = noise.NormalActionNoise(
-            np.zeros(training.act_dim), std
-        )
+        mean = np.zeros(env.action_space.shape)
+        settings["action_noise"] = noise.NormalActionNoise(mean, std)
     algorithm = getattr(sb3, args.algo.upper())
-    model = algorithm("MlpPolicy", env, seed=args.seed, device=device, **settings)
+    model = algorithm("MlpPolicy", venv, seed=args.seed, device=device, **settings)
     model.set_logger(logger.Logger(None, []))
-    if (
-        saved and "model" in saved
-    ):  # a checkpoint: this unpickles, so resume only what you trust
+    if saved and "model" in saved:
+        # a checkpoint: this unpickles, so resume only what you trust
         file = io.BytesIO(saved["model"].numpy().tobytes())
-        model = algorithm.load(file, env, device, force_reset=False)
+        model = algorithm.load(file, venv, device, force_reset=False)
     parts["policy"] = model.policy
-    for name, part in parts.items() if saved else ():
-        part.load_state_dict(saved[name])
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
     return model, parts
 
 
-def make_evaluator(args: Args, model) -> Evaluator:
-    """Evaluation of SB3's `predict`."""
+def make_eval_policy(args: Args, model):
+    """policy(obs (n, S), z (n, A)) -> actions (n, A) in [-1, 1]: SB3's `predict`.
+
+    SB3 draws from torch's generator, with which training goes on: z seeds another.
+    """
     normalizer = model.get_vec_normalize_env()
 
-    def policy(obs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        obs = normalizer.normalize_obs(obs.numpy()) if normalizer else obs.numpy()
-        with (
-            torch.random.fork_rng()
-        ):  # SB3 draws from the generator that training goes on with
-            torch.manual_seed(int(z.numpy().view(np.uint32)[0, 0]))
+    def policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
+        if normalizer:
+            obs = normalizer.normalize_obs(obs)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(z.view(np.uint32)[0, 0]))
             action, _ = model.predict(obs, deterministic=args.deterministic_eval)
-        return torch.from_numpy(action / model.action_space.high)
+        return action / model.action_space.high
 
-    return Evaluator(args, EvaluationEnvs(args), policy)
+    return policy
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------
 class RunCallback(callbacks.BaseCallback):
-    """Tells the run of SB3's steps, and is the part of its checkpoints that holds SB3's state.
+    """Tells the run of SB3's steps; holds SB3's state, as a part of its checkpoints.
 
-    A step ends when SB3 has learned from it, as the next rollout begins; within PPO's rollouts at
-    once. There a checkpoint is of the rollout's beginning: a resumed run plays it again, unlogged.
+    A step ends when SB3 has learned from it, as the next rollout begins; within PPO's
+    rollouts at once. There a checkpoint is of the rollout's beginning: a resumed run
+    plays it again, unlogged. evaluate_now(): evaluates the policy and logs that.
     """
 
-    def __init__(self, run: Run, env: TrainingEnv, model, parts: dict):
+    def __init__(self, run: Run, env, model, parts: dict, evaluate_now):
         super().__init__()
-        self.run, self.env, self.model, self.parts = (
-            run,
-            env,
-            model,
-            parts | {"env": env},
-        )
+        self.run, self.env, self.model, self.parts = run, env, model, parts
+        self.evaluate_now = evaluate_now
         self.replay = getattr(model, "replay_buffer", None)  # PPO has none
+        self.rollout_began = None  # PPO's state then, within a rollout
 
     def _on_rollout_start(self):
-        self.began = None  # what the last rollout left
-        self.began = None if self.replay else self.state_dict()
-        self._end_step()
+        if self.replay is None:
+            self.rollout_began = copy.deepcopy(self.state_dict())
+        self.end_step()
+
+    def _on_rollout_end(self):
+        self.rollout_began = None
 
     def _on_step(self) -> bool:
-        if (
-            not self.replay and self.num_timesteps % self.model.n_steps
-        ):  # within PPO's rollout
-            self._end_step()
+        """After a step of the environment. -> whether SB3 shall go on."""
+        info = self.locals["infos"][0]
+        if "episode" in info and self.model.num_timesteps > self.run.step:
+            self.run.log_episode(info["episode"])
+        if self.replay is None:
+            rollout = self.model.rollout_buffer
+            if rollout.pos + 1 < rollout.buffer_size:  # this step isn't its last one
+                self.end_step()
         return self.run.step < self.run.args.total_timesteps  # B3
 
-    def _end_step(self):
-        losses = self.logger.name_to_value.items()
-        if self.model.num_timesteps > self.run.step:
-            self.run.log({k.replace("train/", "losses/"): float(x) for k, x in losses})
-        else:
-            self.env.episode_metrics(False)  # logged before
+    def end_step(self):
+        """Ends a step that the run hasn't ended before, begins the next one."""
+        run = self.run
+        if self.model.num_timesteps > run.step:
+            losses = self.logger.name_to_value.items()
+            run.log({k.replace("train/", "losses/"): float(x) for k, x in losses})
+            run.end_step()
+        goes_on = self.model.num_timesteps == run.step < run.args.total_timesteps
+        if goes_on and run.due(run.args.eval_frequency):
+            self.evaluate_now()
 
     def state_dict(self) -> dict:
-        if self.began:
-            return self.began
-        file, (kind, keys, *position) = io.BytesIO(), np.random.get_state()
+        if self.rollout_began:
+            return self.rollout_began
+        file = io.BytesIO()
         self.model.save(file, include=["_logger", "_custom_logger"])
+        kind, keys, *position = np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {
-            "numpy_rng": (kind, keys.tolist(), *position),
-            "torch_rng": torch.get_rng_state(),
-        }
+        state["env"] = self.env.state_dict()
         state["model"] = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-        if self.replay:  # SB3 would save its empty rows too
-            state["position"], rows = (
-                (self.replay.pos, self.replay.full),
-                self.replay.size(),
-            )
-            arrays = {
-                k: x for k, x in vars(self.replay).items() if isinstance(x, np.ndarray)
-            }
-            state["rows"] = {k: torch.from_numpy(x[:rows]) for k, x in arrays.items()}
+        state["numpy_rng"] = (kind, keys.tolist(), *position)
+        state["torch_rng"] = torch.get_rng_state()
+        if self.replay is not None:
+            state["position"] = self.replay.pos, self.replay.full
+            state["rows"] = self._filled_rows()
         return state
 
+    def _filled_rows(self) -> dict:
+        """The replay buffer's arrays without the empty rows, which SB3 would save."""
+        size, filled = self.replay.size(), {}
+        for name, value in vars(self.replay).items():
+            if isinstance(value, np.ndarray):
+                filled[name] = torch.from_numpy(value[:size])
+        return filled
+
     def load_state_dict(self, state: dict):
+        """All but the model and its policy, which `make_model` loads."""
         self.env.load_state_dict(state["env"])
-        np.random.set_state(state["numpy_rng"])
-        torch.set_rng_state(state["torch_rng"])
-        if self.replay:
+        venv, normalizer = self.model.get_env(), self.model.get_vec_normalize_env()
+        obs = venv.unwrapped.reset()  # plays the episode again
+        self.model._last_obs = normalizer.normalize_obs(obs) if normalizer else obs
+        if self.replay is not None:
             self.replay.pos, self.replay.full = state["position"]
             for name, rows in state["rows"].items():
                 getattr(self.replay, name)[: len(rows)] = rows.numpy()
+        # last: making an environment may draw random numbers
+        np.random.set_state(state["numpy_rng"])
+        torch.set_rng_state(state["torch_rng"])
 
 
 def train(args: Args, run: Run):
     """SB3's `learn`, from the run's checkpoint if it has one."""
-    torch.distributions.Distribution.set_default_validate_args(
-        False
-    )  # NaN: the run says where
-    env = TrainingEnv(args.env_id, args.seed)
-    model, parts = make_model(
-        args, env, run.device, run.checkpoint and run.checkpoint["sb3"]
-    )
-    callback, evaluator = (
-        RunCallback(run, env, model, parts),
-        make_evaluator(args, model),
-    )
-    run.start(env, evaluator, parts, model.action_space.np_random, sb3=callback)
-    if not args.env_id.endswith("-v4") or not args.zoo_settings():
-        used = (
-            "those of its v4" if args.zoo_settings() else "Stable-Baselines3's defaults"
-        )
-        print(
-            f"note: the Zoo has no {args.algo} settings for it: {used}", file=sys.stderr
-        )
+    say(args.describe())
+    # NaN: the run says where
+    torch.distributions.Distribution.set_default_validate_args(False)
+    env = run.closing(make_env(args))
+    eval_envs = make_eval_envs(args, run)
+    saved = run.checkpoint["sb3"] if run.checkpoint else None
+    model, parts = make_model(args, env, run.device, saved)
+    eval_policy = make_eval_policy(args, model)
+
+    def evaluate_now():
+        run.log_evaluation(*evaluate(args, eval_envs, eval_policy, run.step, run))
+
+    callback = RunCallback(run, env, model, parts, evaluate_now)
+    run.start(parts, model.action_space.np_random, env.sizes, sb3=callback)
     next(run.steps())  # from here on a signal ends the run after a step
     steps = args.total_timesteps - model.num_timesteps
     model.learn(steps, callback, log_interval=None, reset_num_timesteps=False)
-    callback.on_rollout_start()  # ends the last step
+    callback.end_step()  # the last one, learned from by now
+    evaluate_now()
 
 
-def load_evaluator(args: Args, saved: dict) -> Evaluator:
-    """Evaluation of a saved policy."""
-    model, _ = make_model(args, TrainingEnv(args.env_id, args.seed), "cpu", saved)
-    return make_evaluator(args, model)
+def evaluate_saved(args: Args, saved: dict, session: Session):
+    """Returns and lengths of episodes with a saved policy, on the CPU."""
+    envs = make_eval_envs(args, session)
+    check_sizes(saved, envs[0].sizes, args.env_id)
+    model, _ = make_model(args, envs[0], "cpu", saved)
+    policy = make_eval_policy(args, model)
+    return evaluate(args, envs, policy, saved["step"], session)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Args, train, load_evaluator))
+    sys.exit(main(Args, train, evaluate_saved))

@@ -20,7 +20,7 @@ class RunArgs:
     # Experiment
     env_id: str = "HalfCheetah-v4"  # Gymnasium id; `module:Env-v0` imports the module
     exp_name: str = "experiment"  # name of the experiment, a part of the run's name
-    seed: int = 1  # of networks, exploration, replay and all episodes
+    seed: int = 1  # of all random numbers: networks, exploration, episodes
     total_timesteps: int = 1_000_000  # steps in all
     resume: str | None = None  # run to go on with; auto: start, go on, or do nothing
     evaluate: str | None = None  # run or policy to play instead of training

@@ -234,8 +234,12 @@ class Record:
         self.checksums.append(checksum(*outcome))
 
     def state_dict(self) -> dict:
-        actions = torch.from_numpy(np.array(self.actions))
-        return vars(self) | {"actions": actions}
+        return {
+            "seed": self.seed,
+            "first": self.first,
+            "actions": torch.from_numpy(np.array(self.actions)),
+            "checksums": list(self.checksums),
+        }
 
     @classmethod
     def from_state(cls, state: dict) -> "Record":
@@ -357,6 +361,14 @@ class ReplayableEnv(gym.Wrapper):
                 say(f"warning: {self.env_id} {text}: {reason}; {result}")
                 return None
         return obs
+
+
+def check_sizes(saved: dict, sizes: list[int], env_id: str):
+    """Raises: UsageError where the environment isn't the one of a saved run."""
+    (obs, act), (obs_now, act_now) = saved["sizes"], sizes
+    if [obs, act] != [obs_now, act_now]:
+        made = f"{saved['path']} was made with {obs} observations and {act} actions"
+        raise UsageError(f"{made}; {env_id} now has {obs_now} and {act_now}")
 
 
 def json_object(name: str, text: str) -> dict:

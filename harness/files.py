@@ -62,11 +62,3 @@ def load_file(
     ):
         raise RunError(f"{file} was not written by this version of {program}.py")
     return content | {"path": file}
-
-
-def check_sizes(saved: dict, sizes: list[int], env_id: str):
-    """Raises: UsageError where the environment isn't the one of a saved run."""
-    (obs, act), (obs_now, act_now) = saved["sizes"], sizes
-    if [obs, act] != [obs_now, act_now]:
-        made = f"{saved['path']} was made with {obs} observations and {act} actions"
-        raise UsageError(f"{made}; {env_id} now has {obs_now} and {act_now}")

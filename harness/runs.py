@@ -20,8 +20,9 @@ import torch
 
 from harness.args import RunArgs, parse_args
 from harness.compiling import Compiler
+from harness.environments import check_sizes
 from harness.errors import RunError, UsageError, UserCodeError, is_memory_error, say
-from harness.files import check_sizes, load_file, save_file
+from harness.files import load_file, save_file
 from harness.logger import Logger, SlowProgress
 from harness.machine import choose_device, configure_process, describe_machine
 from harness.video import Video

@@ -1,4 +1,4 @@
-"""How a robot whose root is free touches the floor: with spheres, one contact pair each."""
+"""How a robot with a free root touches the floor: with spheres, a contact pair each."""
 
 import itertools
 import math
@@ -10,37 +10,37 @@ GEOM = mujoco.mjtGeom
 
 
 def stand_on_floor(spec: mujoco.MjSpec, friction: float):
-    """Lets the robot touch the geom "floor" (z = 0) with spheres, on which `limits.Floor` acts.
+    """Lets the robot touch the geom "floor" (z = 0) with spheres.
 
-    On a plane a capsule is the two spheres at its ends, a box its corners.
+    On these `limits.Floor` acts. On a plane a capsule is the two spheres at its ends, a
+    box its corners.
     """
-    for useless in (
-        mujoco.mjtDisableBit.mjDSBL_ISLAND,
-        mujoco.mjtDisableBit.mjDSBL_WARMSTART,
-    ):
-        spec.option.disableflags |= useless  # for one small robot
+    # Neither is of use to one small robot.
+    spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
+    spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_WARMSTART
     model = spec.compile()
     floor = spec.geom("floor")
     geoms = [geom for geom in spec.geoms if geom.name != floor.name]
-    if not any(
-        a.contype & b.conaffinity for a in geoms for b in geoms
-    ):  # only with the floor
+    collides_with_itself = any(a.contype & b.conaffinity for a in geoms for b in geoms)
+    if not collides_with_itself:
         for geom in geoms:
             geom.contype = geom.conaffinity = 0
     floor.contype = floor.conaffinity = 0
     shape = dict(type=GEOM.mjGEOM_SPHERE, mass=0, contype=0, conaffinity=0, margin=0)
     for i, (body, place, radius) in enumerate(touching_spheres(model)):
         sphere = spec.body(model.body(body).name).add_geom(name=f"touch_{i}", **shape)
-        sphere.pos, sphere.size[0], sphere.group = place, radius, 4  # not drawn
+        sphere.pos = place
+        sphere.size[0] = radius
+        sphere.group = 4  # not drawn
         pair = spec.add_pair(geomname1=floor.name, geomname2=sphere.name, condim=3)
         pair.friction[:2] = friction
 
 
 def touching_spheres(model: mujoco.MjModel) -> list[tuple[int, np.ndarray, float]]:
-    """Body, place in it (3,) and radius of each sphere with which a robot can touch a plane.
+    """The spheres with which a robot can touch a plane: body, place in it (3,), radius.
 
-    Left out are those that the others of a body keep off every plane, and those that are always
-    where another body has one, such as at a knee.
+    Left out are those that the others of a body keep off every plane, and those that
+    are always where another body has one, such as at a knee.
     """
     rng = np.random.default_rng(0)
     directions = rng.standard_normal((3, 5000))
@@ -57,9 +57,8 @@ def touching_spheres(model: mujoco.MjModel) -> list[tuple[int, np.ndarray, float
         if not rows:
             continue
         heights = [place @ directions + radius for place, radius in rows]
-        for i in np.unique(
-            np.argmax(heights, 0)
-        ):  # those that some plane touches first
+        touching_first = np.unique(np.argmax(heights, 0))
+        for i in touching_first:
             place, radius = rows[i]
             places = [d.xpos[body] + d.xmat[body].reshape(3, 3) @ place for d in poses]
             here = np.append(places, radius)
@@ -72,8 +71,8 @@ def touching_spheres(model: mujoco.MjModel) -> list[tuple[int, np.ndarray, float
 def ends(model: mujoco.MjModel, geom: int) -> list[tuple[np.ndarray, float]]:
     """Centres (3,), in the body, and radii of the spheres whose hull is the geom.
 
-    The hull of a sphere or capsule exactly, of a box with corners rounded by a millimetre, of a
-    cylinder with 24 places of each rim, rounded as much.
+    The hull of a sphere or capsule exactly, of a box with corners rounded by a
+    millimetre, of a cylinder with 24 places of each rim, rounded as much.
     """
     kind, size = model.geom_type[geom], model.geom_size[geom]
     radius = size[0]
@@ -87,12 +86,10 @@ def ends(model: mujoco.MjModel, geom: int) -> list[tuple[np.ndarray, float]]:
     elif kind == GEOM.mjGEOM_CYLINDER:
         radius = 1e-3
         r, z = size[:2] - radius
-        turns = [i * math.pi / 12 for i in range(24)]
-        places = [
-            (r * math.cos(t), r * math.sin(t), side * z)
-            for t in turns
-            for side in (-1, 1)
-        ]
+        places = []
+        for turn in (i * math.pi / 12 for i in range(24)):
+            x, y = r * math.cos(turn), r * math.sin(turn)
+            places += [(x, y, -z), (x, y, z)]
     else:
         raise ValueError(
             f"{model.geom(geom).name}: no sphere, capsule, box or cylinder"

@@ -1,29 +1,29 @@
-"""Isaac Lab's tasks, with resets inside the step that ends an episode; Isaac Lab 3.0 or newer."""
+"""Isaac Lab's tasks, with resets inside the step that ends an episode.
+
+Isaac Lab 3.0 or newer.
+"""
 
 import contextlib
 
 import gymnasium
-import numpy as np
 import torch
 from torch import Tensor
 
 from isaac_tasks.interface import SimulatorError
+from isaac_tasks.nvidia_simulator import NvidiaSimulator, first_line
 
 NEEDED = (
     "Isaac Lab 3.0 or newer is needed: older ones hide an episode's final observation"
 )
-# Isaac Lab's physics stays open until the process ends, as closing it may end the process.
+# Isaac Lab's physics stays open until the process ends: closing it may end the process.
 until_exit = contextlib.ExitStack()
 
 
-class IsaacLabSimulator:
-    """N environments of a task; `isaac_tasks.Simulator` says what its methods return."""
+class IsaacLabSimulator(NvidiaSimulator):
+    """N environments of a task; see `isaac_tasks.Simulator` for its methods."""
 
+    name = "Isaac Lab"
     valid = None
-    exact_resume = False
-    diverged = 0  # it doesn't say
-    one_per_process = True
-    fps = 60
 
     def __init__(self, env_id: str, num_envs: int, seed: int, device="cpu"):
         try:
@@ -47,19 +47,21 @@ class IsaacLabSimulator:
         cfg.seed, cfg.compute_final_obs = seed, True
         try:
             if launch:
-                until_exit.enter_context(
-                    launch(cfg, {"headless": True, "device": str(device)})
-                )
+                options = {"headless": True, "device": str(device)}
+                until_exit.enter_context(launch(cfg, options))
             self.env = gymnasium.make(env_id, cfg=cfg)
         except Exception as error:  # whatever the graphics and physics libraries raise
-            text = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise SimulatorError(f"Isaac Lab can't make {env_id}: {text}") from error
+            raise SimulatorError(
+                f"Isaac Lab can't make {env_id}: {first_line(error)}"
+            ) from error
         unwrapped = self.env.unwrapped
         self.num_envs = num_envs
         spaces = getattr(unwrapped, "single_observation_space", {})
-        self.obs_dim = _length(spaces.get("policy"), f'{env_id}: observations "policy"')
+        self.obs_dim = flat_length(
+            spaces.get("policy"), f'{env_id}: observations "policy"'
+        )
         space = getattr(unwrapped, "single_action_space", None)
-        self.act_dim = _length(space, f"{env_id}: actions")
+        self.act_dim = flat_length(space, f"{env_id}: actions")
         self.max_steps = int(unwrapped.max_episode_length) - 1
 
     def reset(self, seed: int | None = None) -> Tensor:
@@ -69,13 +71,11 @@ class IsaacLabSimulator:
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         obs, reward, terminated, truncated, extras = self.env.step(action.clamp(-1, 1))
         # All these are buffers that Isaac Lab may use again.
-        obs, reward, terminated = (
-            obs["policy"].clone(),
-            reward.clone(),
-            terminated.clone(),
-        )
+        obs = obs["policy"].clone()
+        reward = reward.clone()
+        terminated = terminated.clone()
         done = terminated | truncated
-        # There only after a step with resets, but it would stay there for the following ones.
+        # There only after a step with resets, but it would stay for the following ones.
         before_reset = extras.pop("final_obs", None)
         if before_reset is not None:
             final_obs = torch.where(done[:, None], before_reset["policy"], obs)
@@ -87,19 +87,8 @@ class IsaacLabSimulator:
             final_obs = obs.clone()
         return obs, reward, terminated, truncated & ~terminated, final_obs
 
-    def render(self) -> np.ndarray:
-        message = "Isaac Lab runs without graphics here: leave out --capture-video"
-        raise SimulatorError(message)
 
-    def state_dict(self) -> dict:
-        """Empty: Isaac Lab can't save its physics. A resumed run starts new episodes."""
-        return {}
-
-    def load_state_dict(self, state: dict):
-        """Does nothing: see `state_dict`."""
-
-
-def _length(space: gymnasium.Space | None, what: str) -> int:
+def flat_length(space: gymnasium.Space | None, what: str) -> int:
     """The length of the flat vectors in a space. Raises: SimulatorError."""
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
         raise SimulatorError(f"{what} must be one flat vector, not {space}")

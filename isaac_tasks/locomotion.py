@@ -1,4 +1,4 @@
-"""What Ant and Humanoid share: run towards a target 1 km away along +x and stay upright."""
+"""What Ant and Humanoid share: run to a target 1 km away along +x and stay upright."""
 
 import math
 from abc import abstractmethod
@@ -8,6 +8,7 @@ import mujoco
 import torch
 from torch import Tensor
 
+from isaac_tasks.floor import stand_on_floor
 from isaac_tasks.task import (
     State,
     Task,
@@ -24,8 +25,15 @@ ASSETS = f"{gymnasium.__path__[0]}/envs/mujoco/assets"
 
 
 class Locomotion(Task):
-    """qpos: free root (7), joints (A); qvel: free root (6), joints (A). One motor per joint."""
+    """qpos: free root (7), joints (A); qvel: free root (6), joints (A).
 
+    One motor per joint.
+    """
+
+    robot_file: str
+    """of Gymnasium's robots"""
+    friction: float
+    """between robot and floor"""
     gears: tuple[float, ...]
     """torque of each motor at action 1, N m"""
     ranges: tuple[tuple[float, float], ...]
@@ -52,10 +60,8 @@ class Locomotion(Task):
         self.target = self.tensor(TARGET)
         self.start = self.tensor([0.0, 0.0, self.start_height, 1.0, 0.0, 0.0, 0.0])
         self.lower, self.upper = self.tensor(self.ranges).mul(math.pi / 180).unbind(-1)
-        self.middle, self.half_range = (
-            (self.lower + self.upper) / 2,
-            (self.upper - self.lower) / 2,
-        )
+        self.middle = (self.lower + self.upper) / 2
+        self.half_range = (self.upper - self.lower) / 2
         self.neutral = self.tensor(0.0).clamp(self.lower, self.upper)
         model = self.spec().compile()
         self.sensor_count = model.nsensordata
@@ -66,13 +72,27 @@ class Locomotion(Task):
         self.foot_centre = self.tensor([foot.ipos for foot in feet])
         self.foot_inertia = axes @ moments @ axes.transpose(-1, -2)
 
+    def spec(self) -> mujoco.MjSpec:
+        """Gymnasium's robot with what `rebuild` changes, motors and foot sensors."""
+        spec = mujoco.MjSpec.from_file(f"{ASSETS}/{self.robot_file}")
+        self.set_options(spec)
+        spec.geom("floor").size = (0, 0, 1)  # without end
+        self.rebuild(spec)
+        stand_on_floor(spec, self.friction)
+        self.add_motors(spec)
+        self.add_foot_sensors(spec)
+        return spec
+
+    @abstractmethod
+    def rebuild(self, spec: mujoco.MjSpec):
+        """Turns Gymnasium's robot into NVIDIA's, but for its motors."""
+
     def add_motors(self, spec: mujoco.MjSpec):
-        """One motor per hinge in the order of the joints, instead of the model's own."""
+        """One motor per hinge, in the order of the joints, in place of the model's."""
         for actuator in list(spec.actuators):
             spec.delete(actuator)
-        hinges = [
-            joint for joint in spec.joints if joint.type == mujoco.mjtJoint.mjJNT_HINGE
-        ]
+        hinge = mujoco.mjtJoint.mjJNT_HINGE
+        hinges = [joint for joint in spec.joints if joint.type == hinge]
         for joint, gear in zip(hinges, self.gears, strict=True):
             motor = spec.add_actuator(name=joint.name, target=joint.name)
             motor.trntype = mujoco.mjtTrn.mjTRN_JOINT
@@ -104,24 +124,28 @@ class Locomotion(Task):
         return self.velocity_scale * state.qvel[:, 6:]
 
     def up_and_heading(self, state: State, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Projections (N,) of the torso's z axis on the world's, of its x axis on the target."""
-        to_target = torch.nn.functional.normalize(
-            self.target - state.qpos[:, :2], dim=-1
-        )
+        """Projections (N,) of the torso's axes: z on the world's, x on the target."""
+        to_target = self.target - state.qpos[:, :2]
+        to_target = torch.nn.functional.normalize(to_target, dim=-1)
         return rotation[:, 2, 2], (rotation[:, :2, 0] * to_target).sum(-1)
 
     def angles(self, state: State, rotation: Tensor) -> Tensor:
-        """Yaw, roll and angle to the target (N, 3). As in the original, the last is z over x."""
+        """Yaw, roll and angle to the target (N, 3).
+
+        As in the original, the last is z over x.
+        """
         roll, yaw = roll_and_yaw(rotation)
         to_target = torch.atan2(-state.qpos[:, 2], TARGET[0] - state.qpos[:, 0]) - yaw
         angles = torch.stack([yaw, roll, to_target], -1)
         return normalize_angle(angles) if self.normalize_angles else angles
 
     def add_foot_sensors(self, spec: mujoco.MjSpec):
-        """oige: the wrench that each foot's joint transmits; ige: what `net_wrench` needs."""
+        """oige: the wrench of each foot's joint; ige: what `net_wrench` needs."""
         for name in self.feet:
-            add = add_joint_wrench if self.variant == "oige" else add_motion_sensors
-            add(spec, spec.body(name))
+            if self.variant == "oige":
+                add_joint_wrench(spec, spec.body(name))
+            else:
+                add_motion_sensors(spec, spec.body(name))
 
     def foot_sensors(self, state: State) -> Tensor:
         """Force (3) and torque (3) at each foot in its own axes: (N, 6 feet)."""
@@ -131,9 +155,8 @@ class Locomotion(Task):
         wrench = net_wrench(
             sensors, self.foot_mass, self.foot_centre, self.foot_inertia
         )
-        return (wrench * sensors.any(-1, keepdim=True)).flatten(
-            1
-        )  # zero in first states
+        measured = sensors.any(-1, keepdim=True)  # not in first states
+        return (wrench * measured).flatten(1)
 
     def joint_forces(self, state: State, action: Tensor) -> Tensor:
         """A slice of the observation that only the Humanoid's variant "ige" has."""
@@ -168,9 +191,9 @@ class Locomotion(Task):
     ) -> dict[str, Tensor]:
         up, heading = self.up_and_heading(state, rotation_matrix(state.qpos[:, 3:7]))
         power = (self.motor_strength() * action * self.joint_velocities(state)).abs()
+        nearer = progress(before.qpos[:, :2], state.qpos[:, :2], self.target)
         return {
-            "progress": progress(before.qpos[:, :2], state.qpos[:, :2], self.target)
-            / self.dt,
+            "progress": nearer / self.dt,
             "alive": torch.full_like(up, self.alive),
             "upright": self.upright * (up > 0.93),
             "heading": self.forward * (heading / 0.8).where(heading <= 0.8, 1.0),
@@ -193,7 +216,8 @@ class Locomotion(Task):
 def progress(before: Tensor, after: Tensor, target: Tensor) -> Tensor:
     """How much nearer the target is, (N,) m; from positions (N, 2).
 
-    |T - p| - |T - p'| without the cancellation of 1 km minus 1 km, which float32 can't afford.
+    |T - p| - |T - p'| without the cancellation of 1 km minus 1 km, which float32 can't
+    afford.
     """
     to_before, to_after = target - before, target - after
     difference_of_squares = ((after - before) * (to_before + to_after)).sum(-1)
@@ -201,11 +225,11 @@ def progress(before: Tensor, after: Tensor, target: Tensor) -> Tensor:
 
 
 def add_joint_wrench(spec: mujoco.MjSpec, body: mujoco.MjsBody):
-    """Sensors of force and torque (6) that the parent exerts on the body at its first joint.
+    """Sensors of force and torque (6) of the parent on the body at its first joint.
 
-    In the body's own axes. OmniIsaacGymEnvs reads them in the axes of the joint, whose rotation
-    against the body its robot file has and nobody publishes: the same numbers, turned by a
-    constant rotation for each foot.
+    In the body's own axes. OmniIsaacGymEnvs reads them in the axes of the joint, whose
+    rotation against the body its robot file has and nobody publishes: the same numbers,
+    turned by a constant rotation for each foot.
     """
     site = body.add_site(name=f"{body.name}_joint", pos=body.joints[0].pos)
     for kind in (mujoco.mjtSensor.mjSENS_FORCE, mujoco.mjtSensor.mjSENS_TORQUE):
@@ -213,14 +237,18 @@ def add_joint_wrench(spec: mujoco.MjSpec, body: mujoco.MjsBody):
 
 
 def add_motion_sensors(spec: mujoco.MjSpec, body: mujoco.MjsBody):
-    """What `net_wrench` needs (13): linear and angular acceleration, angular velocity, pose."""
-    for kind, frame in (  # mjOBJ_BODY: at the centre of mass
-        (mujoco.mjtSensor.mjSENS_FRAMELINACC, mujoco.mjtObj.mjOBJ_BODY),
-        (mujoco.mjtSensor.mjSENS_FRAMEANGACC, mujoco.mjtObj.mjOBJ_BODY),
-        (mujoco.mjtSensor.mjSENS_FRAMEANGVEL, mujoco.mjtObj.mjOBJ_BODY),
-        (mujoco.mjtSensor.mjSENS_FRAMEQUAT, mujoco.mjtObj.mjOBJ_XBODY),
+    """What `net_wrench` needs (13).
+
+    Linear and angular acceleration, angular velocity (3 each), orientation (4).
+    """
+    centre_of_mass, frame = mujoco.mjtObj.mjOBJ_BODY, mujoco.mjtObj.mjOBJ_XBODY
+    for kind, place in (
+        (mujoco.mjtSensor.mjSENS_FRAMELINACC, centre_of_mass),
+        (mujoco.mjtSensor.mjSENS_FRAMEANGACC, centre_of_mass),
+        (mujoco.mjtSensor.mjSENS_FRAMEANGVEL, centre_of_mass),
+        (mujoco.mjtSensor.mjSENS_FRAMEQUAT, frame),
     ):
-        spec.add_sensor(type=kind, objtype=frame, objname=body.name)
+        spec.add_sensor(type=kind, objtype=place, objname=body.name)
 
 
 def net_wrench(
@@ -228,9 +256,10 @@ def net_wrench(
 ) -> Tensor:
     """Net force and torque on bodies, in body axes at the body's origin: (N, F, 6).
 
-    Newton and Euler: m a of the centre of mass, and I alpha + omega x (I omega) + c x m a.
-    sensors (N, F, 13) of `add_motion_sensors`; mass (F,), centre of mass (F, 3) and inertia about
-    it (F, 3, 3) in body axes. MuJoCo's accelerometers include +g, which is taken off.
+    Newton and Euler: m a of the centre of mass, and I alpha + omega x (I omega) + c x m
+    a. sensors (N, F, 13) of `add_motion_sensors`; mass (F,), centre of mass (F, 3) and
+    inertia about it (F, 3, 3) in body axes. MuJoCo's accelerometers include +g, which
+    is taken off.
     """
     acceleration, angular, velocity, quat = sensors.split([3, 3, 3, 4], -1)
     gravity = torch.zeros_like(acceleration)

@@ -1,4 +1,7 @@
-"""The embedded simulator: a task on MuJoCo, with resets inside the step that ends an episode."""
+"""The embedded simulator: a task on MuJoCo.
+
+An episode is reset inside the step that ends it.
+"""
 
 import mujoco
 import numpy as np
@@ -13,7 +16,8 @@ from isaac_tasks.task import State, Task
 class MujocoSimulator:
     """N environments of a task; `isaac_tasks.Simulator` says what its methods return.
 
-    threads: of the CPU. On a CUDA device physics, observations, rewards and resets stay there.
+    threads: of the CPU. On a CUDA device physics, observations, rewards and resets stay
+    there.
     """
 
     valid = None
@@ -46,14 +50,12 @@ class MujocoSimulator:
         self.max_steps = self.task.episode_length - 1
         self.fps = round(1 / (self.task.substeps * self.task.time_step))
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        zeros = dict(dtype=dtype, device=self.device)
+        kind = dict(dtype=dtype, device=self.device)
         self.progress = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
-        self.memory = torch.zeros(num_envs, self.task.memory_dim, **zeros)
-        self.action = torch.zeros(num_envs, self.act_dim, **zeros)
-        self.recorded, self.graph = (
-            cuda,
-            None,
-        )  # whether steps are a CUDA graph, and this
+        self.memory = torch.zeros(num_envs, self.task.memory_dim, **kind)
+        self.action = torch.zeros(num_envs, self.act_dim, **kind)
+        self.recorded = cuda  # whether steps are replayed from a CUDA graph
+        self.graph = None
         self.renderer = None
 
     def reset(self, seed: int | None = None) -> Tensor:
@@ -78,7 +80,7 @@ class MujocoSimulator:
         return self._after(before, fresh)
 
     def _before(self) -> tuple[State, State]:
-        """Writes controls and memory; returns copies of the state and fresh first states."""
+        """Writes controls and memory; returns the state and fresh first states."""
         fresh = self.task.initial(self._uniform)
         self.memory.copy_(self.task.before_step(self._state(), self.progress, fresh))
         control, memory = self.task.act(self._state(), self.action)

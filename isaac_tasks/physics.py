@@ -1,7 +1,7 @@
 """N worlds of one MuJoCo model, stepped together: on CPU threads or on an NVIDIA GPU.
 
-Both classes show their worlds as torch tensors that share the simulator's memory: a write to
-`qpos` is the worlds' position in the next step. CPU: float64; GPU: float32.
+Both classes show their worlds as torch tensors that share the simulator's memory: a
+write to `qpos` is the worlds' position in the next step. CPU: float64; GPU: float32.
 """
 
 import copy
@@ -24,34 +24,34 @@ STATE = ("qpos", "qvel", "qacc_warmstart", "ctrl")
 
 
 def check_memory(model: mujoco.MjModel, num_envs: int):
-    """Raises SimulatorError if so many environments don't fit into the memory that is free."""
+    """Raises SimulatorError if so many environments don't fit into free memory."""
     state = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION)
-    numbers = (
-        5 * state + 2 * model.nsensordata + 8 * (model.njnt + model.npair)
-    )  # with copies
+    # Copies included.
+    numbers = 5 * state + 2 * model.nsensordata + 8 * (model.njnt + model.npair)
     numbers += 3 * model.ngeom + 9 * model.nbody
-    need, free = (
-        8 * num_envs * numbers / 2**30,
-        psutil.virtual_memory().available / 2**30,
-    )
+    need = 8 * num_envs * numbers / 2**30
+    free = psutil.virtual_memory().available / 2**30
     if need > free:
-        text = f"{num_envs} environments need {need:.1f} GiB of memory, and {free:.1f} are free"
-        raise SimulatorError(text)
+        raise SimulatorError(
+            f"{num_envs} environments need {need:.1f} GiB of memory, "
+            f"and {free:.1f} are free"
+        )
 
 
 def without_forces(model: mujoco.MjModel) -> mujoco.MjModel:
     """A copy that only moves: cheap to ask where bodies are."""
     copied = copy.copy(model)
-    for name in (
-        "CONSTRAINT",
-        "CONTACT",
-        "SENSOR",
-        "SPRING",
-        "DAMPER",
-        "GRAVITY",
-        "ACTUATION",
+    bits = mujoco.mjtDisableBit
+    for bit in (
+        bits.mjDSBL_CONSTRAINT,
+        bits.mjDSBL_CONTACT,
+        bits.mjDSBL_SENSOR,
+        bits.mjDSBL_SPRING,
+        bits.mjDSBL_DAMPER,
+        bits.mjDSBL_GRAVITY,
+        bits.mjDSBL_ACTUATION,
     ):
-        copied.opt.disableflags |= getattr(mujoco.mjtDisableBit, f"mjDSBL_{name}").value
+        copied.opt.disableflags |= bit.value
     return copied
 
 
@@ -92,7 +92,7 @@ class Physics(ABC):
 
 
 class CpuPhysics(Physics):
-    """mujoco.batch: a C++ thread pool; the results don't depend on the number of threads."""
+    """mujoco.batch: a C++ thread pool; results don't depend on its size."""
 
     dtype = torch.float64
 
@@ -104,18 +104,12 @@ class CpuPhysics(Physics):
             joints = [self.batch.expand(f"jnt_{name}") for name in FIELDS]
             pairs = [self.batch.expand(f"pair_{name}") for name in FIELDS]
             self.looker = Batch(without_forces(model), num_envs, threads)
-            self.poses = [
-                self.looker.bind(name) for name in POSES
-            ]  # filled by the coming calls
-        except (
-            MemoryError,
-            TypeError,
-            ValueError,
-        ):  # for one, threads beyond what the system has
-            text = (
+            # filled by the coming calls
+            self.poses = [self.looker.bind(name) for name in POSES]
+        except (MemoryError, TypeError, ValueError):  # such as of too many threads
+            raise SimulatorError(
                 f"{num_envs} environments on {threads} thread(s) don't fit into memory"
-            )
-            raise SimulatorError(text) from None
+            ) from None
         with warnings.catch_warnings():  # sensordata is read-only, and only read
             warnings.filterwarnings("ignore", message=".*not writable.*")
             for name in (*STATE, "sensordata"):
@@ -150,7 +144,7 @@ class CpuPhysics(Physics):
 
 
 class WarpPhysics(Physics):
-    """mujoco-warp: all worlds on one GPU; a step can be recorded in a CUDA graph of torch."""
+    """mujoco-warp: all worlds on one GPU; torch can record a step in a CUDA graph."""
 
     dtype = torch.float32
 
@@ -165,21 +159,18 @@ class WarpPhysics(Physics):
         try:
             import warp
 
-            warp.config.log_level = (
-                warp.LOG_WARNING
-            )  # else it prints each kernel that it loads
+            # Else it prints each kernel that it loads.
+            warp.config.log_level = warp.LOG_WARNING
             import mujoco_warp
         except ModuleNotFoundError as error:
             hint = f"pip install mujoco-warp=={mujoco.__version__}"
-            raise SimulatorError(
-                f"simulating on a GPU needs {error.name}: {hint}"
-            ) from None
+            text = f"simulating on a GPU needs {error.name}: {hint}"
+            raise SimulatorError(text) from None
         self.model, self.device = model, device
         self.warp, self.mujoco_warp = warp, mujoco_warp
         with warp.ScopedDevice(device):
-            accepted = copy.copy(
-                model
-            )  # it never resets by itself and refuses the flag
+            # It never resets by itself and refuses the flag.
+            accepted = copy.copy(model)
             accepted.opt.disableflags &= ~mujoco.mjtDisableBit.mjDSBL_AUTORESET.value
             self.warp_model = mujoco_warp.put_model(accepted)
             sizes = dict(nconmax=contacts, njmax=constraints)
@@ -193,18 +184,17 @@ class WarpPhysics(Physics):
             setattr(self, name, warp.to_torch(getattr(self.warp_data, name)))
         self.state = self.qpos, self.qvel
         self.poses = [warp.to_torch(getattr(self.warp_data, name)) for name in POSES]
-        self.limits = Limits(
-            model, *(self._limits(kind, num_envs) for kind in ("jnt", "pair"))
-        )
+        joints, pairs = self._limits("jnt", num_envs), self._limits("pair", num_envs)
+        self.limits = Limits(model, joints, pairs)
         warp.synchronize_device(device)  # from here on torch's stream orders everything
 
     def _limits(self, kind: str, num_envs: int) -> list[Tensor]:
         """The model's parameters of the limits, one row for each environment."""
-        limits, vec5 = [], self.warp.types.vector(length=5, dtype=float)
+        vec5 = self.warp.types.vector(length=5, dtype=float)
+        limits = []
         for name, dtype in zip(FIELDS, (None, self.warp.vec2, vec5), strict=True):
-            shared = torch.from_numpy(getattr(self.model, f"{kind}_{name}")).to(
-                self.qpos
-            )
+            shared = torch.from_numpy(getattr(self.model, f"{kind}_{name}"))
+            shared = shared.to(self.qpos)
             limits.append(shared.expand(num_envs, *shared.shape).contiguous())
             if len(shared):
                 own = self.warp.from_torch(limits[-1], dtype=dtype)
@@ -219,19 +209,20 @@ class WarpPhysics(Physics):
         self.limits.floor.look(*self.poses)
 
     def _run(self, *functions: str):
-        """Calls these functions of mujoco_warp, on a GPU in torch's stream and CUDA graph."""
+        """Calls these functions of mujoco_warp.
+
+        On a GPU in torch's stream and CUDA graph.
+        """
         warp = self.warp
         with ExitStack() as stack:
             stack.enter_context(warp.ScopedDevice(self.device))
             if self.qpos.is_cuda:
-                stream = warp.stream_from_torch(
-                    torch.cuda.current_stream(self.qpos.device)
-                )
+                current = torch.cuda.current_stream(self.qpos.device)
+                stream = warp.stream_from_torch(current)
                 stack.enter_context(warp.ScopedStream(stream, sync_enter=False))
                 if torch.cuda.is_current_stream_capturing():
-                    stack.enter_context(
-                        warp.ScopedCapture(stream=stream, external=True)
-                    )
+                    capture = warp.ScopedCapture(stream=stream, external=True)
+                    stack.enter_context(capture)
             for name in functions:
                 getattr(self.mujoco_warp, name)(self.warp_model, self.warp_data)
 

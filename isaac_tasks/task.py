@@ -1,12 +1,15 @@
-"""What a task is: a MuJoCo model and batched functions of its state. Adding a task adds a file.
+"""What a task is: a MuJoCo model and batched functions of its state.
 
-Shapes: N environments, S observation, A action. Units: metres, radians, seconds, newtons; z is up.
+Adding a task adds a file.
+Shapes: N environments, S observation, A action.
+Units: metres, radians, seconds, newtons; z is up.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import mujoco
 import numpy as np
@@ -21,8 +24,8 @@ Uniform = Callable[[float, float, int], Tensor]
 class State:
     """The state of N environments, in MuJoCo's conventions.
 
-    A free joint holds position (3), quaternion w,x,y,z in qpos and the linear velocity in world
-    axes, the angular velocity in body axes in qvel.
+    A free joint holds position (3) and quaternion w,x,y,z in qpos; in qvel the linear
+    velocity in world axes and the angular velocity in body axes.
     """
 
     qpos: Tensor
@@ -30,7 +33,7 @@ class State:
     qvel: Tensor
     """(N, nv)"""
     sensors: Tensor
-    """(N, nsensordata), as of the last physics step; zero in the first state of an episode"""
+    """(N, nsensordata), of the last physics step; zero in an episode's first state"""
     memory: Tensor
     """(N, memory_dim) numbers of the task's own, such as a target"""
 
@@ -43,11 +46,12 @@ class Task(ABC):
 
     All functions are pure, batched and run on any device: state in, tensors out.
 
-    variant: "oige", the constants of OmniIsaacGymEnvs 2023.1.1 (the MEow paper's runs), or "ige",
-    those of IsaacGymEnvs 1.5.1.
+    variant: "oige", the constants of OmniIsaacGymEnvs 2023.1.1 (the MEow paper's runs),
+    or "ige", those of IsaacGymEnvs 1.5.1.
     """
 
-    variants = ("oige", "ige")
+    variants: ClassVar[dict[str, dict[str, Any]]] = {"oige": {}, "ige": {}}
+    """the constants in which they differ; a task has its variant's as attributes"""
     obs_dim: int
     act_dim: int
     memory_dim = 0
@@ -69,7 +73,10 @@ class Task(ABC):
             raise ValueError(
                 f"variant {variant}: must be one of {', '.join(self.variants)}"
             )
-        self.variant, self.device, self.dtype = variant, torch.device(device), dtype
+        vars(self).update(self.variants[variant])
+        self.variant = variant
+        self.device = torch.device(device)
+        self.dtype = dtype
 
     def tensor(self, values) -> Tensor:
         return torch.as_tensor(np.array(values), dtype=self.dtype, device=self.device)
@@ -78,9 +85,8 @@ class Task(ABC):
         """The options that all models share."""
         spec.option.timestep = self.time_step
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_DISCRETE
-        spec.option.disableflags |= (
-            mujoco.mjtDisableBit.mjDSBL_AUTORESET
-        )  # a NaN stays visible
+        # A NaN stays visible.
+        spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
 
     @abstractmethod
     def spec(self) -> mujoco.MjSpec:
@@ -91,7 +97,7 @@ class Task(ABC):
         return action
 
     def act(self, state: State, action: Tensor) -> tuple[Tensor, Tensor]:
-        """The controls (N, nu) of an action, and the memory (N, memory_dim) that it leaves.
+        """The controls (N, nu) of an action, and the memory (N, memory_dim) it leaves.
 
         For tasks whose actions add up, such as steps of a joint's target.
         """
@@ -109,12 +115,15 @@ class Task(ABC):
         return state.memory
 
     def limit(self, state: State) -> State:
-        """The state after a physics step, where the simulator limits it (e.g. speeds)."""
+        """The state after a control step, within limits of the simulator."""
         return state
 
     @abstractmethod
     def observe(self, state: State, action: Tensor) -> Tensor:
-        """Observations (N, S); action (N, A): the one just applied, zero after a reset."""
+        """Observations (N, S).
+
+        action (N, A): the one just applied, zero after a reset.
+        """
 
     @abstractmethod
     def reward_terms(
@@ -131,11 +140,14 @@ class Task(ABC):
         return sum(self.reward_terms(before, state, action).values())
 
     def measures(self, state: State) -> dict[str, Tensor]:
-        """What the task is about, by name and unit, (N,): for people, not for the learner."""
+        """What the task is about, by name and unit, (N,): for people."""
         return {}
 
-    def show(self, data: mujoco.MjData, memory: Tensor):  # noqa: B027 (most have nothing to do)
-        """Prepares an image: data and memory (memory_dim,) of one environment."""
+    def show(self, data: mujoco.MjData, memory: Tensor):  # noqa: B027 (not abstract)
+        """Prepares an image: data and memory (memory_dim,) of one environment.
+
+        Most tasks have nothing to prepare.
+        """
 
 
 def rotation_matrix(quat: Tensor) -> Tensor:
@@ -143,9 +155,8 @@ def rotation_matrix(quat: Tensor) -> Tensor:
     w, v = quat[..., None, :1], quat[..., None, 1:].expand(*quat.shape[:-1], 3, 3)
     unit = torch.eye(3, dtype=quat.dtype, device=quat.device)
     across = 2 * torch.linalg.cross(v, unit.expand_as(v))
-    columns = (
-        unit + w * across + torch.linalg.cross(v, across)
-    )  # R e = e + 2 w v x e + 2 v x v x e
+    # R e = e + 2 w v x e + 2 v x v x e
+    columns = unit + w * across + torch.linalg.cross(v, across)
     return columns.transpose(-1, -2)
 
 

@@ -13,13 +13,12 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from robot_stress import stress
+from robots import assert_uniform, every_variant
 
 from isaac_tasks.allegro_hand import AllegroHand
 from isaac_tasks.mujoco_simulator import MujocoSimulator
 from isaac_tasks.physics import CpuPhysics, WarpPhysics
 from isaac_tasks.task import State
-
-every_variant = pytest.mark.parametrize("variant", ["oige", "ige"])
 
 GOAL = np.array([0, -0.2, 0.52])
 FLEX = (-0.279244, 1.727825)
@@ -28,9 +27,8 @@ LIMITS = np.array(
     + [(0.279244, 1.57075), (-0.331603, 1.151883), FLEX, (-0.279244, 1.762731)]
 )
 LOW, HIGH = LIMITS.T
-NAMES = [
-    f"{name}_{i}" for name in ("index", "middle", "ring", "thumb") for i in range(4)
-]
+DIGITS = ("index", "middle", "ring", "thumb")
+NAMES = [f"{name}_{i}" for name in DIGITS for i in range(4)]
 MASSES = 3 * [0.0119, 0.065, 0.0355, 0.0096] + [0.0176, 0.0119, 0.038, 0.0388]
 INERTIAS = 3 * [
     (1.02, 0.65, 1.02),
@@ -108,7 +106,7 @@ def test_kinematics(variant):
 
 @every_variant
 def test_tips_and_flexing(variant):
-    """The tips' ends, at angle 0; a finger's positive angles lift them to the palm's side."""
+    """The tips' ends, at angle 0; a finger's positive angles lift them."""
     model = compiled(variant)[1]
 
     def end(name, joints):
@@ -184,7 +182,7 @@ def test_boxes():
 
 
 def test_collisions():
-    """Fingers, thumb and palm collide; parents and children don't, nor links beside the palm."""
+    """Fingers, thumb and palm collide; neighbours don't, nor links beside the palm."""
     model = compiled("oige")[1]
     rng, pairs = np.random.default_rng(0), set()
     for _ in range(300):
@@ -201,16 +199,11 @@ def test_collisions():
     ):
         assert frozenset(pair.split()) in pairs
     for finger in ("index", "middle", "ring", "thumb"):
-        links = [
-            "palm",
-            *(f"{finger}_{i}" for i in range(4)),
-            finger,
-        ]  # the last: its tip
+        tip = finger
+        links = ["palm", *(f"{finger}_{i}" for i in range(4)), tip]
         assert not pairs & {frozenset(pair) for pair in pairwise(links)}
-        assert not pairs & {
-            frozenset(("palm", f"{finger}_1")),
-            frozenset((finger, links[3])),
-        }
+        assert frozenset(("palm", f"{finger}_1")) not in pairs
+        assert frozenset((tip, links[3])) not in pairs
     assert frozenset(("palm", "thumb_2")) not in pairs
     assert forward(model, 12 * [0] + [0.3, 0, 0, 0]).ncon == 0  # open
 
@@ -240,7 +233,7 @@ def test_drives(variant):
 
 @every_variant
 def test_joint_speed(variant):
-    """A joint of the original turns at 6.283 rad/s at most; here the drive can't do more."""
+    """The original's joints turn at 6.283 rad/s at most; here drives can't do more."""
     model = compiled(variant)[1]
     data = forward(model, LOW + 0.01, cube=(0, 0, 30))
     data.ctrl[:] = LOW + 0.01
@@ -257,7 +250,7 @@ def test_joint_speed(variant):
 
 
 def random_states(seed=0, n=50):
-    """States with the cube near its goal: some within 0.1 rad of the goal, some lost."""
+    """States with the cube near its goal: some within 0.1 rad, some lost."""
     rng = np.random.default_rng(seed)
     quats = rng.normal(size=(2, n, 4))
     quats[1, ::5] = quats[0, ::5] + 0.02 * rng.normal(size=(len(quats[0, ::5]), 4))
@@ -366,16 +359,6 @@ def test_reward_at_the_goal(variant, turn, expected):
 # --- Episodes ---
 
 
-def assert_uniform(x, low, high):
-    """Samples in [low, high] with the quantiles of the uniform distribution."""
-    x, width = x.numpy(), high - low
-    assert low <= x.min() < low + 0.01 * width
-    assert high - 0.01 * width < x.max() <= high
-    for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
-        error = 5 * 0.5 / math.sqrt(len(x))  # five standard deviations
-        assert abs((x < low + quantile * width).mean() - quantile) < error
-
-
 @every_variant
 @pytest.mark.parametrize("by", ["reset", "step"])
 def test_first_states(variant, by):
@@ -403,12 +386,11 @@ def test_first_states(variant, by):
 
 @every_variant
 def test_new_goal_after_a_success(variant):
-    """In the step after it; the success itself is rewarded and observed with the old goal."""
+    """In the step after it; the success is rewarded and observed with the old goal."""
     simulator = make_simulator(variant, 3)
     zeros = torch.zeros(3, 16)
-    simulator.memory[1] = simulator.physics.qpos[
-        1, 19:
-    ]  # the cube hardly turns in one step
+    # The cube hardly turns in one step.
+    simulator.memory[1] = simulator.physics.qpos[1, 19:]
     old = simulator.memory.clone()
     at = 48 if variant == "oige" else 64  # of the goal's quaternion in the observation
     order = [0, 1, 2, 3] if variant == "oige" else [1, 2, 3, 0]
@@ -432,9 +414,8 @@ def test_end_of_an_episode(variant, end):
     simulator = make_simulator(variant, 3)
     simulator.step(torch.zeros(3, 16))
     if end != "time-out":
-        simulator.physics.qpos[1, 16:19] = torch.tensor(
-            [0.2, -0.2, 0.37]
-        )  # 0.25 m away
+        away = torch.tensor([0.2, -0.2, 0.37])  # by 0.25 m
+        simulator.physics.qpos[1, 16:19] = away
         simulator.physics.qvel[1, 16:19] = 0
     if end != "loss":
         simulator.progress[1] = simulator.max_steps - 1
@@ -476,7 +457,7 @@ def test_cube_stays_in_a_cupped_hand_and_falls_from_an_open_one(variant):
 
 @every_variant
 def test_cube_lies_on_the_hand(variant):
-    """At rest above the palm's surface, in contact with the hand, hardly sunk into it."""
+    """At rest above the palm, in contact with the hand, hardly sunk into it."""
     simulator = make_simulator(variant, 8)
     for _ in range(45):
         simulator.step(torch.full((8, 16), -0.5))
@@ -487,12 +468,9 @@ def test_cube_lies_on_the_hand(variant):
         if np.linalg.norm(data.qvel[16:]) > 0.05:
             continue
         still += 1
-        depths = [
-            contact.dist
-            for contact in data.contact
-            if simulator.model.body("cube").id
-            in simulator.model.geom_bodyid[contact.geom]
-        ]
+        cube, bodies = simulator.model.body("cube").id, simulator.model.geom_bodyid
+        contacts = [c for c in data.contact if cube in bodies[c.geom]]
+        depths = [contact.dist for contact in contacts]
         assert depths
         assert min(depths) > -0.002
         assert in_palm(data, data.body("cube").xpos)[2] > 0
@@ -508,23 +486,17 @@ def test_free_fall(variant):
     simulator = make_simulator(variant, 1)
     physics = simulator.physics
     physics.qpos[0, 16:19] = torch.tensor([0, -0.2, 0.7])
-    velocity, spin = (
-        torch.tensor([0.1, -0.2, 0.6]).double(),
-        torch.tensor([3.0, -5, 8]).double(),
-    )
+    velocity = torch.tensor([0.1, -0.2, 0.6]).double()
+    spin = torch.tensor([3.0, -5, 8]).double()
     physics.qvel[0, 16:19], physics.qvel[0, 19:] = velocity, spin
     seconds = 2 * 4 * simulator.task.time_step
     for _ in range(2):
         _, _, terminated, _, _ = simulator.step(torch.zeros(1, 16))
         assert not terminated
-    place = (
-        0.1 * seconds,
-        -0.2 - 0.2 * seconds,
-        0.7 + 0.6 * seconds - 9.81 * seconds**2 / 2,
-    )
-    assert_allclose(
-        physics.qpos[0, 16:19], place, atol=9.81 * seconds * simulator.task.time_step
-    )
+    height = 0.7 + 0.6 * seconds - 9.81 * seconds**2 / 2
+    place = 0.1 * seconds, -0.2 - 0.2 * seconds, height
+    error = 9.81 * seconds * simulator.task.time_step
+    assert_allclose(physics.qpos[0, 16:19], place, atol=error)
     assert_allclose(physics.qvel[0, 16:19], velocity.numpy() - [0, 0, 9.81 * seconds])
     assert_allclose(physics.qvel[0, 19:], spin * math.exp(-0.5 * seconds), rtol=1e-3)
 
@@ -551,7 +523,11 @@ def test_thumb_starts_below_its_limit_and_is_there_at_once():
 @pytest.mark.slow
 @every_variant
 def test_warp_agrees_with_mujoco(variant):
-    """One step on Warp's CPU device, its kernels compile: cubes on the hand, and in the air."""
+    """One step on Warp's CPU device: cubes on the hand, and in the air.
+
+    Its kernels compile.
+
+    """
     simulator = make_simulator(variant, 4)
     task, model = simulator.task, simulator.model
     for _ in range(20):
@@ -567,12 +543,8 @@ def test_warp_agrees_with_mujoco(variant):
         physics.qacc_warmstart[:] = 0
         physics.step(1)
     assert abs(cpu.qvel - state["qvel"]).max() > 1
-    for world, tolerance in (
-        (0, 0.5),
-        (1, 0.5),
-        (2, 1e-4),
-        (3, 1e-4),
-    ):  # other contact points
+    # On the hand Warp finds other contact points.
+    for world, tolerance in enumerate((0.5, 0.5, 1e-4, 1e-4)):
         assert_allclose(warp.qpos[world], cpu.qpos[world], atol=0.01 * tolerance)
         assert_allclose(warp.qvel[world], cpu.qvel[world], atol=tolerance)
 

@@ -11,20 +11,18 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from robot_stress import stress
+from robots import every_variant
 
 from isaac_tasks.anymal import Anymal
 from isaac_tasks.mujoco_simulator import MujocoSimulator
 from isaac_tasks.physics import CpuPhysics, WarpPhysics
 from isaac_tasks.task import State
 
-every_variant = pytest.mark.parametrize("variant", ["oige", "ige"])
-
 LEGS = {"LF": (1, 1), "LH": (-1, 1), "RF": (1, -1), "RH": (-1, -1)}
 POSE = np.array([[0.03 * y, 0.4 * x, -0.8 * x] for x, y in LEGS.values()]).ravel()
 HAA = {1: (-0.72, 0.49), -1: (-0.49, 0.72)}
-LIMITS = np.array(
-    [r for _, y in LEGS.values() for r in (HAA[y], *2 * [(-9.42478, 9.42478)])]
-)
+SWING = (-9.42478, 9.42478)
+LIMITS = np.array([row for _, y in LEGS.values() for row in (HAA[y], SWING, SWING)])
 
 
 def make_simulator(variant="oige", num_envs=4, seed=0):
@@ -65,7 +63,7 @@ def test_bodies():
 
 @pytest.mark.parametrize(("leg", "side"), LEGS.items())
 def test_inertia(leg, side):
-    """The tensors about the centres of mass; their products change signs with the side."""
+    """Tensors about the centres of mass; their products change signs with the side."""
     model, _ = forward()
     x, y = side
     for name, moments, products in (
@@ -122,14 +120,13 @@ def test_zero_action_stands(variant):
         if step == 100:
             place = simulator.physics.qpos.clone()
     assert (abs(simulator.physics.qpos - place)[:, :3] < 0.01).all()
-    assert (
-        simulator.physics.qpos[:, 2] > 0.49
-    ).all()  # ige's drives give way under the weight
+    # ige's drives give way under the weight.
+    assert (simulator.physics.qpos[:, 2] > 0.49).all()
     assert (reward > (0.024 if variant == "oige" else 0.025)).all()
 
 
 def test_steps_of_the_target_add_up():
-    """oige: 0.225 rad a step, within the joint's limits; another episode starts at the pose."""
+    """oige: 0.225 rad a step, within the limits; another episode starts at the pose."""
     simulator = make_simulator("oige", 2)
     action = torch.zeros(2, 12)
     action[0, 0] = 1
@@ -148,14 +145,17 @@ def test_target_follows_the_action():
     simulator = make_simulator("ige", 2)
     for a in (1.0, -0.4):
         simulator.step(torch.full((2, 12), a))
-        assert_allclose(
-            simulator.physics.ctrl, np.tile(POSE + 0.5 * a, (2, 1)), atol=1e-6
-        )
+        target = np.tile(POSE + 0.5 * a, (2, 1))
+        assert_allclose(simulator.physics.ctrl, target, atol=1e-6)
     assert (simulator.model.actuator_forcerange == [-80, 80]).all()
 
 
 def trot(time, speed, period=0.4):
-    """Joints (worlds, 12) at a time, s: diagonal legs bend and swing in turn. speed (worlds,)."""
+    """Joints (worlds, 12) at a time, s: diagonal legs bend and swing in turn.
+
+    speed (worlds,).
+
+    """
     phase = 2 * np.pi * (time / period + np.array([0, 0.5, 0.5, 0]))
     forwards = speed[:, None] * period / 4 * np.cos(phase)  # of the foot, m
     knee = -0.4 * np.array([x for x, _ in LEGS.values()]) * (-np.sin(phase)).clip(0)
@@ -165,15 +165,18 @@ def trot(time, speed, period=0.4):
 
 @pytest.mark.slow
 def test_a_scripted_trot_follows_the_command():
-    """oige: forwards, on the spot and backwards for six seconds, at two thirds of the command and
-    without a fall; standing would be worth 50 (exp(-0.8^2 / 0.25) + 0.5) = 29 in an episode."""
+    """oige: forwards, on the spot and backwards for six seconds, without a fall.
+
+    At two thirds of the command; standing would be worth
+    50 (exp(-0.8^2 / 0.25) + 0.5) = 29 in an episode.
+
+    """
     simulator, speed, target = make_simulator("oige", 3), np.array([0.8, 0, -0.8]), POSE
     simulator.memory[:, :3], simulator.memory[:, 0] = 0, torch.tensor(speed)
     rewards = []
     for step in range(1, 301):
-        now, soon = (
-            trot(0.02 * i, speed * min(1, 0.02 * step)) for i in (step, step + 1)
-        )
+        faster = speed * min(1, 0.02 * step)
+        now, soon = trot(0.02 * step, faster), trot(0.02 * (step + 1), faster)
         ahead = now + 0.1 * (soon - now) / 0.02  # drives lag by 0.1 s
         action = ((ahead - target) / 0.225).clip(-1, 1)
         target = target + 0.225 * action
@@ -205,13 +208,12 @@ def random_state(task, n=200):
     )
     qvel = rng.normal(size=(n, 18)) * 0.7
     memory = rng.uniform(-1, 1, (n, task.memory_dim))
-    sensors = (
-        rng.normal(size=(n, 15)) * 0.5 if task.variant == "ige" else np.zeros((n, 0))
-    )
+    sensors = np.zeros((n, 0))
+    if task.variant == "ige":
+        sensors = rng.normal(size=(n, 15)) * 0.5
     action = rng.uniform(-1, 1, (n, 12))
-    return State(
-        *map(torch.from_numpy, (qpos, qvel, sensors, memory))
-    ), torch.from_numpy(action)
+    state = State(*map(torch.from_numpy, (qpos, qvel, sensors, memory)))
+    return state, torch.from_numpy(action)
 
 
 def rotate(quat, vector):
@@ -224,11 +226,8 @@ def rotate(quat, vector):
 def test_observations(variant):
     task = Anymal(variant)
     state, action = random_state(task)
-    qpos, qvel, command = (
-        state.qpos.numpy(),
-        state.qvel.numpy(),
-        state.memory.numpy()[:, :3],
-    )
+    qpos, qvel = state.qpos.numpy(), state.qvel.numpy()
+    command = state.memory.numpy()[:, :3]
     quat = qpos[:, 3:7]
     inverse = quat * [1, -1, -1, -1]
     gravity = rotate(quat, np.tile([0.0, 0, -1], (len(quat), 1)))
@@ -348,7 +347,7 @@ def test_first_states(variant, by):
 
 
 def assert_uniform(x, low, high):
-    """Samples in [low, high] with the median of the uniform distribution, each its own."""
+    """Columns of samples in [low, high], each with a uniform distribution's median."""
     width = high - low
     assert low <= x.min() < low + 0.01 * width
     assert high - 0.01 * width < x.max() <= high
@@ -390,9 +389,7 @@ def test_contacts_that_end_an_episode(part):
     simulator = make_simulator("ige", 1)
     model, data = simulator.model, simulator.physics.data(0)
     names = ["base", "LF_THIGH", "LH_THIGH", "RF_THIGH", "RH_THIGH"]
-    assert [
-        model.sensor(i).name or model.body(model.sensor_objid[i]).name for i in range(5)
-    ] == (names)
+    assert [model.body(model.sensor_objid[i]).name for i in range(5)] == names
     data.qpos[2] = 5
     mujoco.mj_forward(model, data)
     lowest = data.body(part).xpos[2] - 5
@@ -439,7 +436,7 @@ def test_stress(variant):
 @pytest.mark.slow
 @every_variant
 def test_warp_agrees_with_mujoco(variant):
-    """One step on Warp's CPU device, its kernels compile: standing, and in the air."""
+    """One step on Warp's CPU device: standing, and in the air. Its kernels compile."""
     simulator = make_simulator(variant, 4)
     task, model = simulator.task, simulator.model
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""Options: defaults per environment, checks, help, and the commands that the pages name."""
+"""Options: defaults per environment, checks, help, and the pages' commands."""
 
 import argparse
 import dataclasses
@@ -53,7 +53,7 @@ def parse(*words, script=SCRIPT):
     )[0]
 
 
-# --- Defaults -------------------------------------------------------------------------------------
+# --- Defaults -----------------------------------------------------------------------
 @pytest.mark.parametrize("version", ["v4", "v5"])
 @pytest.mark.parametrize("name", PAPER_TABLE)
 def test_paper_settings_are_the_defaults(name, version):
@@ -137,7 +137,7 @@ def test_cleanrls_settings_are_sacs_defaults():
     )
 
 
-# --- Help -----------------------------------------------------------------------------------------
+# --- Help ---------------------------------------------------------------------------
 def test_help_shows_the_environments_values():
     with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as stopped:
         parse("--env-id", "Ant-v4", "--help")
@@ -162,7 +162,7 @@ def test_help_gives_every_option_its_type_text_and_default(script):
         assert re.search(rf"{flag}{suffix} [^(-].{{5,}}\(default: ", text), flag
 
 
-# --- Impossible values ----------------------------------------------------------------------------
+# --- Impossible values --------------------------------------------------------------
 def numbers_of(script):
     types = typing.get_type_hints(options_of(script))
     return [
@@ -174,7 +174,7 @@ def numbers_of(script):
 
 @each
 def test_numbers_that_make_no_sense_are_refused(script):
-    """NaN, infinite, negative and zero, for every numeric option; the sentence names it."""
+    """NaN, infinite, negative and zero; the sentence names the option."""
     defaults = options_of(script)()
     for name, value in itertools.product(
         numbers_of(script), (math.nan, math.inf, -1, 0)
@@ -191,8 +191,9 @@ IMPOSSIBLE = [
     ("meow", "log-sigma-min", "3"), ("meow", "log-sigma-max", "-9"),
     ("meow", "log-sigma-max", "99"), ("meow", "coupling", "cubic"),
     ("meow", "reward-shifting", "triple"), ("meow", "seed", "4294967296"),
-    ("meow", "seed", "one"), ("meow", "total-timesteps", "1e6"), ("meow", "unknown-option", "1"),
-    ("sac", "gamma", "2"), ("sac", "reward-shifting", "single"), ("sac", "log-sigma-min", "1"),
+    ("meow", "seed", "one"), ("meow", "total-timesteps", "1e6"),
+    ("meow", "unknown-option", "1"), ("sac", "gamma", "2"),
+    ("sac", "reward-shifting", "single"), ("sac", "log-sigma-min", "1"),
     ("sql", "tau", "1.1"), ("sql", "kernel-particles", "3"),
 ]  # fmt: skip
 
@@ -213,19 +214,27 @@ def test_resume_and_evaluate_exclude_each_other(capsys):
     assert "--resume and --evaluate exclude each other" in capsys.readouterr().err
 
 
-# --- Pages and scripts ----------------------------------------------------------------------------
+# --- Pages and scripts --------------------------------------------------------------
 def commands():
-    """Each `python FILE.py ...` in a bash block of a page: (file name, its words)."""
+    """Each `python FILE.py ...` in a bash block of a page: (file name, its words).
+
+    Files are named from here or from the page's folder. Blocks that begin with
+    `git worktree` are of an earlier commit.
+    """
     pages = [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "studies").rglob("*.md")),
     ]
     found = []
     for page in filter(lambda page: page.is_file(), pages):
+        folder = page.parent.relative_to(ROOT)
         for block in re.findall(
             r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(), re.M | re.S
         ):
+            if block.startswith("git worktree"):
+                continue
             lines = re.sub(
                 r"\\\n", " ", re.sub(r"\$\{?algo\}?", "meow", block)
             ).splitlines()
@@ -233,7 +242,9 @@ def commands():
                 for part in re.split(r"&&|\|\||[;|>]", re.sub(r"(^|\s)#.*", "", line)):
                     if match := re.search(r"\bpython3? (\S+\.py)\b(.*)", part):
                         words = re.sub(r"\$\{?\w+\}?|\{\d?\}", "1", match[2])
-                        found.append((match[1], shlex.split(words)))
+                        here = (ROOT / match[1]).is_file()
+                        file = match[1] if here else str(folder / match[1])
+                        found.append((file, shlex.split(words)))
     return found
 
 
@@ -266,11 +277,12 @@ def parses(file, words):
 
 
 def test_commands_of_the_pages_parse():
-    """The options in README, CONTRIBUTING and docs/ exist and their values are allowed."""
+    """The options in the pages exist and their values are allowed."""
     found = commands()
     assert {file for file, _ in found} >= {
         "meow_continuous_action.py",
         "meow_isaacgym.py",
+        "studies/two_gaits/gaits.py",
     }
     for file, words in found:
         for option in {"--resume", "--evaluate"} & set(words):  # that run doesn't exist

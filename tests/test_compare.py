@@ -1,14 +1,17 @@
-"""tools/compare.py: statistics by hand, the table of synthetic runs, thinned copies, bad input."""
+"""tools/compare.py: statistics, the table of synthetic runs, copies, bad input."""
 
 import json
 import math
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 pytest.importorskip("matplotlib")
@@ -25,7 +28,7 @@ MODE = "deterministic, 10 episodes"
 def write_run(
     root, exp_name=MEOW, seed=1, returns=(1, 2, 3), env="Hopper-v4", time=1, **changes
 ):
-    """A run with evaluations every 10 steps, 60 seconds each; `changes` of args.json's args."""
+    """A run with evaluations every 10 steps, 60 seconds each; changes: of its args."""
     about = {
         "script": f"{exp_name}.py",
         "git_commit": "c0ffee",
@@ -100,7 +103,7 @@ def cells(text):
     ]
 
 
-# --- Statistics -----------------------------------------------------------------------------------
+# --- Statistics -----------------------------------------------------------------------
 def test_iqm():
     assert compare.iqm(np.array([9.0, 1.0, 2.0, 100.0])) == 5.5
     assert compare.iqm(np.array([1.0, 2.0, 30.0])) == 11  # nothing to trim: 3 // 4 = 0
@@ -109,7 +112,7 @@ def test_iqm():
 
 
 def test_iqm_interval_is_rliables():
-    """The numbers are those of rliable 1.2.0 with 2,000 resamples, for 5 runs of 4 tasks."""
+    """Of 5 runs of 4 tasks; the numbers are rliable 1.2.0's, with 2,000 resamples."""
     x = np.array([1, 0.8, 1.3, 0.5]) + 0.2 * np.random.default_rng(3).standard_normal(
         (5, 4)
     )
@@ -119,7 +122,7 @@ def test_iqm_interval_is_rliables():
 
 
 def test_interval_of_a_mean():
-    """The limits of the normal approximation; it holds the true mean in about 95 of 100 cases."""
+    """As in the normal approximation; it holds the true mean about 95 times in 100."""
     x = np.random.default_rng(0).normal(5, 1, 40)
     half = 1.96 * x.std() / math.sqrt(40)
     assert np.allclose(
@@ -160,7 +163,7 @@ def test_final_return_is_of_the_last_twentieth(tmp_path, frequency, evaluations,
     assert run["final"] == mean
 
 
-# --- The table ------------------------------------------------------------------------------------
+# --- The table ------------------------------------------------------------------------
 @pytest.fixture
 def runs(tmp_path):
     """Two environments; SAC's mean final return is 100 on Hopper and 20 on Swimmer."""
@@ -180,18 +183,21 @@ def test_table(runs, run_compare):
     code, text, _ = run_compare(runs)
     assert code == 0
     some, none = "1 of 2 seeds", "not reached"
+    hopper, swimmer = "Hopper-v4", "Swimmer-v4"
+    two, three = "2 (1, 2)", "3 (1, 2, 3)"
+    reached = ["30 (2 of 3 seeds)", "3.0 (2 of 3 seeds)"]
+    meow = ["90.0", "30.0 to 130.0", "130.0, 110.0, 30.0", *reached]
+    sac = ["100.0", "90.0 to 110.0", "90.0, 110.0", some, some]
+    td3 = ["40.0", "-", "40.0", none, none]
+    meow_swims = ["45.0", "30.0 to 60.0", "30.0, 60.0", "30", "3.0"]
+    sac_swims = ["20.0", "20.0 to 20.0", "20.0, 20.0", "25", "2.5"]
     assert cells(text) == [
-        ["Hopper-v4", "MEow", "30", "3 (1, 2, 3)", "90.0", "30.0 to 130.0", "130.0, 110.0, 30.0",
-         "30 (2 of 3 seeds)", "3.0 (2 of 3 seeds)", MODE],
-        ["Hopper-v4", "SAC", "30", "2 (1, 2)", "100.0", "90.0 to 110.0", "90.0, 110.0",
-         some, some, MODE],
-        ["Hopper-v4", "TD3 (SB3)", "30", "1 (4)", "40.0", "-", "40.0", none, none, MODE],
-        ["Swimmer-v4", "MEow", "30", "2 (1, 2)", "45.0", "30.0 to 60.0", "30.0, 60.0",
-         "30", "3.0", MODE],
-        ["Swimmer-v4", "SAC", "30", "2 (1, 2)", "20.0", "20.0 to 20.0", "20.0, 20.0",
-         "25", "2.5", MODE],
-        ["Swimmer-v4", "TD3 (SB3)", "-", "0", "not run", "-", "-", "-", "-", "-"],
-    ]  # fmt: skip
+        [hopper, "MEow", "30", three, *meow, MODE],
+        [hopper, "SAC", "30", two, *sac, MODE],
+        [hopper, "TD3 (SB3)", "30", "1 (4)", *td3, MODE],
+        [swimmer, "MEow", "30", two, *meow_swims, MODE],
+        [swimmer, "SAC", "30", two, *sac_swims, MODE],
+    ]
     scores = [0.3, 1.1, 1.3, 1.5, 3.0]
     assert f"| MEow | 3 + 2 | {stats.trim_mean(scores, 0.25):.3f} |" in text
     assert (
@@ -204,8 +210,9 @@ def test_table(runs, run_compare):
     assert (
         "- machine: Z80, device cpu, 1 thread(s), compiled; 6502, device cpu, 1" in text
     )
-    loop = "for seed in 1 2 3; do python meow_continuous_action.py --env-id Hopper-v4 --seed $seed;"
-    assert f"\n{loop} done\n" in text  # as recorded, without the folders of its machine
+    words = "python meow_continuous_action.py --env-id Hopper-v4 --seed $seed"
+    # as recorded, without the folders of its machine
+    assert f"\nfor seed in 1 2 3; do {words}; done\n" in text
     assert "python sb3_baselines.py --env-id Hopper-v4 --seed $seed; done" in text
 
 
@@ -216,10 +223,8 @@ def test_iqm_is_of_the_task_with_most_algorithms(tmp_path, run_compare):
     write_run(tmp_path / "runs", env="Swimmer-v4")
     _, text, _ = run_compare(tmp_path / "runs")
     assert "| MEow | 1 | 1.000 | - |" in text
-    assert (
-        f"Hopper-v4 (30 steps, {MODE}) by 3.000. Left out, without a positive divisor: S"
-        in text
-    )
+    divisors = f"Hopper-v4 (30 steps, {MODE}) by 3.000. Left out, without a positive"
+    assert f"{divisors} divisor: Swimmer-v4.\n" in text
     shutil.rmtree(tmp_path / "runs" / f"Hopper-v4__{SAC}__3__1")
     shutil.rmtree(tmp_path / "runs" / f"Hopper-v4__{SAC}__4__1")
     assert (
@@ -253,13 +258,46 @@ def test_what_differs_is_not_averaged(tmp_path, run_compare):
     ]
 
 
-def test_runs_older_than_an_option_are_averaged_with_its_default(tmp_path, run_compare):
-    default = {"shift_units": "nats", "replay_pre_tanh": False}
-    for seed, change in enumerate([{}, default, {"shift_units": "reward"}], 1):
+def test_runs_of_other_versions_are_averaged_if_equal_in_what_matters(
+    tmp_path, run_compare
+):
+    """Options that came or went count as their default where they aren't recorded."""
+    gone = {"shift_units": "nats", "replay_pre_tanh": False, "bf16": False}
+    new = {"env_kwargs": "{}", "flatten": False, "max_episode_steps": None}
+    changes = [{}, gone, new | {"eval_envs": 3}, {"bf16": True}, {"flatten": True}]
+    for seed, change in enumerate(changes, 1):
         write_run(tmp_path / "runs", seed=seed, **change)
-    nats, reward = cells(run_compare(tmp_path / "runs")[1])
-    assert nats[1:4] == ["MEow, shift_units=nats", "30", "2 (1, 2)"]
-    assert reward[1:4] == ["MEow, shift_units=reward", "30", "1 (3)"]
+    rows = [line[1:4] for line in cells(run_compare(tmp_path / "runs")[1])]
+    assert rows == [
+        ["MEow, bf16=False, flatten=False", "30", "3 (1, 2, 3)"],
+        ["MEow, bf16=False, flatten=True", "30", "1 (5)"],
+        ["MEow, bf16=True, flatten=False", "30", "1 (4)"],
+    ]
+
+
+def test_a_label_tells_experiments_apart(tmp_path, run_compare):
+    """Which have the same label, or are one that is called as a label."""
+    for name in (MEOW, "meow_isaacgym", "SAC", SAC):
+        write_run(tmp_path / "runs", name)
+    labels = [line[1] for line in cells(run_compare(tmp_path / "runs")[1])]
+    expected = [f"MEow ({MEOW})", f"SAC ({SAC})", "MEow (meow_isaacgym)", "SAC (SAC)"]
+    assert labels == expected
+
+
+def test_of_runs_alike_the_newer_one_counts(tmp_path, run_compare):
+    """By the time in their names, or else of their files."""
+    old = write_run(tmp_path / "runs", returns=(7, 8, 9), time=1795198115)
+    new = write_run(tmp_path / "runs", time=1795198116)
+    code, text, err = run_compare(old.parent, "--copy")
+    assert code == 0
+    assert cells(text)[0][2:5] == ["30", "1 (1)", "3.000"]
+    why = "have the same settings and seed: the second, newer one counts"
+    assert err == f"warning: {old} and {new} {why}\n"
+    assert not (tmp_path / "out" / old.name).exists()
+    digest = write_run(tmp_path / "runs", returns=(4, 5, 6), time="0a1b")
+    for moment, counts in ((1795198114, "3.000"), (1795198117, "6.000")):
+        os.utime(digest / "metrics.csv", (moment, moment))
+        assert cells(run_compare(old.parent)[1])[0][4] == counts
 
 
 def test_several_settings_have_no_iqm(tmp_path, run_compare):
@@ -283,9 +321,8 @@ def test_not_run_and_unfinished(tmp_path, run_compare):
     write_run(root, seed=3, returns=(1, math.nan, 3))
     empty = write_run(root, seed=4)
     (empty / "metrics.csv").write_text("step,seconds,name,value\n")
-    torn = (
-        write_run(root, seed=5) / "metrics.csv"
-    )  # 3.0 becomes 3: still a number, but cut off
+    # 3.0 becomes 3: still a number, but cut off
+    torn = write_run(root, seed=5) / "metrics.csv"
     torn.write_text(
         torn.read_text()[: torn.read_text().rindex("eval/return_mean") + 18]
     )
@@ -295,16 +332,39 @@ def test_not_run_and_unfinished(tmp_path, run_compare):
     assert table[:7] == [
         ["Hopper-v4", "MEow", "30", "1 (1)", "3.000"],
         ["Hopper-v4", "MEow", "30", "1 (3)", "return is not finite at step 20"],
-        ["Hopper-v4", "MEow", "30", "1 (4)", "unfinished at step 0"],
-        ["Hopper-v4", "MEow", "30", "1 (5)", "unfinished at step 20"],
-        ["Hopper-v4", "MEow", "50", "1 (2)", "unfinished at step 30"],
-        ["Hopper-v4", "MEow", "50", "1 (6)", "unfinished at step 30"],
+        ["Hopper-v4", "MEow", "30", "1 (4)", "stopped at step 0"],
+        ["Hopper-v4", "MEow", "30", "1 (5)", "stopped at step 30"],
+        ["Hopper-v4", "MEow", "50", "1 (2)", "stopped at step 30"],
+        ["Hopper-v4", "MEow", "50", "1 (6)", "stopped at step 30"],
         ["Hopper-v4", "SAC", "-", "0", "not run"],
     ]
     assert [line[1] for line in table[-4:]] == ["new", "MEow", "SAC", "new"]
     assert (
         "python tools/compare.py RUNS --out OUT --envs Ant-v4 --algos sac new`" in text
     )
+
+
+def test_a_stopped_run_says_where(tmp_path, run_compare):
+    """As its checkpoint says, or as far as its log goes; a copy of it, too."""
+    killed = write_run(tmp_path / "runs", total_timesteps=5000, eval_frequency=1000)
+    with open(killed / "metrics.csv", "a") as f:
+        f.write("3100,1.000,charts/episodic_return,5.0\n")
+    stopped = write_run(tmp_path / "runs", seed=2, returns=(), total_timesteps=5000)
+    torch.save({"step": 1468, "rows": torch.zeros(9)}, stopped / "checkpoint.pt")
+    damaged = write_run(tmp_path / "runs", seed=3, total_timesteps=5000)
+    (damaged / "checkpoint.pt").write_text("not a checkpoint")
+    robots = write_run(
+        tmp_path / "runs", seed=4, returns=(), total_timesteps=5000, num_envs=16
+    )
+    torch.save({"step": 10}, robots / "checkpoint.pt")
+    _, text, _ = run_compare(tmp_path / "runs", "--copy")
+    assert sorted(line[3:5] for line in cells(text)) == [
+        ["1 (1)", "stopped at step 3,100"],
+        ["1 (2)", "stopped at step 1,468"],
+        ["1 (3)", "stopped at step 30"],
+        ["1 (4)", "stopped at step 160"],
+    ]
+    assert run_compare(tmp_path / "out", out=tmp_path / "again")[1] == text
 
 
 def test_steps_of_many_environments_are_environment_steps(tmp_path, run_compare):
@@ -318,7 +378,89 @@ def test_steps_of_many_environments_are_environment_steps(tmp_path, run_compare)
     )  # step 20 of 30 has SAC's final return, in each of 128 environments
 
 
-# --- Copies and figures ---------------------------------------------------------------------------
+# --- Curves of other code -------------------------------------------------------------
+def write_curve(file, returns=(1, 2, 3), name="eval/return_mean"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [f"{10 * i},1,{name},{value}" for i, value in enumerate(returns, 1)]
+    file.write_text("\n".join(["step,seconds,name,value", *rows]) + "\n")
+    return file
+
+
+def test_curves_of_other_code_are_added(tmp_path, run_compare):
+    """Environment and seed from the path or as given; never averaged with ours."""
+    root = write_run(tmp_path / "runs").parent
+    for seed in (1, 2):
+        write_run(root, SAC, seed)
+        write_curve(tmp_path / "clean" / "Hopper-v4" / f"seed_{seed}.csv", (seed, 9))
+        write_curve(tmp_path / "their" / f"Ant-v4__sac__{seed}__17" / "metrics.csv")
+    file = write_curve(tmp_path / "some.csv", name="return")
+    words = [f"CleanRL={tmp_path}/clean", f"MEow={tmp_path}/their"]
+    words.append(f"Mine={file},env=Swimmer-v4,seed=7,name=return")
+    code, text, _ = run_compare(root, "--add", *words)
+    assert code == 0
+    theirs = "of other code"
+    assert [[*line[:5], line[-1]] for line in cells(text)] == [
+        ["Hopper-v4", "MEow", "30", "1 (1)", "3.000", MODE],
+        ["Hopper-v4", "SAC", "30", "2 (1, 2)", "3.000", MODE],
+        ["Hopper-v4", "CleanRL (added)", "20", "2 (1, 2)", "9.000", theirs],
+        ["Ant-v4", "MEow (added)", "30", "2 (1, 2)", "3.000", theirs],
+        ["Swimmer-v4", "Mine (added)", "30", "1 (7)", "3.000", theirs],
+    ]
+    assert f"- files of other code: `{file}`" in text
+    assert f" --add {shlex.join(words)}`" in text
+    assert len(cells(run_compare("--add", *words)[1])) == 3  # without any of ours
+
+
+BAD_ADDED = {
+    "LABEL": "it must look like LABEL=PATH[,env=ID][,seed=N][,name=NAME]",
+    "=a.csv": "it must look like LABEL=PATH",
+    "L=a.csv,env=": "it must look like LABEL=PATH",
+    "L=a.csv,seed=x": "it must look like LABEL=PATH",
+    "L=a.csv,colour=red": "it must look like LABEL=PATH",
+    "L=nowhere": "there is no nowhere",
+    "L=empty": "there is no csv file in empty",
+    "L=a.csv,seed=1": "a.csv: no environment such as Ant-v4 in its path: give it with",
+    "L=a.csv,env=Ant-v4": "a.csv: no seed such as seed_3 in its path: give it",
+    "L=a.csv,env=Ant-v4,seed=1": "a.csv: it has no eval/return_mean, but r: give one",
+    "L=b.csv,env=Ant-v4,seed=1": "b.csv: it must begin with step,seconds,name,value",
+}
+
+
+@pytest.mark.parametrize("words", BAD_ADDED)
+def test_bad_additions(words, tmp_path, run_compare, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_curve(tmp_path / "a.csv", name="r")
+    (tmp_path / "b.csv").write_text("step,value\n1,2\n")
+    (tmp_path / "empty").mkdir()
+    code, text, err = run_compare("--add", words)
+    assert (code, text) == (2, "")
+    assert err.startswith("error: --add")
+    assert BAD_ADDED[words] in err
+    assert err.count("\n") == 1
+
+
+# --- Published returns ----------------------------------------------------------------
+def test_published_returns_are_shown_as_far_as_ours_go(tmp_path, run_compare):
+    for env, frequency in (("Hopper-v4", 50_000), ("Ant-v4", 500_000)):
+        write_run(tmp_path / "runs", SAC, env=env, eval_frequency=frequency)
+    write_run(tmp_path / "runs", SAC, env="Hopper-v5", eval_frequency=50_000)
+    _, text, _ = run_compare(tmp_path / "runs")
+    lines = text.split("## Published returns\n\n")[1].split("\n\n")
+    theirs = "MEow, authors' code"
+    assert lines[0].splitlines()[2:] == [
+        "| Hopper-v4 | MEow in the paper | 150,000 | 5 | 1389 | - |",
+        "| Hopper-v4 | SAC published by SimbaV2 | 150,000 | 10 | 1183 | 568 |",
+        "| Ant-v4 | MEow in the paper | 1,200,000 | 5 | 4560 | - |",
+        "| Ant-v4 | SAC published by SimbaV2 | 1,500,000 | 10 | 4340 | 3066 |",
+        f"| Ant-v4 | {theirs} (meow-replication) | 1,000,000 | 3 | 2936 | 484 |",
+        f"| Ant-v4 | {theirs} (FoldAndCutNetworks) | 1,000,000 | 3 | 1300 | - |",
+    ]
+    assert "another evaluation protocol and another MuJoCo" in lines[1]
+    write_run(tmp_path / "other", SAC)
+    assert "Published" not in run_compare(tmp_path / "other")[1]
+
+
+# --- Copies and figures ---------------------------------------------------------------
 def test_figures_of_thinned_copies_have_the_same_bytes(tmp_path, run_compare):
     out, again = tmp_path / "out", tmp_path / "again"
     for seed, returns in ((1, (50, 120, 130)), (2, (10, 20, 110))):
@@ -332,15 +474,13 @@ def test_figures_of_thinned_copies_have_the_same_bytes(tmp_path, run_compare):
         "iqm.svg",
     ):
         assert (out / name).read_bytes() == (again / name).read_bytes(), name
-    assert "MEow in the paper" in (out / "learning_curves.svg").read_text()
-    thin = "".join(
-        f"{step},{seconds}.000,charts/SPS,100.0\n{step},{seconds}.000,eval/return_mean,{value}\n"
-        for step, seconds, value in (
-            (20000, 60, "50.0"),
-            (40000, 120, "120.0"),
-            (60000, 180, "130.0"),
-        )
-    )
+    figure = (out / "learning_curves.svg").read_text()
+    for source in ("MEow in the paper", "SAC published by SimbaV2"):
+        assert f"<!-- {source} -->" in figure
+    thin = ""
+    for i, value in enumerate((50.0, 120.0, 130.0), 1):
+        for name, number in (("charts/SPS", 100.0), ("eval/return_mean", value)):
+            thin += f"{20_000 * i},{60 * i}.000,{name},{number}\n"
     copy = out / f"Hopper-v4__{SAC}__1__1"
     assert (copy / "metrics.csv").read_text() == "step,seconds,name,value\n" + thin
     assert str(tmp_path) not in (copy / "args.json").read_text()
@@ -360,6 +500,27 @@ def test_copies_count_once_and_replace_no_fuller_file(tmp_path, run_compare):
     assert (full / "metrics.csv").read_bytes() == before
 
 
+def test_figures_have_a_panel_for_each_environment(tmp_path):
+    """In the paper's order; each row in one look of its own, in one legend."""
+    envs = ("Humanoid-v4", "Ant-v4", "Walker2d-v4", "HalfCheetah-v4", "Hopper-v4")
+    for env in envs:
+        for seed, alpha in enumerate((0.1, 0.1, 0.2, 0.3), 1):
+            write_run(tmp_path, seed=seed, env=env, alpha=alpha)
+    table = run_table.number_rows(run_table.find_runs((tmp_path,)))
+    figure = compare.draw_curves(table)
+    assert [ax.get_title() for ax in figure.axes] == list(reversed(envs))
+    for ax in figure.axes:
+        looks = {(line.get_color(), line.get_linestyle()) for line in ax.lines}
+        assert len(looks) == len(ax.lines) == 3
+        assert len(ax.collections) == 1  # an interval where there are two seeds
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [
+        "MEow, alpha=0.1 (2 seeds)",
+        "MEow, alpha=0.2 (1 seed)",
+        "MEow, alpha=0.3 (1 seed)",
+    ]
+
+
 @pytest.mark.parametrize("folder", ["results", "results/isaac"])
 def test_the_committed_runs_give_the_committed_report(folder, run_compare):
     assert (
@@ -367,7 +528,7 @@ def test_the_committed_runs_give_the_committed_report(folder, run_compare):
     )
 
 
-# --- Bad input ------------------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------
 DAMAGES = [  # in the file, what becomes what; END: its end
     ("args.json", "}", ""),
     ("args.json", '"script"', '"s"'),
@@ -399,18 +560,19 @@ def test_damaged_runs(tmp_path, run_compare, name, before, after):
     if after == '"s"':
         assert f"it lacks {before.strip(chr(34))}\n" in err
     file.unlink()
-    assert run_compare(tmp_path / "runs")[2] == f"error: {file.parent} has no {name}\n"
+    _, _, err = run_compare(tmp_path / "runs")
+    assert err.startswith(f"error: {file.parent} has no {name}")
+    assert ("--add LABEL=" in err) == (name == "args.json")
 
 
-def test_runs_that_count_twice(tmp_path, run_compare):
+def test_runs_of_one_name(tmp_path, run_compare):
     a = write_run(tmp_path / "a")
-    b = write_run(tmp_path / "a", returns=(4, 5, 6), time=2)
-    c = write_run(tmp_path / "c", returns=(7, 8, 9))  # a's name
-    d = write_run(tmp_path / "d", alpha=0.5)  # a's name and returns
-    for pair in ((a, b), (a, c), (a, d)):
-        code, _, err = run_compare(*pair)
+    c = write_run(tmp_path / "c", returns=(7, 8, 9))
+    d = write_run(tmp_path / "d", alpha=0.5)  # a's returns
+    for other in (c, d):
+        code, _, err = run_compare(a, other)
         assert code == 2
-        assert all(str(folder) in err for folder in pair)
+        assert f"{a} and {other} have the same name but differ" in err
     code, text, _ = run_compare(a, a, a / ".." / a.name)
     assert code == 0
     assert cells(text)[0][3] == "1 (1)"

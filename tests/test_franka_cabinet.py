@@ -1,6 +1,7 @@
-"""FrankaCabinet: model, observation, reward, drives, episodes; a controller that opens the drawer.
+"""FrankaCabinet: model, observation, reward, drives, episodes, an open drawer.
 
-Expected numbers are those of the task's definition; poses come from MuJoCo's own kinematics.
+Expected numbers are those of the task's definition; poses come from MuJoCo's own
+kinematics.
 """
 
 import math
@@ -12,12 +13,11 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from robot_stress import stress
+from robots import every_variant
 
 from isaac_tasks import TASKS
 from isaac_tasks.mujoco_simulator import MujocoSimulator
 from isaac_tasks.task import State
-
-every_variant = pytest.mark.parametrize("variant", ["oige", "ige"])
 
 ARM = [f"link_{i}" for i in range(1, 8)]
 JOINTS = [*ARM, "left_finger", "right_finger"]
@@ -31,8 +31,9 @@ STEPS = {
     "ige": np.array([0.1245] * 7 + [0.01245] * 2),
 }
 MASSES = {  # kg
-    "link_1": 2.975, "link_2": 3.004, "link_3": 2.329, "link_4": 2.374, "link_5": 3.419,
-    "link_6": 1.435, "link_7": 0.446, "hand": 0.709, "left_finger": 0.022, "right_finger": 0.022,
+    "link_1": 2.975, "link_2": 3.004, "link_3": 2.329, "link_4": 2.374,
+    "link_5": 3.419, "link_6": 1.435, "link_7": 0.446,
+    "hand": 0.709, "left_finger": 0.022, "right_finger": 0.022,
 }  # fmt: skip
 DRAWER_MASS = {"oige": 5.33 + 0.2, "ige": 5.33 + 3.28}
 
@@ -101,12 +102,8 @@ def test_model(variant):
     assert_allclose(model.body_mass.sum(), sum(MASSES.values()) + DRAWER_MASS[variant])
     assert_allclose(model.joint("drawer").damping, 10)
     assert_allclose(model.joint("drawer").axis, (1, 0, 0))
-    assert (task.obs_dim, task.act_dim, task.episode_length, task.clip_obs) == (
-        23,
-        9,
-        500,
-        5,
-    )
+    assert (task.obs_dim, task.act_dim) == (23, 9)
+    assert (task.episode_length, task.clip_obs) == (500, 5)
     assert_allclose(task.time_step * task.substeps, 0.0166)
     assert (model.opt.gravity == 0).all()
     assert_allclose(model.jnt_solref, [(0.0166, 1)] * 10)  # stiff limits: two steps
@@ -214,7 +211,7 @@ def test_strength_of_the_drives():
 
 @every_variant
 def test_joint_speeds(variant):
-    """A full action drives joints at their highest speed; a slow hinge is 0.2 s behind."""
+    """A full action drives joints at full speed; slow hinges are 0.2 s behind."""
     simulator = make_simulator(variant, num_envs=3)
     action = torch.zeros(3, 9)
     action[0, 0], action[1, 0], action[2, 8] = -1, -0.02, -1
@@ -287,12 +284,11 @@ def expected_reward(variant, data, handle, action):
         reward = 2 * near + 0.5 * turned + 7.5 * x + 10 * closing + 0.5 * (x > 0.01)
         return reward - 0.01 * np.square(action).sum(), set()
     around = 0.5 if left[2] > handle[2] > right[2] else 0
-    fingers = (
-        0.08 - abs(left[2] - handle[2]) - abs(right[2] - handle[2]) if around else 0
-    )
-    reward = (
-        2 * near + 0.5 * turned + 0.25 * around + 7.5 * (x * around + x) + 5 * fingers
-    )
+    fingers = 0
+    if around:
+        fingers = 0.08 - abs(left[2] - handle[2]) - abs(right[2] - handle[2])
+    reward = 2 * near + 0.5 * turned + 0.25 * around
+    reward += 7.5 * (x * around + x) + 5 * fingers
     reward += 0.5 * (x > 0.01) + around * (x > 0.2) + 2 * around * (x > 0.39)
     reward -= 0.01 * np.square(action).sum()
     behind = min(left[0], right[0]) < handle[0] - 0.04
@@ -371,9 +367,8 @@ def test_end_of_an_episode(variant, end):
     world = physics.data(1)
     control, memory = task.act(before, action.double())
     world.ctrl[:] = control[1]
-    mujoco.mj_step(
-        simulator.model, world, task.substeps
-    )  # what the episode's last step does
+    # What the episode's last step does.
+    mujoco.mj_step(simulator.model, world, task.substeps)
     rows = [
         torch.tensor(row)[None] for row in (world.qpos, world.qvel, world.sensordata)
     ]
@@ -398,7 +393,7 @@ def test_end_of_an_episode(variant, end):
 
 @every_variant
 def test_resume(variant):
-    """From the middle of an episode, through time-outs, bit by bit; the targets are a part."""
+    """From the middle of an episode, through time-outs, bit by bit; targets too."""
     one = make_simulator(variant)
     actions = 2 * torch.rand(20, 4, 9, generator=torch.Generator().manual_seed(0)) - 1
     for action in actions[:8]:
@@ -418,14 +413,12 @@ def test_resume(variant):
 
 
 class Controller:
-    """Reaches for the handle with one finger above and one below it, closes them and pulls."""
+    """Reaches for the handle, one finger above and one below, closes them and pulls."""
 
-    handle = np.array(
-        [0.345, 0.0, 0.7264]
-    )  # middle of the bar, where the finger tips go
-    axes = np.array(
-        [[0, 0, -1.0], [-1, 0, 0], [0, 1, 0]]
-    )  # of the hand: fingers forward, upright
+    # Middle of the bar, where the finger tips go.
+    handle = np.array([0.345, 0.0, 0.7264])
+    # Of the hand: fingers forward, upright.
+    axes = np.array([[0, 0, -1.0], [-1, 0, 0], [0, 1, 0]])
 
     def __init__(self, simulator, world, grips=True):
         self.simulator, self.world, self.grips = simulator, world, grips
@@ -450,9 +443,7 @@ class Controller:
             [to_goal * min(1, 0.1 / np.linalg.norm(to_goal)), turn]
         )
         speeds = arm.T @ np.linalg.solve(arm @ arm.T + 1e-3 * np.eye(6), velocity)
-        ahead_of_joints = (
-            0.2 * speeds
-        )  # the drives are so many seconds behind their targets
+        ahead_of_joints = 0.2 * speeds  # drives are 0.2 s behind their targets
         targets = self.simulator.memory[self.world].numpy()[:7]
         arm_action = (data.qpos[1:8] + ahead_of_joints - targets) / self.steps[:7]
         closes = self.grips and self.phase in ("grip", "pull")
@@ -472,8 +463,11 @@ class Controller:
 @pytest.mark.slow
 @every_variant
 def test_a_controller_opens_the_drawer(variant):
-    """By gripping and pulling the handle; with open fingers it doesn't move. Fingers don't rattle
-    on the handle, and the rewards grow."""
+    """By gripping and pulling the handle; with open fingers it doesn't move.
+
+    Fingers don't rattle on the handle, and the rewards grow.
+
+    """
     simulator = make_simulator(variant, num_envs=3)
     controllers = [Controller(simulator, world, grips=world < 2) for world in range(3)]
     opened, rewards, rattle = torch.zeros(3, dtype=torch.bool), [], 0.0
@@ -497,7 +491,7 @@ def test_a_controller_opens_the_drawer(variant):
 
 
 def deepest_contacts(simulator):
-    """Metres by which a body is below the floor, and inside cabinet or drawer, in any world."""
+    """Metres, of any body and world: below the floor; inside cabinet or drawer."""
     model, data, deepest = simulator.model, mujoco.MjData(simulator.model), np.zeros(2)
     for qpos in simulator.physics.qpos.numpy():
         data.qpos[:] = qpos
@@ -511,7 +505,7 @@ def deepest_contacts(simulator):
 @pytest.mark.slow
 @every_variant
 def test_stress(variant):
-    """With the floor, and the drawer's front, which is 27 mm thick and nothing gets through."""
+    """With floor and the drawer's front (27 mm thick), which nothing gets through."""
 
     def check(simulator, step):
         if step % 20 == 19:

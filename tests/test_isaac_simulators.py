@@ -1,4 +1,4 @@
-"""Adapters to Isaac Gym and Isaac Lab on stand-ins for both, and what all simulators promise."""
+"""Adapters to Isaac Gym and Isaac Lab on stand-ins; what all simulators promise."""
 
 import ast
 import importlib.util
@@ -47,14 +47,16 @@ def stand_ins(monkeypatch):
 
 
 def decode(obs: Tensor) -> list[tuple[int, int]]:
-    """Episode and step of each environment; checks that they stand in their own rows."""
+    """Episode and step of each environment; checks that each has its own row."""
     environment, episode, step = (64 * obs[:, :3]).long().T
     assert environment.tolist() == list(range(len(obs)))
     return list(zip(episode.tolist(), step.tolist(), strict=True))
 
 
 def play(simulator, steps: int, obs: Tensor) -> list[list]:
-    """Per environment the rows (obs, final obs, terminated, truncated), None where not valid.
+    """Per environment the rows (obs, final obs, terminated, truncated).
+
+    None where not valid.
 
     Checks each reward against the action of its row: 1 - |action - 0.5|^2.
     """
@@ -63,11 +65,9 @@ def play(simulator, steps: int, obs: Tensor) -> list[list]:
         action = torch.full((simulator.num_envs, 2), step / 128)  # exact in float32
         before, expected = decode(obs), 1 - 2 * (step / 128 - 0.5) ** 2
         obs, reward, terminated, truncated, final_obs = simulator.step(action)
-        valid = (
-            [True] * simulator.num_envs
-            if simulator.valid is None
-            else simulator.valid.tolist()
-        )
+        valid = [True] * simulator.num_envs
+        if simulator.valid is not None:
+            valid = simulator.valid.tolist()
         after, flags = decode(final_obs), (terminated.tolist(), truncated.tolist())
         for i, timeline in enumerate(timelines):
             row = before[i], after[i], flags[0][i], flags[1][i]
@@ -82,8 +82,8 @@ def timeline(
 ) -> list:
     """What `play` must return for environment `env`, from episode `first` on.
 
-    start: the first step of an episode that can be observed; late: rows lost to a reset;
-    stale: an episode after a fall is lost, too; fall_wins: at the time limit.
+    start: the first step of an episode that can be observed; late: rows lost to a
+    reset; stale: an episode after a fall is lost, too; fall_wins: at the time limit.
     """
     rows, episode = [], first
     while len(rows) < steps:
@@ -112,7 +112,7 @@ HOW = {
 
 @pytest.mark.parametrize(("name", "env_id"), ALL[1:])
 def test_every_row_of_every_episode_arrives_once(name, env_id):
-    """Row by row: all episode ends, no row joins two episodes, none is lost or doubled."""
+    """Row by row: all ends of episodes; no row joins two, none is lost or doubled."""
     simulator = make_simulator(name, env_id, 5, seed=1)
     timelines = play(simulator, 60, simulator.reset())
     for i in range(5):
@@ -120,12 +120,11 @@ def test_every_row_of_every_episode_arrives_once(name, env_id):
 
 
 def test_the_rows_of_one_environment_written_out():
-    """Environment 1 falls at steps 6, 7 (the limit), 1 and 3: checks `timeline` itself."""
+    """It falls at steps 6, 7 (the limit), 1 and 3: checks `timeline` itself."""
     rows = [((1, t), (1, t + 1), t == 5, False) for t in range(6)]  # the fall at step 6
     rows += [None]
-    rows += [
-        ((2, t), (2, t + 1), False, t == 6) for t in range(7)
-    ]  # a fall at the limit
+    # a fall at the limit
+    rows += [((2, t), (2, t + 1), False, t == 6) for t in range(7)]
     rows += [None, ((3, 0), (3, 1), True, False), None]
     rows += [((4, 0), (4, 1), False, False), ((4, 1), (4, 2), False, False)]
     rows += [((4, 2), (4, 3), True, False), None, ((5, 0), (5, 1), False, False)]
@@ -134,7 +133,7 @@ def test_the_rows_of_one_environment_written_out():
 
 @pytest.mark.parametrize(("name", "env_id"), ALL[1:])
 def test_observations_at_an_episodes_end(name, env_id):
-    """Isaac Lab: already the next episode's; Isaac Gym: the final one, then the next episode's."""
+    """Isaac Lab: the next episode's; Isaac Gym: the final one, then the next's."""
     simulator = make_simulator(name, env_id, 5, seed=1)
     simulator.reset()
     ends = 0
@@ -146,9 +145,8 @@ def test_observations_at_an_episodes_end(name, env_id):
             assert now[i] == (final[i] if name == "isaacgym" else (final[i][0] + 1, 0))
         if name == "isaacgym":
             first = HOW[env_id]["start"]
-            assert all(
-                now[i][1] == first for i in (~simulator.valid).nonzero()[:, 0].tolist()
-            )
+            late = (~simulator.valid).nonzero()[:, 0].tolist()
+            assert all(now[i][1] == first for i in late)
     assert ends > 20
 
 
@@ -223,10 +221,8 @@ def test_actions_are_clipped_and_the_seed_decides(name, env_id):
         simulator = make_simulator(name, env_id, 4, seed)
         rows, generator = [(simulator.reset(),)], torch.Generator().manual_seed(0)
         for _ in range(50):
-            sign = (
-                torch.randint(2, (4, simulator.act_dim), generator=generator) * 2.0 - 1
-            )
-            rows.append(simulator.step(scale * sign))
+            bits = torch.randint(2, (4, simulator.act_dim), generator=generator)
+            rows.append(simulator.step(scale * (bits * 2.0 - 1)))
         return torch.cat([t.flatten().float() for row in rows for t in row])
 
     once = results(seed=1, scale=1)
@@ -261,10 +257,8 @@ def test_missing_packages(monkeypatch):
 
 def test_refusals_of_isaac_gym(monkeypatch):
     unknown = refusal("isaacgym", "Nope")
-    assert (
-        unknown
-        == "Isaac Gym can't make Nope: LookupError: In 'config': Could not find 'task/Nope'"
-    )
+    reason = "LookupError: In 'config': Could not find 'task/Nope'"
+    assert unknown == f"Isaac Gym can't make Nope: {reason}"
     import isaacgymenvs
 
     monkeypatch.setattr(isaacgymenvs, "make", lambda **_options: sys.exit())
@@ -303,17 +297,17 @@ def test_an_isaac_lab_without_final_observations_is_refused(monkeypatch):
     needed = "Isaac Lab 3.0 or newer is needed"
     with monkeypatch.context() as patch:
         original = isaaclab_tasks.EnvCfg.__init__
-        patch.setattr(
-            isaaclab_tasks.EnvCfg,
-            "__init__",
-            lambda self: (original(self), delattr(self, "compute_final_obs"))[1],
-        )
+
+        def without_final_obs(self):
+            original(self)
+            del self.compute_final_obs
+
+        patch.setattr(isaaclab_tasks.EnvCfg, "__init__", without_final_obs)
         assert needed in refusal("isaaclab", "Isaac-Ant-Direct-v0")
     simulator = make_simulator("isaaclab", "Isaac-Ant-Direct-v0", 5, seed=1)
     play(simulator, 8, simulator.reset())
-    simulator.env.unwrapped.cfg.compute_final_obs = (
-        False  # and no old one is taken instead
-    )
+    # No old one is taken instead.
+    simulator.env.unwrapped.cfg.compute_final_obs = False
     with pytest.raises(SimulatorError, match="did not return the final observation"):
         play(simulator, 8, simulator.reset())
 
@@ -366,6 +360,22 @@ def test_bad_input(monkeypatch, name, env_id, options, message):
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "env_id", "hint"),
+    [
+        ("auto", "ant", "; did you mean Ant?"),
+        ("mujoco", "humanoid", "; did you mean Humanoid?"),
+        ("auto", "ANYMALL", "; did you mean Anymal?"),
+        ("auto", "ShadowHand", f"are {', '.join(TASKS)}"),
+        ("mujoco", "Bee", f"are {', '.join(TASKS)}"),
+    ],
+)
+def test_a_wrong_name_gets_a_hint(monkeypatch, name, env_id, hint):
+    """Where an embedded robot is similar, whatever the case of its letters."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert refusal(name, env_id).endswith(hint)
+
+
 def test_imports_go_one_way():
     """interface <- simulators and tasks <- make <- training, anywhere in a file."""
     package = Path(isaac_tasks.__file__).parent
@@ -384,19 +394,12 @@ def test_imports_go_one_way():
         done |= ready
     assert done == set(imported), f"a circle: {set(imported) - done}"
     assert imported["interface"] == imported["task"] == set()
-    for name in (
-        "physics",
-        "mujoco_simulator",
-        "isaacgym_simulator",
-        "isaaclab_simulator",
-    ):
+    simulators = {"mujoco_simulator", "isaacgym_simulator", "isaaclab_simulator"}
+    for name in simulators | {"physics"}:
         assert not imported[name] & {"make", "training"}
     for task in TASKS.values():  # a task knows no simulator
-        assert not imported[task.__module__.split(".")[1]] & {
-            "make",
-            "training",
-            "physics",
-        }
+        module = task.__module__.split(".")[1]
+        assert not imported[module] & {"make", "training", "physics"}
 
 
 @pytest.mark.parametrize(
@@ -417,7 +420,7 @@ def test_choice_of_the_simulator(name, env_id, chosen):
 
 @pytest.mark.slow
 def test_a_fresh_process_with_the_imports_in_order():
-    """As in a training script: Isaac Gym before torch, and nothing closes the physics early."""
+    """As in a script: Isaac Gym before torch, and nothing closes the physics early."""
     code = """
 import isaacgym, torch
 from isaac_tasks import make_simulator

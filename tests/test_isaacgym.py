@@ -509,66 +509,6 @@ def test_evaluation_repeats_the_runs_last_one(finished, tmp_path, capsys):
     assert "2 stochastic episodes" in capsys.readouterr().out
 
 
-def test_what_a_robots_policy_does(finished, monkeypatch):
-    """Over the episodes of the last evaluation: targets are 0 to 3 m from the start."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    from robot_policy import play
-
-    _, run = finished
-    means = play(run / "policy_final.pt", 2)
-    last = dict(
-        (n, float(v)) for s, n, v in metrics(run) if s == 60 and n.startswith("eval/")
-    )
-    assert means["return"] == pytest.approx(
-        last["eval/return_mean"], abs=0.02, rel=1e-3
-    )
-    assert means["length"] == pytest.approx(last["eval/length_mean"])
-    mean, most = (
-        means[f"{word}distance to the target, m"] for word in ("", "largest ")
-    )
-    assert 0.1 < mean < most < 3
-
-
-def test_measures_count_until_an_episode_ends(monkeypatch):
-    """Of two environments, whose episodes last one and three steps."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import robot_policy
-
-    measured = iter(torch.tensor([[10.0, 1.0], [90.0, 2.0], [90.0, 6.0]]))
-    simulator = SimpleNamespace(task=None, measures=lambda: {"height": next(measured)})
-    evaluator = SimpleNamespace(
-        envs=SimpleNamespace(simulator=simulator), policy=lambda *_: 0
-    )
-
-    def run(_step, _video):
-        for _ in range(3):
-            evaluator.policy(None, None)
-        return [4.0, 6.0], [1, 3]
-
-    evaluator.run = run
-    monkeypatch.setattr(robot_policy, "load_evaluator", lambda *_: (evaluator, 7))
-    means = {
-        "return": 5,
-        "length": 2,
-        "height": (10 + 3) / 2,
-        "largest height": (10 + 6) / 2,
-    }
-    assert robot_policy.play("policy_final.pt", 2) == means
-
-
-def test_tools_say_in_one_sentence_what_they_cannot_play(finished, tmp_path):
-    def tool(name, run):
-        words = [sys.executable, ROOT / "tools" / f"{name}.py", run]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        return done.stderr.splitlines()[-1]
-
-    assert "was trained on Ingenuity: strides are HalfCheetah's" in tool(
-        "stride", finished[1]
-    )
-    assert tool("robot_policy", tmp_path).startswith("error: [Errno 2]")
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_each_task_measures_what_it_is_about(name):
     simulator = make_simulator("mujoco", name, 3, seed=1)

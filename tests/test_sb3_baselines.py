@@ -1,7 +1,6 @@
-"""Stable-Baselines3's algorithms under our measurement: settings, environment, runs, errors."""
+"""Stable-Baselines3's algorithms under our measurement."""
 
 import copy
-import csv
 import signal
 import subprocess
 import sys
@@ -10,13 +9,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, metrics, options
 
 pytest.importorskip("stable_baselines3")
 
 import sb3_baselines as script
-from harness.envs import TrainingEnv, derive_seed
-from harness.runs import Run, main
+from harness.runs import Run, Session, main
 
 ALGORITHMS = ("td3", "ddpg", "sac", "ppo")
 SCRIPTED = "scripted_env:Scripted-v0"
@@ -40,31 +38,20 @@ def small_settings():
         yield
 
 
-def start(*words, **options):
+def start(*words, **settings):
     """The exit code of a command line."""
-    words = [
-        *words,
-        *(w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))),
-    ]
+    words = [*words, *options(**settings)]
     try:
-        return main(script.Args, script.train, script.load_evaluator, words)
+        return main(script.Args, script.train, script.evaluate_saved, words)
     except SystemExit as stopped:
         return stopped.code
 
 
-def make(algo, env_id, **options):
+def make(algo, env_id, **settings):
     """Args, environment, model and the parts of its policy, ready to learn."""
-    env = TrainingEnv(env_id, seed=1)
-    env.reset()
-    args = script.Args(algo=algo, env_id=env_id, eval_episodes=1, **options)
+    args = script.Args(algo=algo, env_id=env_id, eval_episodes=1, **settings)
+    env = script.make_env(args)
     return args, env, *script.make_model(args, env, "cpu")
-
-
-def metrics(folder):
-    """metrics.csv without times and speeds."""
-    with open(folder / "metrics.csv") as f:
-        rows = [(int(r["step"]), r["name"], r["value"]) for r in csv.DictReader(f)]
-    return [row for row in rows if row[1] != "charts/SPS"]
 
 
 def policy(folder):
@@ -75,7 +62,7 @@ def assert_equal(states, expected):
     torch.testing.assert_close(states, expected, rtol=0, atol=0)
 
 
-# --- Settings, environment, evaluation ------------------------------------------------------------
+# --- Settings, environment, evaluation ------------------------------------------------
 EXPECTED = [
     (
         "td3",
@@ -122,11 +109,12 @@ def test_the_model_has_the_zoos_settings(algo, env_id, expected):
 
 
 def test_actions_have_the_environments_units():
-    """Bounds [-0.4, 0.4] and [2, 3], of which SB3 sees the second centred; none is left."""
+    """Bounds [-0.4, 0.4] and [2, 3]: SB3 sees the second centred; none is left."""
     _, env, model, _ = make("ppo", SCRIPTED)
+    model.get_env().reset()
     for action in ([0.1, -0.2], [9, -9]):
         model.get_env().step(np.float32([action]))
-    assert np.allclose(env.env.unwrapped.received, [[0.1, 2.3], [0.4, 2.0]])
+    assert np.allclose(env.unwrapped.received, [[0.1, 2.3], [0.4, 2.0]])
 
 
 def test_replay_holds_true_final_observations_and_tells_time_outs():
@@ -141,24 +129,29 @@ def test_replay_holds_true_final_observations_and_tells_time_outs():
 
 
 @pytest.mark.parametrize("algo", ["ppo", "sac"])
-def test_evaluation_changes_nothing(algo, tmp_path):
+def test_evaluation_changes_nothing(algo):
     """A stochastic one draws, and leaves the random state and the statistics alone."""
     args, _, model, parts = make(algo, "Hopper-v4", deterministic_eval=False)
     before = (
         torch.get_rng_state(),
         copy.deepcopy({k: p.state_dict() for k, p in parts.items()}),
     )
-    evaluator = script.make_evaluator(args, model)
-    returns = [evaluator.run(step, tmp_path)[0] for step in (1, 1, 2)]
+    policy, session = script.make_eval_policy(args, model), Session(args, "cpu")
+    envs = script.make_eval_envs(args, session)
+
+    def returns(step):
+        return script.evaluate(args, envs, policy, step, session)[0]
+
+    first, second, other = [returns(step) for step in (1, 1, 2)]
     args.deterministic_eval = True
-    assert returns[0] == returns[1]
-    assert returns[0] not in (returns[2], evaluator.run(1, tmp_path)[0])
+    assert first == second
+    assert first not in (other, returns(1))
     assert_equal(
         (torch.get_rng_state(), {k: p.state_dict() for k, p in parts.items()}), before
     )
 
 
-# --- Runs -----------------------------------------------------------------------------------------
+# --- Runs -----------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One uninterrupted run of each algorithm."""
@@ -183,11 +176,8 @@ def test_a_run_has_our_files_and_the_networks_of_a_plain_learn(finished, algo):
         "charts/episodic_return",
         "eval/return_1",
     }
-    assert [step for step, name, _ in rows if name == "eval/return_mean"] == [
-        150,
-        300,
-        384,
-    ]
+    evaluated = [step for step, name, _ in rows if name == "eval/return_mean"]
+    assert evaluated == ["150", "300", "384"]
     _, _, model, parts = make(algo, "Hopper-v4")
     model.learn(384)
     assert model._n_updates > 0
@@ -200,19 +190,19 @@ def test_a_run_has_our_files_and_the_networks_of_a_plain_learn(finished, algo):
 def test_stopped_and_resumed_run_is_the_uninterrupted_one(
     finished, tmp_path, algo, monkeypatch
 ):
-    """Before learning starts (PPO: within a rollout) and with a full replay (PPO: between two)."""
-    log, stops = Run.log, [100, 320]
+    """Before learning starts and with a full replay; PPO: within, between rollouts."""
+    end_step, stops = Run.end_step, [100, 320]
 
-    def log_and_stop(run, values):
+    def stop_and_end_step(run):
         if run.step + 1 in stops:
             stops.remove(run.step + 1)
             signal.raise_signal(signal.SIGTERM)
-        log(run, values)
+        end_step(run)
 
-    monkeypatch.setattr(Run, "log", log_and_stop)
+    monkeypatch.setattr(Run, "end_step", stop_and_end_step)
     assert start(algo=algo, runs_dir=tmp_path, **QUICK) == 128 + signal.SIGTERM
     (run,) = tmp_path.iterdir()
-    assert max(step for step, _, _ in metrics(run)) <= 100
+    assert max(int(step) for step, _, _ in metrics(run)) <= 100
     assert start("--resume", str(run)) == 128 + signal.SIGTERM
     np.random.seed(0)  # whatever a new process has drawn
     torch.manual_seed(0)
@@ -227,7 +217,7 @@ def test_ppo_stops_within_a_rollout_and_goes_on_from_there(finished, tmp_path):
         start(algo="ppo", runs_dir=tmp_path, **QUICK | dict(total_timesteps=330)) == 0
     )
     (run,) = tmp_path.iterdir()
-    assert policy(run)["step"] == metrics(run)[-1][0] == 330
+    assert policy(run)["step"] == int(metrics(run)[-1][0]) == 330
     assert start("--resume", str(run), total_timesteps=384) == 0
     assert set(metrics(run)) >= set(metrics(finished["ppo"]))
 
@@ -239,13 +229,13 @@ def test_evaluation_is_a_plain_loop_which_evaluate_repeats(finished, algo, capsy
     _, _, model, _ = make(algo, "Hopper-v4")
     saved, env = policy(finished[algo]), gym.make("Hopper-v4")
     model.policy.load_state_dict(saved["policy"])
-    logged = {
-        name: float(x) for step, name, x in metrics(finished[algo]) if step == 384
-    }
+    rows = metrics(finished[algo])
+    logged = {name: float(x) for step, name, x in rows if step == "384"}
     assert start("--evaluate", str(finished[algo] / "checkpoint.pt")) == 0
     printed = capsys.readouterr().out
     for i in range(2):
-        (obs, _), returned, over = env.reset(seed=derive_seed(1, 1, 384, i)), 0.0, False
+        seed = script.episode_seed(1, script.EVALUATION, 384, i)
+        (obs, _), returned, over = env.reset(seed=seed), 0.0, False
         while not over:
             if algo == "ppo":
                 mean, var = (
@@ -274,7 +264,7 @@ def test_diverged_networks_stop_the_run(tmp_path, algo, monkeypatch, capsys):
     assert "action[0] = nan at step" in error
 
 
-# --- Messages -------------------------------------------------------------------------------------
+# --- Messages -------------------------------------------------------------------------
 BAD = {
     "--algo a2c": "algo",
     "--algo": "algo",
@@ -293,27 +283,26 @@ def test_bad_input_exits_with_2(words, needle, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-NOTES = {
-    "Ant-v4": None,
-    "Ant-v5": "those of its v4",
-    SCRIPTED: "Stable-Baselines3's defaults",
+ABOUT = {
+    "Ant-v4": "the Zoo's settings",
+    "Ant-v5": "the Zoo's settings of its v4",
+    SCRIPTED: "Stable-Baselines3's defaults: the Zoo has none for it",
 }
 
 
-@pytest.mark.parametrize("env_id", NOTES)
-def test_a_note_where_the_settings_are_not_the_zoos(
-    env_id, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize("env_id", ABOUT)
+@pytest.mark.parametrize("algo", [None, "sac"])
+def test_the_command_says_what_it_is_about_to_train(
+    env_id, algo, tmp_path, capsys, monkeypatch
 ):
+    """And takes TD3 where no algorithm is asked for."""
     monkeypatch.setattr(script.sb3.TD3, "learn", lambda *_a, **_k: sys.exit(0))
-    assert start(env_id=env_id, runs_dir=tmp_path) == 0
-    notes = [
-        line
-        for line in capsys.readouterr().err.splitlines()
-        if line.startswith("note: ")
-    ]
-    assert [line.split(": ")[-1] for line in notes] == (
-        [NOTES[env_id]] if NOTES[env_id] else []
-    )
+    monkeypatch.setattr(script.sb3.SAC, "learn", lambda *_a, **_k: sys.exit(0))
+    words = ["--algo", algo] if algo else []
+    assert start(*words, env_id=env_id, runs_dir=tmp_path) == 0
+    algo = algo or "td3"
+    said = f"{algo.upper()} of Stable-Baselines3 (--algo {algo}) on {env_id} with "
+    assert capsys.readouterr().err.splitlines()[0] == said + ABOUT[env_id]
 
 
 @pytest.mark.slow

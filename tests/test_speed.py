@@ -14,9 +14,8 @@ import json, pathlib, sys
 if "--help" in sys.argv:
     sys.exit()
 options = dict(zip(sys.argv[1:], sys.argv[2:]))
-total, window, starts = (
-    int(options[f"--{name}"]) for name in ("total-timesteps", "log-frequency", "learning-starts")
-)
+names = ("total-timesteps", "log-frequency", "learning-starts")
+total, window, starts = (int(options[f"--{name}"]) for name in names)
 folder = pathlib.Path(options["--runs-dir"], "run")
 folder.mkdir()
 about = {"cpu": "abacus", "device": "cpu", "git_commit": ""}
@@ -88,7 +87,8 @@ def test_simulators_of_two_checkouts_side_by_side():
         "--env-id", "Ingenuity", "--algo", "simulator", *words, "--tree", ROOT, ROOT
     )
     assert done.returncode == 0, done.stderr
-    row = r"\| steps/s, all rounds \| [\d,]+ \([\d,]+ to [\d,]+\) \| [\d,]+ \(.*\) \| \d+\.\d{3} \|"
+    speeds = r"[\d,]+ \([\d,]+ to [\d,]+\)"
+    row = rf"\| steps/s, all rounds \| {speeds} \| {speeds} \| \d+\.\d{{3}} \|"
     assert re.search(row, done.stdout)
     assert "seconds of --help" not in done.stdout
     assert len(re.findall(r"steps/s; commit \w+", done.stderr)) == 2
@@ -124,7 +124,7 @@ def test_a_failed_run_is_one_sentence(trees):
 
 @pytest.mark.slow
 def test_the_table_of_one_environment(tmp_path):
-    """Every row beside Stable-Baselines3's SAC, which learns after the Zoo's 10,000 steps."""
+    """Every row beside Stable-Baselines3's SAC, which learns after 10,000 steps."""
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "speed.py").write_text(SPEED.read_text())
     for name, value in (("meow", "150"), ("sac", "80"), ("sql", "60")):
@@ -138,12 +138,7 @@ def test_the_table_of_one_environment(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"\| (.*) \| 1 \| .* \| ([\d.]+) \|", done.stdout))
     assert rows["SB3 SAC"] == "1.00"
-    assert (
-        rows["MEow eager"]
-        == rows["MEow compiled"]
-        == rows["MEow compiled, bf16"]
-        == "3.00"
-    )
+    assert rows["MEow eager"] == rows["MEow compiled"] == "3.00"
     assert (rows["SAC compiled"], rows["SQL compiled"]) == ("1.60", "1.20")
 
 

@@ -1,27 +1,31 @@
-"""Compares runs: a table of final returns, learning curves and the interquartile mean.
+"""Compares runs: a table of final returns, learning curves, the interquartile mean.
 
     pip install ".[bench]"
-    python tools/compare.py runs --out results --copy   # table, figures and thinned runs, to commit
-    python tools/compare.py results --out results       # from the thinned runs: the same files
+    python tools/compare.py runs --out results --copy  # and thinned runs, to commit
+    python tools/compare.py results --out results      # from those: the same files
+    python tools/compare.py runs --add "CleanRL=their/metrics.csv,env=Ant-v4,seed=1"
 
 Writes OUT/comparison.md, learning_curves.png and .svg, iqm.png and .svg.
 
-- Final return: the mean of a run's evaluations in the last 5 % of its steps, each of the
-  policy of that time (never the best one), then the mean over seeds.
-- Intervals: 95 % percentile bootstrap over seeds, 10,000 resamples; with fewer than 5 seeds they
-  are too narrow. For the IQM (interquartile mean: the mean of the middle half of all normalised
-  final returns) seeds are resampled within each environment and the divisors taken as exact
-  (Agarwal et al. 2021, arXiv 2108.13264).
-- Steps and minutes to SAC's return: until the first evaluation that is at least SAC's final
-  return of the same environment, steps and evaluation mode; the median over seeds, where a seed
-  that never got there counts as infinitely late. Minutes include evaluations and compare only
-  on one machine, used alike; the last section names the machines.
-- MEow's returns in the paper, 5 seeds: Hopper-v4 3332.99 and HalfCheetah-v4 10981.47 (1,500,000
-  steps), Walker2d-v4 5526.66 and Ant-v4 6586.33 (4,000,000), Humanoid-v4 6923.22 (5,000,000).
+- Final return: the mean of a run's evaluations in the last 5 % of its steps, each of
+  the policy of that time (never the best one), then the mean over seeds.
+- Intervals: 95 % percentile bootstrap over seeds, 10,000 resamples; with fewer than 5
+  seeds they are too narrow. For the IQM (interquartile mean: the mean of the middle
+  half of all normalised final returns) seeds are resampled within each environment and
+  the divisors taken as exact (Agarwal et al. 2021, arXiv 2108.13264).
+- Steps and minutes to SAC's return: until the first evaluation that is at least SAC's
+  final return of the same environment, steps and evaluation mode; the median over
+  seeds, where a seed that never got there counts as infinitely late. Minutes include
+  evaluations and compare only on one machine, used alike; the last section names the
+  machines.
+- MEow's returns in the paper, 5 seeds: Hopper-v4 3332.99 and HalfCheetah-v4 10981.47
+  (1,500,000 steps), Walker2d-v4 5526.66 and Ant-v4 6586.33 (4,000,000), Humanoid-v4
+  6923.22 (5,000,000).
 """
 
 import math
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +52,16 @@ from run_table import (
     number_rows,
 )
 
-OTHER_COLOURS = ("#666666", "#7b3294", "#1b1b1b", "#66a61e", "#e7298a", "#a6761d")
+OTHER_COLOURS = ("#1b1b1b", "#66a61e", "#e7298a", "#a6761d", "#4575b4", "#999900")
+LINE_STYLES = ("-", "--", ":", "-.")  # of the rows of one algorithm in a panel
+DRAWN = {  # of the published curves, in whose colour
+    "MEow in the paper": "meow_continuous_action",
+    "SAC published by SimbaV2": "sac_continuous_action",
+}
+CAVEAT = (
+    "Published returns come from other code, another evaluation protocol and another "
+    "MuJoCo: they show the scale, not who is ahead."
+)
 STYLE = {
     "svg.hashsalt": "compare.py",  # the same ids in the file each time
     "font.size": 9,
@@ -65,33 +78,36 @@ thousands = EngFormatter(sep="")  # 300k, 1.5M
 
 @dataclass
 class Options:
-    runs: tyro.conf.Positional[
-        tuple[Path, ...]
-    ] = ()  # run folders, or folders that contain some
-    out: Path = Path("results")  # folder for the table and the figures
-    copy: bool = (
-        False  # also copy each run to OUT, with the metrics of evaluation steps only
-    )
-    envs: tuple[str, ...] = ()  # environments to list even if nothing was run there
-    algos: tuple[
-        str, ...
-    ] = ()  # algorithms to list even if not run: exp_name or label, e.g. SAC
-    allow_mixed_versions: bool = (
-        False  # put runs of different MuJoCo versions into one table
-    )
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """run folders, or folders that contain some"""
+    out: Path = Path("results")
+    """folder for the table and the figures"""
+    copy: bool = False
+    """also copy each run to OUT, with the metrics of evaluation steps only"""
+    add: tuple[str, ...] = ()
+    """curves of other code, each as LABEL=PATH[,env=ID][,seed=N][,name=NAME]. PATH: a
+    csv file with the columns step,seconds,name,value, or a folder: all csv files in it
+    and its folders. Environment and seed are taken from each file's path (as in
+    Ant-v4/seed_3.csv or Ant-v4__sac__3__1/metrics.csv) unless they are given; NAME: the
+    rows to take (default: eval/return_mean)"""
+    envs: tuple[str, ...] = ()
+    """environments to list even if nothing was run there"""
+    algos: tuple[str, ...] = ()
+    """algorithms to list even if not run: exp_name or label, e.g. SAC"""
+    allow_mixed_versions: bool = False
+    """put runs of different MuJoCo versions into one table"""
 
 
-# --- 1. Statistics --------------------------------------------------------------------------------
-iqm = partial(
-    stats.trim_mean, proportiontocut=0.25
-)  # without the n // 4 lowest and highest of n
+# --- 1. Statistics --------------------------------------------------------------------
+# without the n // 4 lowest and highest of n
+iqm = partial(stats.trim_mean, proportiontocut=0.25)
 
 
 def bootstrap(strata: list[np.ndarray], statistic=np.mean) -> tuple | None:
-    """95 % percentile interval of statistic(all runs), resampling runs within each stratum.
+    """95 % percentile interval of statistic(all runs), resampled within each stratum.
 
-    strata: arrays (n_i, ...). Returns (low, high), each (...), or None if a stratum holds one run,
-    which says nothing about the spread.
+    strata: arrays (n_i, ...). Returns (low, high), each (...), or None if a stratum
+    holds one run, which says nothing about the spread.
     """
     if min(map(len, strata)) < 2:
         return None
@@ -108,9 +124,10 @@ def bootstrap(strata: list[np.ndarray], statistic=np.mean) -> tuple | None:
 
 
 def normalise(table: pd.DataFrame) -> pd.DataFrame:
-    """The runs that the IQM takes, with their `score`: final return over SAC's, where positive.
+    """The runs of the IQM, with their `score`: final return over SAC's, if positive.
 
-    Of several tasks on an environment it takes the one of most algorithms, then of most steps.
+    Of several tasks on an environment it takes the one of most algorithms, then of most
+    steps.
     """
     scored = table[(table.status == "") & (table.target > 0)]
     tasks = scored.groupby(TASK).exp_name.nunique().reset_index()
@@ -120,7 +137,7 @@ def normalise(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass
 class Aggregate:
-    """The interquartile mean of one algorithm over the same environments as all others'."""
+    """The interquartile mean of one algorithm, over the environments of all others."""
 
     exp_name: str
     scores: list[np.ndarray]  # one array per environment
@@ -141,17 +158,15 @@ def aggregate(table: pd.DataFrame, scored: pd.DataFrame) -> list[Aggregate]:
             if own.row.nunique() == 1:
                 scores.append(own.score.to_numpy())
             else:
-                why = (
-                    "several settings"
-                    if len(own)
-                    else f"no finished run of {steps:,} steps"
-                )
+                why = f"no finished run of {steps:,} steps"
+                if len(own):
+                    why = "several settings"
                 missing.append(f"{why} on {env}")
         results.append(Aggregate(exp_name, scores, missing))
     return results
 
 
-# --- 2. The report --------------------------------------------------------------------------------
+# --- 2. The report --------------------------------------------------------------------
 def number(x: float) -> str:
     return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}"
 
@@ -167,7 +182,7 @@ def markdown(header: str, lines: list[list]) -> str:
 
 
 def median_text(times: pd.Series, form: str) -> str:
-    """The median over seeds, where a seed that never got there counts as infinitely late."""
+    """The median over seeds; one that never got there counts as infinitely late."""
     reached, median = np.isfinite(times).sum(), times.median()
     if not reached:
         return "not reached"
@@ -177,10 +192,9 @@ def median_text(times: pd.Series, form: str) -> str:
 
 
 def returns_table(table: pd.DataFrame) -> str:
-    header = (
-        "row | environment | algorithm | steps | seeds | final return | 95 % interval"
-    )
-    header += " | each seed | steps to SAC's return | minutes to it | evaluation"
+    header = "row | environment | algorithm | steps | seeds | final return"
+    header += " | 95 % interval | each seed | steps to SAC's return | minutes to it"
+    header += " | evaluation"
     lines = []
     for row, runs in table.groupby("row"):
         first, finals = runs.iloc[0], runs.final.to_numpy()
@@ -190,13 +204,10 @@ def returns_table(table: pd.DataFrame) -> str:
             results[2] = ", ".join(map(number, finals))
         if not first.status and math.isfinite(first.target):
             least = first.target - 1e-9 * abs(first.target)  # rounding of the mean
-            times = pd.DataFrame(
-                [e[e.value >= least].min() for e in runs.evals]
-            ).fillna(math.inf)
-            results[3:] = (
-                median_text(times.step, ",.0f"),
-                median_text(times.seconds / 60, ".1f"),
-            )
+            firsts = [evals[evals.value >= least].min() for evals in runs.evals]
+            times = pd.DataFrame(firsts).fillna(math.inf)
+            results[3] = median_text(times.step, ",.0f")
+            results[4] = median_text(times.seconds / 60, ".1f")
         steps = f"{first.steps:,}" if first.steps else "-"
         seeds = f"{len(runs)} ({', '.join(map(str, runs.seed))})" if first.steps else 0
         lines.append(
@@ -209,7 +220,8 @@ def iqm_table(
     table: pd.DataFrame, scored: pd.DataFrame, results: list[Aggregate]
 ) -> str:
     if scored.empty:
-        return "None: SAC's mean final return is missing or not positive in every environment."
+        reason = "is missing or not positive in every environment"
+        return f"None: SAC's mean final return {reason}."
     lines = []
     for result in results:
         seeds = " + ".join(str(len(scores)) for scores in result.scores) or "0"
@@ -228,23 +240,53 @@ def iqm_table(
     return f"{markdown('algorithm | seeds | IQM | 95 % interval', lines)}\n\n{text}"
 
 
-def origin(runs: pd.DataFrame) -> str:
-    """Commits, versions, machines, run folders and commands of a row."""
+def published(table: pd.DataFrame) -> pd.DataFrame:
+    """Published returns on the environments of finished runs, up to their last step."""
+    known = pd.read_csv(Path(__file__).with_name("published_curves.csv"), comment="#")
+    last = known.env.map(table[table.status == ""].groupby("env").steps.max())
+    return known[known.step <= last]
+
+
+def published_table(table: pd.DataFrame) -> str:
+    """The last return of each source that our runs got as far as; "" without any."""
+    lines = []
+    for env in table.env.unique():
+        own = published(table[table.env == env])
+        for source, rows in own.groupby("source", sort=False):
+            last = rows.iloc[-1]
+            spread = "-" if math.isnan(last.sd) else f"{last.sd:.0f}"
+            value = f"{last.return_mean:.0f}"
+            lines.append([env, source, f"{last.step:,}", last.seeds, value, spread])
+    if not lines:
+        return ""
+    header = "environment | source | steps | seeds | return | s.d. over seeds"
+    return f"## Published returns\n\n{markdown(header, lines)}\n\n{CAVEAT}"
+
+
+def title(runs: pd.DataFrame) -> str:
     row, env, name, steps, mode = runs[
         ["row", "env", "label", "steps", "evaluation"]
     ].iloc[0]
-    lines = [f"### Row {row}: {env}, {name}, {steps:,} steps, {mode}\n"]
-    lines += [
-        f"- {x}: {'; '.join(runs[x].unique())}"
-        for x in ("commit", "versions", "machine")
-    ]
+    return f"### Row {row}: {env}, {name}, {steps:,} steps, {mode}\n"
+
+
+def origin_of_added(runs: pd.DataFrame) -> str:
+    files = ", ".join(f"`{name}`" for name in runs["name"])
+    return f"{title(runs)}\n- files of other code: {files}"
+
+
+def origin(runs: pd.DataFrame) -> str:
+    """Commits, versions, machines, run folders and commands of a row."""
+    if runs.about.isna().all():
+        return origin_of_added(runs)
+    lines = [title(runs)]
+    for name in ("commit", "versions", "machine"):
+        lines.append(f"- {name}: {'; '.join(runs[name].unique())}")
     lines += [f"- runs: {', '.join(f'`{name}`' for name in runs['name'])}\n"]
     commands = {}  # with any seed: the seeds
     for run in runs.itertuples():
-        command = f"{run.command} ".replace(
-            f" --seed {run.seed} ", " --seed $seed "
-        ).strip()
-        commands.setdefault(command, []).append(str(run.seed))
+        any_seed = f"{run.command} ".replace(f" --seed {run.seed} ", " --seed $seed ")
+        commands.setdefault(any_seed.strip(), []).append(str(run.seed))
     loops = [f"for seed in {' '.join(s)}; do {c}; done" for c, s in commands.items()]
     return "\n".join([*lines, "```bash", *loops, "```"])
 
@@ -260,6 +302,7 @@ def report(
         f"Written by `python tools/compare.py RUNS --out OUT{asked}`.",
         returns_table(table),
         "![Learning curves](learning_curves.png)" if (table.status == "").any() else "",
+        published_table(table),
         "## Interquartile mean over environments",
         iqm_table(table, scored, results),
         "![Interquartile means](iqm.png)" if len(scored) else "",
@@ -273,57 +316,75 @@ def report(
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-# --- 3. Figures -----------------------------------------------------------------------------------
+# --- 3. Figures -----------------------------------------------------------------------
 def colours(table: pd.DataFrame) -> dict[str, str]:
-    """By exp_name: fixed for the algorithms of this repository, then in the order of names."""
+    """By exp_name: fixed for this repository's, then in the order of names."""
     others = sorted(set(table.exp_name) - set(ALGORITHMS))
-    known = {exp_name: colour for exp_name, (_, colour) in ALGORITHMS.items()}
-    return known | {
-        e: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, e in enumerate(others)
-    }
+    result = {exp_name: colour for exp_name, (_, colour) in ALGORITHMS.items()}
+    for i, exp_name in enumerate(others):
+        result[exp_name] = OTHER_COLOURS[i % len(OTHER_COLOURS)]
+    return result
 
 
 def draw_curves(table: pd.DataFrame) -> Figure:
-    """One panel per environment, its legend below."""
-    panels = table[table.status == ""].groupby("env", sort=False)
+    """One panel per environment; one legend for all of them."""
+    finished = table[table.status == ""]
+    panels = finished.groupby("env", sort=False)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    legend = 1 + panels.row.nunique().max()
-    fig = Figure((4.3 * columns, (3.0 + 0.19 * legend) * lines), layout="constrained")
+    fig = Figure((3.6 * columns, 2.8 * lines + 1.2), layout="constrained")
+    colour, shown = colours(table), {}
     for i, (env, own) in enumerate(panels, 1):
         ax = fig.add_subplot(lines, columns, i, title=env, xlabel="environment steps")
-        draw_panel(ax, own, colours(table))
-    fig.suptitle("Mean over seeds, 95 % bootstrap interval", fontsize=9)
+        draw_panel(ax, own, colour)
+        shown |= dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+    text = "Mean over seeds, 95 % bootstrap interval"
+    if set(DRAWN) & set(shown):
+        text += "; thin: published, another evaluation and MuJoCo"
+    fig.suptitle(text, fontsize=9)
     fig.supylabel("return of an evaluation", fontsize=9)
+    names = [name for name in shown if name not in DRAWN]
+    names += [name for name in DRAWN if name in shown]
+    handles = [shown[name] for name in names]
+    fig.legend(handles, names, loc="outside lower center", ncols=min(2, columns))
     return fig
 
 
 def draw_panel(ax, own: pd.DataFrame, colour: dict[str, str]):
-    """Mean and interval over seeds by row, and MEow's curve in the paper."""
+    """Mean and interval over seeds of each row, and the published curves."""
+    drawn = []  # algorithms
     for _, runs in own.groupby("row"):
         first = runs.iloc[0]
-        name = [first.label, f"{thousands(first.steps)} steps"]
-        name += [first.evaluation] * (own.evaluation.nunique() > 1)
-        name = f"{', '.join(name)} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-        again = first.exp_name in set(own.exp_name[own.row < first.row])
-        look = dict(color=colour[first.exp_name], linestyle="--" if again else "-")
-        curves = pd.concat(
-            [e.set_index("step").value for e in runs.evals], axis=1, join="inner"
-        )
-        ax.plot(curves.index, curves.mean(axis=1), label=name, **look)
+        style = LINE_STYLES[drawn.count(first.exp_name) % len(LINE_STYLES)]
+        drawn.append(first.exp_name)
+        look = dict(color=colour[first.exp_name], linestyle=style)
+        values = [evals.set_index("step").value for evals in runs.evals]
+        curves = pd.concat(values, axis=1, join="inner")
+        ax.plot(curves.index, curves.mean(axis=1), label=curve_name(runs, own), **look)
         if interval := bootstrap([curves.to_numpy().T]):
             area = dict(color=colour[first.exp_name], alpha=0.18, linewidth=0)
             ax.fill_between(curves.index, *interval, **area)
+    known = published(own)
+    for source, exp_name in DRAWN.items():
+        rows = known[known.source == source]
+        if len(rows):
+            look = dict(color=colour[exp_name], linewidth=0.9, linestyle=":")
+            ax.plot(rows.step, rows.return_mean, label=source, **look)
     ax.set_xlim(0, None)
-    end = ax.get_xlim()[1]
-    paper = pd.read_csv(Path(__file__).with_name("paper_curves.csv"), comment="#")
-    paper = paper[paper.env == own.env.iloc[0]]
-    if (paper.step < end).any():
-        steps = np.append(paper.step[paper.step < end], end)
-        returns = np.interp(steps, paper.step, paper.return_mean, right=math.nan)
-        ax.plot(steps, returns, color="0.6", linewidth=0.8, label="MEow in the paper")
     ax.xaxis.set_major_formatter(thousands)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+
+
+def curve_name(runs: pd.DataFrame, own: pd.DataFrame) -> str:
+    """The label of a row, with whatever else sets it apart from others in its panel."""
+    first = runs.iloc[0]
+    parts = [first.label]
+    same = own[own.label == first.label]
+    if same.steps.nunique() > 1:
+        parts.append(f"{thousands(first.steps)} steps")
+    if same.evaluation.nunique() > 1:
+        parts.append(first.evaluation)
+    seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    return f"{', '.join(parts)} ({seeds})"
 
 
 def draw_iqm(
@@ -358,38 +419,44 @@ def save(fig: Figure, path: Path):
     fig.savefig(f"{path}.svg", metadata={"Date": None, "Creator": None})
 
 
-# --- 4. The command -------------------------------------------------------------------------------
+# --- 4. The command -------------------------------------------------------------------
 def check_versions(runs: pd.DataFrame):
-    """Raises: UsageError where runs of different MuJoCo versions would share a table."""
+    """Raises: UsageError where runs of different MuJoCo versions share a table."""
+    runs = runs[runs.about.notna()]  # not those of other code
     if runs.mujoco.nunique() > 1:
-        examples = runs.drop_duplicates("mujoco").sort_values("mujoco")
-        listed = ", ".join(
-            f"{run.mujoco} ({run.folder})" for run in examples.itertuples()
-        )
-        raise UsageError(
-            f"different MuJoCo versions: {listed}; or --allow-mixed-versions"
-        )
+        examples = runs.drop_duplicates("mujoco").sort_values("mujoco").itertuples()
+        listed = ", ".join(f"{run.mujoco} ({run.folder})" for run in examples)
+        text = f"different MuJoCo versions: {listed}"
+        raise UsageError(f"{text}; or --allow-mixed-versions")
+
+
+def asked(options: Options) -> str:
+    """The options that change the report."""
+    words = ""
+    for name in ("add", "envs", "algos"):
+        if values := getattr(options, name):
+            words += f" --{name} {shlex.join(values)}"
+    if options.allow_mixed_versions:
+        words += " --allow-mixed-versions"
+    return words
 
 
 def compare(options: Options):
     """Reads everything before it writes anything."""
-    runs, out = find_runs(options.runs), options.out
+    runs, out = find_runs(options.runs, options.add), options.out
     if not options.allow_mixed_versions:
         check_versions(runs)
     table = number_rows(runs, options.envs, options.algos)
     scored = normalise(table)
     results = aggregate(table, scored)
-    asked = f" --envs {' '.join(options.envs)}" if options.envs else ""
-    asked += f" --algos {' '.join(options.algos)}" if options.algos else ""
-    asked += " --allow-mixed-versions" if options.allow_mixed_versions else ""
-    text = report(table, scored, results, asked)
+    text = report(table, scored, results, asked(options))
     out.mkdir(parents=True, exist_ok=True)
-    for run in runs.itertuples() if options.copy else ():
-        copy_run(run, out)
+    if options.copy:
+        for run in table[table.about.notna()].itertuples():
+            copy_run(run, out)
     (out / "comparison.md").write_text(text)
-    with matplotlib.style.context(
-        ["default", STYLE]
-    ):  # whatever the user's own style is
+    # whatever the user's own style is
+    with matplotlib.style.context(["default", STYLE]):
         if (table.status == "").any():
             save(draw_curves(table), out / "learning_curves")
         if len(scored):
@@ -398,7 +465,7 @@ def compare(options: Options):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 after one sentence on what is wrong."""
+    """The command line; the exit code: 0, or 2 after one sentence on what is wrong."""
     try:
         compare(tyro.cli(Options, description=__doc__.split("\n\n")[0], args=argv))
         sys.stdout.flush()

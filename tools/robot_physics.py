@@ -2,9 +2,10 @@
 
 python tools/robot_physics.py Ant Humanoid
 
-Prints for both variants: the return of doing nothing, the height of the robot's lowest point after
-3 s of that, and what 64 environments do in 1,000 steps of actions that push each joint the way it
-moves: how far joints go beyond their limits, how fast, and how many environments diverge.
+Prints for both variants: the return of doing nothing, the height of the robot's lowest
+point after 3 s of that, and what 64 environments do in 1,000 steps of actions that push
+each joint the way it moves: how far joints go beyond their limits, how fast, and how
+many environments diverge.
 """
 
 import sys
@@ -34,7 +35,7 @@ def return_of_doing_nothing(task: str, variant: str) -> float:
 
 
 def lowest_point(task: str, variant: str) -> float:
-    """Of the geoms that touch the floor in one environment left alone for 3 s, mm above it."""
+    """Of geoms at the floor in one environment left alone for 3 s, mm above it."""
     envs = make_simulator("mujoco", task, 1, seed=1, variant=variant)
     envs.reset()
     for _ in range(3 * envs.fps):
@@ -45,7 +46,7 @@ def lowest_point(task: str, variant: str) -> float:
 
 
 def pushed(task: str, variant: str) -> tuple[float, float, int]:
-    """Largest overshoot of a hinge (degrees), largest joint speed (rad/s), diverged episodes."""
+    """Largest overshoot (degrees), largest joint speed (rad/s), diverged episodes."""
     envs = make_simulator("mujoco", task, 64, seed=1, variant=variant)
     envs.reset()
     low, high = torch.tensor(envs.model.jnt_range[1:]).unbind(-1)
@@ -53,9 +54,8 @@ def pushed(task: str, variant: str) -> tuple[float, float, int]:
     for _ in range(1000):
         envs.step(torch.where(envs.physics.qvel[:, 6:] < 0, -1.0, 1.0))
         joints = envs.physics.qpos[:, 7:]
-        overshoot = max(
-            overshoot, torch.maximum(joints - high, low - joints).max().item()
-        )
+        beyond = torch.maximum(joints - high, low - joints)
+        overshoot = max(overshoot, beyond.max().item())
         speed = max(speed, envs.physics.qvel[:, 6:].abs().max().item())
         diverged += envs.diverged
     return np.degrees(overshoot), speed, diverged
@@ -70,14 +70,13 @@ class Options:
 def main():
     for name in tyro.cli(Options, description=__doc__.split("\n\n")[0]).tasks:
         for variant in TASKS[name].variants:
-            nothing, lowest = (
-                return_of_doing_nothing(name, variant),
-                lowest_point(name, variant),
-            )
+            nothing = return_of_doing_nothing(name, variant)
+            lowest = lowest_point(name, variant)
             overshoot, speed, diverged = pushed(name, variant)
             print(
-                f"{name} {variant}: doing nothing {nothing:.0f}, lowest point {lowest:.2f} mm, "
-                f"overshoot {overshoot:.1f} degrees, {speed:.0f} rad/s, diverged {diverged}"
+                f"{name} {variant}: doing nothing {nothing:.0f}, "
+                f"lowest point {lowest:.2f} mm, overshoot {overshoot:.1f} degrees, "
+                f"{speed:.0f} rad/s, diverged {diverged}"
             )
 
 

@@ -12,7 +12,7 @@ import matplotlib
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import harness.envs  # noqa: F401 (chooses an off-screen renderer)
+import harness.environments  # noqa: F401 (chooses an off-screen renderer)
 from isaac_tasks import TASKS, make_simulator
 
 matplotlib.use("Agg")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Slurm cluster of this one machine, to try `benchmark.sh --slurm` (Debian or Ubuntu, as root).
+# A Slurm cluster of this one machine, to try `tools/benchmark.py --slurm` (Debian or Ubuntu, as root).
 #
 #     tools/single_node_slurm.sh         # install if needed, start; harmless if it runs
 #     tools/single_node_slurm.sh stop

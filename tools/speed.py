@@ -1,16 +1,17 @@
-"""Steps per second of whole training runs: our scripts, Stable-Baselines3's SAC, and two checkouts.
+"""Steps per second of whole training runs: our scripts, SB3's SAC, and two checkouts.
 
-    python tools/speed.py --env-id HalfCheetah-v4                 # MEow, SAC, SQL and SB3's SAC
-    python tools/speed.py --env-id Ant --steps 300 --window 50    # robots: simulator and training
-    python tools/speed.py --env-id Humanoid-v4 --tree OLD NEW     # two checkouts side by side
-    python tools/speed.py --env-id Ant --algo simulator --steps 300 --window 50 --tree OLD NEW
+    python tools/speed.py --env-id HalfCheetah-v4               # and SB3's SAC
+    python tools/speed.py --env-id Ant --steps 300 --window 50  # robots, simulator
+    python tools/speed.py --env-id Humanoid-v4 --tree OLD NEW   # two checkouts
+    python tools/speed.py --env-id Ant --algo simulator --steps 300 --window 50
 
-Every number comes from a real run (environment, acting, replay buffer, update, logging): a script
-is started as a user would, and its speed read from its metrics.csv (charts/SPS; for robots
-charts/env_SPS, environment steps). The window of steps in which learning begins, with whatever is
-compiled then, and all before it don't count; neither does the last evaluation. Runs take turns,
-round by round, so that a slow minute of the machine hits all alike. Medians over the windows of all
-rounds; a ratio is one of the medians of the same round. Don't run anything beside it.
+Every number comes from a real run (environment, acting, replay buffer, update,
+logging): a script is started as a user would, and its speed read from its metrics.csv
+(charts/SPS; for robots charts/env_SPS, environment steps). The window of steps in which
+learning begins, with whatever is compiled then, and all before it don't count; neither
+does the last evaluation. Runs take turns, round by round, so that a slow minute of the
+machine hits all alike. Medians over the windows of all rounds; a ratio is one of the
+medians of the same round. Don't run anything beside it.
 """
 
 import csv
@@ -38,24 +39,20 @@ SB3 = "SB3 SAC"
 CPU_ROWS = {
     "MEow eager": "meow --no-cuda --no-compile",
     "MEow compiled": "meow --no-cuda",
-    "MEow compiled, bf16": "meow --no-cuda --bf16",
     "SAC compiled": "sac --no-cuda",
     "SQL compiled": "sql --no-cuda",
     SB3: "sb3 --algo sac --no-cuda",
 }
 GPU_ROWS = {
     "MEow compiled, GPU": "meow",
-    "MEow compiled, bf16, GPU": "meow --bf16",
     "SAC compiled, GPU": "sac",
     "SQL compiled, GPU": "sql",
 }
-LEARNING_STARTS = {
-    "sb3": 10_000
-}  # the Zoo's, not an option there; the others as told: WARM_UP
-WARM_UP = {
-    False: 1_000,
-    True: 100,
-}  # steps with random actions; True: robots' vector steps
+ROBOT_CPU_ROWS = {"MEow training": "meow --no-cuda", "SAC training": "sac --no-cuda"}
+ROBOT_GPU_ROWS = {"MEow training, GPU": "meow", "SAC training, GPU": "sac"}
+SB3_LEARNING_STARTS = 10_000  # the Zoo's, not an option there
+LEARNING_STARTS = 1_000  # of our scripts: steps with random actions
+ROBOT_LEARNING_STARTS = 100  # vector steps
 
 
 class SpeedError(Exception):
@@ -69,7 +66,7 @@ class Options:
     tree: tuple[Path, Path] | None = None
     """two checkouts, old and new, to compare instead of the table"""
     algo: Literal["meow", "sac", "sql", "simulator"] = "meow"
-    """whose script --tree compares; simulator: a robot's simulator alone, with --tree or not"""
+    """whose script --tree compares; simulator: a robot's alone, with --tree or not"""
     flags: str = ""
     """more options for our scripts, in one word, e.g. --flags=--no-compile"""
     rounds: int = 3
@@ -101,7 +98,7 @@ def read_windows(metrics: Path, name: str) -> list[float]:
 
 
 def run(words: list[str], threads: int, cwd: str) -> str:
-    """Runs a command to its end; returns what it prints. Raises: SpeedError with its last line."""
+    """Runs a command; returns what it prints. Raises: SpeedError with its last line."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=cwd)
     if done.returncode:
@@ -113,37 +110,38 @@ def run(words: list[str], threads: int, cwd: str) -> str:
 def measure(
     tree: Path, row: str, threads: int, options: Options
 ) -> tuple[list[float], dict]:
-    """Steps per second in each window of one run, and its args.json. row: name and options."""
+    """Steps per second in each window of one run, and its args.json.
+
+    row: a name of SCRIPTS and options.
+    """
     name, *flags = row.split()
     if name == "simulator":
         return measure_simulator(tree, threads, options, *flags)
     script = (ROBOT_SCRIPTS if options.robot else SCRIPTS)[name]
-    starts = LEARNING_STARTS.get(name, WARM_UP[options.robot])
+    if name == "sb3":
+        starts = SB3_LEARNING_STARTS
+    elif options.robot:
+        starts = ROBOT_LEARNING_STARTS
+    else:
+        starts = LEARNING_STARTS
     total = starts + options.window + options.steps
-    words = (
-        f"--env-id {options.env_id} --torch-threads {threads} --total-timesteps {total}"
-    )
-    words += (
-        f" --log-frequency {options.window} --eval-episodes 1 --eval-frequency {total}"
-    )
-    words += " --checkpoint-frequency 0"
-    if name not in LEARNING_STARTS:
-        words += f" --learning-starts {starts}"
-        words += f" {options.flags}"
+    words = f"--env-id {options.env_id} --torch-threads {threads}"
+    words += f" --total-timesteps {total} --log-frequency {options.window}"
+    words += f" --eval-episodes 1 --eval-frequency {total} --checkpoint-frequency 0"
+    if name != "sb3":
+        words += f" --learning-starts {starts} {options.flags}"
     if options.robot:
         words += f" --num-envs {options.num_envs} --sim-threads {threads}"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(tree / script), *words.split(), *flags]
         run([*command, "--runs-dir", folder], threads, folder)
         (metrics,) = Path(folder).glob("*/metrics.csv")
-        speeds = read_windows(
-            metrics, "charts/env_SPS" if options.robot else "charts/SPS"
-        )
+        speed = "charts/env_SPS" if options.robot else "charts/SPS"
+        speeds = read_windows(metrics, speed)
         about = json.loads(metrics.with_name("args.json").read_text())
     if not speeds:
-        raise SpeedError(
-            f"{script}: no window after learning began: more --steps are needed"
-        )
+        text = "no window after learning began: more --steps are needed"
+        raise SpeedError(f"{script}: {text}")
     return speeds, about
 
 
@@ -158,7 +156,10 @@ SIMULATE = """
 import json, sys, time
 env_id, device, n, threads, steps, window = *sys.argv[1:3], *map(int, sys.argv[3:])
 import torch
-from harness.files import describe_machine
+try:
+    from harness.machine import describe_machine
+except ImportError:  # older checkouts
+    from harness.files import describe_machine
 from isaac_tasks import make_simulator
 torch.set_num_threads(threads)
 simulator = make_simulator("mujoco", env_id, n, 1, device, threads)
@@ -203,85 +204,84 @@ def machine(about: dict) -> str:
 
 
 def compare_trees(options: Options):
-    """Prints speeds and start-up times of both checkouts and their ratios, new to old."""
-    trees = dict(
-        zip(("old", "new"), (path.resolve() for path in options.tree), strict=True)
-    )
-    script = (ROBOT_SCRIPTS if options.robot else SCRIPTS).get(
-        options.algo
-    )  # or a simulator
+    """Prints speeds and start-up times of both checkouts and the ratios new to old."""
     for threads in options.threads:
-        speeds, seconds = {"old": [], "new": []}, {"old": [], "new": []}
-        for i in range(options.rounds):
-            for name in ("old", "new")[:: 1 if i % 2 == 0 else -1]:
-                say(f"round {i + 1}/{options.rounds}, {threads} thread(s): {name}")
-                measured, about = measure(trees[name], options.algo, threads, options)
-                speeds[name].append(measured)
-                if script:
-                    seconds[name].append(start_up(trees[name], script))
-                say(
-                    f"  {span(measured)} steps/s; commit {about['git_commit'] or 'unknown'}"
-                )
-        print(
-            f"\n{options.env_id}, {script or options.algo} {options.flags}, threads: {threads}"
-        )
-        print(f"{machine(about)}\n")
-        print("| | old | new | new / old |\n|---|---|---|---|")
-        ratios = []
-        for i, (old, new) in enumerate(zip(speeds["old"], speeds["new"], strict=True)):
-            ratios.append(statistics.median(new) / statistics.median(old))
-            print(
-                f"| steps/s, round {i + 1} | {span(old)} | {span(new)} | {ratios[-1]:.3f} |"
-            )
-        old, new = (span([*chain(*speeds[name])]) for name in trees)
-        print(
-            f"| steps/s, all rounds | {old} | {new} | {statistics.median(ratios):.3f} |"
-        )
-        if not script:
-            continue
-        medians = [statistics.median(seconds[name]) for name in trees]
-        old, new = (span(seconds[name], 2) for name in trees)
-        print(f"| seconds of --help | {old} | {new} | {medians[1] / medians[0]:.3f} |")
+        compare_trees_on(threads, options)
+
+
+def compare_trees_on(threads: int, options: Options):
+    """The same on so many threads."""
+    old, new = (path.resolve() for path in options.tree)
+    scripts = ROBOT_SCRIPTS if options.robot else SCRIPTS
+    script = scripts.get(options.algo)  # None: a simulator
+    speeds, seconds = {old: [], new: []}, {old: [], new: []}
+    names = {old: "old", new: "new"}
+    for i in range(options.rounds):
+        for tree in (old, new) if i % 2 == 0 else (new, old):
+            say(f"round {i + 1}/{options.rounds}, {threads} thread(s): {names[tree]}")
+            measured, about = measure(tree, options.algo, threads, options)
+            speeds[tree].append(measured)
+            if script:
+                seconds[tree].append(start_up(tree, script))
+            commit = about["git_commit"] or "unknown"
+            say(f"  {span(measured)} steps/s; commit {commit}")
+    what = f"{script or options.algo} {options.flags}"
+    print(f"\n{options.env_id}, {what}, threads: {threads}\n{machine(about)}\n")
+    print("| | old | new | new / old |\n|---|---|---|---|")
+    ratios = []
+    for i, (a, b) in enumerate(zip(speeds[old], speeds[new], strict=True), 1):
+        ratios.append(statistics.median(b) / statistics.median(a))
+        print(f"| steps/s, round {i} | {span(a)} | {span(b)} | {ratios[-1]:.3f} |")
+    a, b = span([*chain(*speeds[old])]), span([*chain(*speeds[new])])
+    print(f"| steps/s, all rounds | {a} | {b} | {statistics.median(ratios):.3f} |")
+    if script:
+        ratio = statistics.median(seconds[new]) / statistics.median(seconds[old])
+        a, b = span(seconds[old], 2), span(seconds[new], 2)
+        print(f"| seconds of --help | {a} | {b} | {ratio:.3f} |")
+
+
+def table_rows(options: Options) -> list[tuple[str, str, int]]:
+    """Label, name with options, and threads of each row."""
+    import torch
+
+    if not options.robot:
+        cpu_rows, gpu_rows = CPU_ROWS, GPU_ROWS
+    else:
+        cpu_rows = {"simulator alone": "simulator"}
+        gpu_rows = {"simulator alone, GPU": "simulator cuda"}
+        if options.algo != "simulator":
+            cpu_rows |= ROBOT_CPU_ROWS
+            gpu_rows |= ROBOT_GPU_ROWS
+    rows = []
+    for threads in options.threads:
+        rows += [(label, row, threads) for label, row in cpu_rows.items()]
+    if torch.cuda.is_available():
+        rows += [(label, row, options.threads[0]) for label, row in gpu_rows.items()]
+    return rows
 
 
 def make_table(options: Options):
     """Prints the table of all rows of one environment."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-    if options.robot:
-        cpu_rows = {"simulator alone": "simulator"}
-        gpu_rows = {"simulator alone, GPU": "simulator cuda"}
-        if options.algo != "simulator":
-            cpu_rows |= {
-                "MEow training": "meow --no-cuda",
-                "SAC training": "sac --no-cuda",
-            }
-            gpu_rows |= {"MEow training, GPU": "meow", "SAC training, GPU": "sac"}
-    else:
-        cpu_rows, gpu_rows = CPU_ROWS, GPU_ROWS
-    rows = [(label, row, n) for n in options.threads for label, row in cpu_rows.items()]
-    rows += [(label, row, options.threads[0]) for label, row in gpu_rows.items() if gpu]
-    speeds, about = {(label, n): [] for label, _, n in rows}, {}
+    rows = table_rows(options)
+    speeds = {(label, threads): [] for label, _, threads in rows}
     for i in range(options.rounds):
-        for label, row, n in rows:
-            say(f"round {i + 1}/{options.rounds}: {label}, threads: {n}")
-            measured, about = measure(ROOT, row, n, options)
-            speeds[label, n] += measured
-    unit = (
-        f"environment steps/s, {options.num_envs} environments"
-        if options.robot
-        else "steps/s"
-    )
+        for label, row, threads in rows:
+            say(f"round {i + 1}/{options.rounds}: {label}, threads: {threads}")
+            measured, about = measure(ROOT, row, threads, options)
+            speeds[label, threads] += measured
     print(f"\n{options.env_id}; {options.rounds} rounds of {options.steps} steps")
     print(f"{machine(about)}\n")
-    print(f"| | threads | {unit} (min to max) |" + " x SB3 SAC |" * (not options.robot))
-    print("|---|---|---|" + "---|" * (not options.robot))
-    for (label, n), values in speeds.items():
-        ratio = ""
+    if options.robot:
+        unit = f"environment steps/s, {options.num_envs} environments"
+        print(f"| | threads | {unit} (min to max) |\n|---|---|---|")
+    else:
+        print("| | threads | steps/s (min to max) | x SB3 SAC |\n|---|---|---|---|")
+    for (label, threads), values in speeds.items():
+        line = f"| {label} | {threads} | {span(values)} |"
         if not options.robot:
-            ratio = f" {statistics.median(values) / statistics.median(speeds[SB3, n]):.2f} |"
-        print(f"| {label} | {n} | {span(values)} |{ratio}")
+            theirs = statistics.median(speeds[SB3, threads])
+            line += f" {statistics.median(values) / theirs:.2f} |"
+        print(line)
 
 
 def main() -> int:
@@ -289,10 +289,12 @@ def main() -> int:
     algos = {*ROBOT_SCRIPTS, "simulator"} if options.robot else SCRIPTS
     try:
         if options.algo not in algos:
-            raise SpeedError(
-                f"--algo {options.algo}: there is none for {options.env_id}"
-            )
-        compare_trees(options) if options.tree else make_table(options)
+            text = f"there is none for {options.env_id}"
+            raise SpeedError(f"--algo {options.algo}: {text}")
+        if options.tree:
+            compare_trees(options)
+        else:
+            make_table(options)
     except SpeedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

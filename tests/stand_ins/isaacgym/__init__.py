@@ -1,6 +1,7 @@
 """Stand-in for Isaac Gym, which refuses to be imported after torch.
 
-It does so here only with STRICT_IMPORT_ORDER=1 in the environment, as the tests import torch first.
+It does so here only with STRICT_IMPORT_ORDER=1 in the environment, as the tests import
+torch first.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Stand-in for IsaacGymEnvs: one scheduled task with the real one's interface and late resets.
+"""Stand-in for IsaacGymEnvs: a scheduled task with its interface and late resets.
 
-Observation (5): number of the environment, of its episode, of the step in the episode, and of the
-episode in the last physics step, all / 64; a random number drawn at the reset. Action (2). The
-reward is 1 - |action - 0.5|^2, and 100 in the step of a reset.
+Observation (5): number of the environment, of its episode, of the step in the episode,
+and of the episode in the last physics step, all / 64; a random number drawn at the
+reset. Action (2). The reward is 1 - |action - 0.5|^2, and 100 in the step of a reset.
 """
 
 import gymnasium
@@ -11,14 +11,15 @@ import torch
 
 NEVER = 10**6
 FALLS = (3, NEVER, 6, 7, 1)
-"""the step at which an episode fails; number of the environment + of the episode, modulo 5"""
+"""step at which an episode fails; index: environment + episode, modulo 5"""
 
 TASKS = {
     "Ant": {},
     "Ingenuity": dict(reset_before_physics=True),
     # Contacts stay those of the dead state until the next physics step.
     "Anymal": dict(stale_contacts=True, falls=FALLS[:4]),
-    # The worst that old or foreign tasks do: no time-outs in extras, no clipping, aliased buffers.
+    # The worst that old or foreign tasks do: no time-outs in extras, no clipping,
+    # aliased buffers.
     "OldAnt": dict(old=True),
     "OldIngenuity": dict(old=True, reset_before_physics=True),
 }
@@ -65,18 +66,14 @@ class Scheduled:
         falls=FALLS,
     ):
         self.num_envs, self.device, self.rl_device = num_envs, sim_device, rl_device
-        self.reset_before_physics, self.stale_contacts = (
-            reset_before_physics,
-            stale_contacts,
-        )
+        self.reset_before_physics = reset_before_physics
+        self.stale_contacts = stale_contacts
         self.old, self.falls = old, torch.tensor(falls)
         self.index = torch.arange(num_envs)
         self.episode = torch.zeros(num_envs, dtype=torch.long)
         self.clock, self.episode_in_physics = self.episode.clone(), self.episode.clone()
-        self.progress_buf, self.reset_buf = (
-            self.episode.clone(),
-            torch.ones_like(self.episode),
-        )
+        self.progress_buf = self.episode.clone()
+        self.reset_buf = torch.ones_like(self.episode)
         self.contact = torch.zeros(num_envs, dtype=torch.bool)
         self.start = torch.zeros(num_envs)
         self.obs_buf, self.rew_buf = torch.zeros(num_envs, 5), torch.zeros(num_envs)
@@ -95,9 +92,8 @@ class Scheduled:
             self._reset(pending)
         self.clock += 1
         self.episode_in_physics.copy_(self.episode)
-        self.contact = (
-            self.clock >= self.falls[(self.index + self.episode) % len(self.falls)]
-        )
+        fall = self.falls[(self.index + self.episode) % len(self.falls)]
+        self.contact = self.clock >= fall
         self.progress_buf += 1
         if not self.reset_before_physics:
             self._reset(pending)
@@ -114,9 +110,9 @@ class Scheduled:
 
     def _observations(self):
         """The same dictionary each time; a new tensor, as it is clipped."""
-        self.obs_dict["obs"] = (
-            self.obs_buf if self.old else self.obs_buf.clamp(-np.inf, np.inf)
-        )
+        self.obs_dict["obs"] = self.obs_buf
+        if not self.old:
+            self.obs_dict["obs"] = self.obs_buf.clamp(-np.inf, np.inf)
         return self.obs_dict
 
     def _reset(self, where):

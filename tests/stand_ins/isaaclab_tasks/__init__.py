@@ -1,8 +1,8 @@
 """Stand-in for Isaac Lab's tasks: a scheduled task with resets inside the step.
 
-Observation "policy" (4): number of the environment, of its episode, of the step in the episode,
-all / 64; a random number drawn at the reset, with noise. Action (2). The reward is
-1 - |action - 0.5|^2.
+Observation "policy" (4): number of the environment, of its episode, of the step in the
+episode, all / 64; a random number drawn at the reset, with noise. Action (2). The
+reward is 1 - |action - 0.5|^2.
 """
 
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from isaaclab import app
 
 NEVER = 10**6
 FALLS = (3, NEVER, 6, 7, 1)
-"""the step at which an episode fails; number of the environment + of the episode, modulo 5"""
+"""step at which an episode fails; index: environment + episode, modulo 5"""
 POLICY, ACTION = Box(-np.inf, np.inf, (4,)), Box(-np.inf, np.inf, (2,))
 
 
@@ -36,10 +36,8 @@ class Scheduled(gymnasium.Env):
         self.cfg, n = cfg, cfg.scene.num_envs
         torch.manual_seed(cfg.seed)
         self.num_envs, self.device = n, cfg.sim.device
-        self.single_observation_space, self.single_action_space = (
-            Dict(policy=policy),
-            action,
-        )
+        self.single_observation_space = Dict(policy=policy)
+        self.single_action_space = action
         self.falls, self.index = torch.tensor(FALLS), torch.arange(n)
         self.episode, self.episode_length_buf = torch.zeros(2, n, dtype=torch.long)
         self.start, self.reward_buf = torch.zeros(2, n)

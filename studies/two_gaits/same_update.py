@@ -2,40 +2,41 @@
 
     git clone https://github.com/ChienFeng-hub/meow && git -C meow checkout b786d27
     python meow_continuous_action.py --env-id HalfCheetah-v4 --total-timesteps 90000
-    python tools/same_update.py runs/RUN_NAME --repository meow > same_update.csv
-    python tools/same_update.py runs/RUN_NAME --arms ours bf16 > same_update_bf16.csv
+    python studies/two_gaits/same_update.py runs/RUN_NAME --repository meow > new.csv
 
-The arms learn from the first 50,000 transitions of the run's replay buffer, in the same batches:
-their update, ours (one dropout mask for both Q_k: D1), ours with a mask for each, and ours with
---bf16. A row is a measurement without dropout on the next 10,000 transitions: the squared TD error
-of Q_1 and Q_2, its share of the variance of y - min_k V_k(s), which the action has to explain, and
-the mean log sigma.
+The arms learn from the first 50,000 transitions of the run's replay buffer, in the
+same batches: their update, ours (one dropout mask for both Q_k: D1) and ours with a
+mask for each. A row is a measurement without dropout on the next 10,000 transitions:
+the squared TD error of Q_1 and Q_2, its share of the variance of y - min_k V_k(s),
+which the action has to explain, and the mean log sigma.
 
-Needs the packages of a contributor, and stable-baselines3 and tensorboard for their script.
+Needs the extras bench and dev of this project; their script imports stable-baselines3
+and tensorboard.
 """
 
 import importlib.util
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
-from saved_policy import UsageError, exit_code
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import meow_continuous_action as ours
 from harness.args import parse_args
-from harness.functional import Hardware, Learner, adam_moments, flatten_parameters
-from harness.replay import split_batch
+from harness.compiling import Compiler, flatten_parameters
+from harness.errors import UsageError
+from harness.runs import explain
 
-DIMS, ROW = (
-    (17, 6),
-    17 + 6 + 17 + 2,
-)  # of HalfCheetah: observation and action; a transition
-TRAIN, UNSEEN = 50_000, 10_000
+DIMS = (17, 6)  # of HalfCheetah's observation and action
+ROW = 17 + 6 + 17 + 2  # a transition
+TRAIN = 50_000  # transitions to learn from
+UNSEEN = 10_000  # the next ones, to measure on
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Options:
     """folder of a HalfCheetah-v4 run with a checkpoint after step 60,000"""
     repository: Path | None = None
     """clone of github.com/ChienFeng-hub/meow, for their arm"""
-    arms: list[Literal["theirs", "ours", "two masks", "bf16"]] = field(
+    arms: list[Literal["theirs", "ours", "two masks"]] = field(
         default_factory=lambda: ["theirs", "ours", "two masks"]
     )
     """the updates to compare"""
@@ -55,7 +56,7 @@ class Options:
 
 
 class Theirs:
-    """Their update, compiled as tools/authors_code.py --compile does."""
+    """Their update, compiled as authors_code.py --compile does."""
 
     def __init__(self, args: ours.Args, script):
         torch.manual_seed(args.seed)
@@ -68,10 +69,8 @@ class Theirs:
         self.optimizer = torch.optim.Adam(
             self.policy.parameters(), args.learning_rate, fused=True
         )
-        self.qv, self.v = (
-            torch.compile(self.policy.get_qv),
-            torch.compile(self.target.get_v),
-        )
+        self.qv = torch.compile(self.policy.get_qv)
+        self.v = torch.compile(self.target.get_v)
         self.args = args
 
     @staticmethod
@@ -80,7 +79,7 @@ class Theirs:
         return function(*(x.repeat(2, 1) for x in inputs)).view(2, -1).T
 
     def update(self, batch: Tensor):
-        obs, action, next_obs, reward, terminated = split_batch(batch, *DIMS)
+        obs, action, next_obs, reward, terminated = ours.split_batch(batch, *DIMS)
         with torch.no_grad():
             v_next = self.twice(self.v, next_obs)
             target = reward + (1 - terminated) * self.args.gamma * v_next.min(-1).values
@@ -104,10 +103,8 @@ class Theirs:
     ) -> tuple[Tensor, ...]:
         self.policy.eval()
         q = self.twice(lambda *x: self.policy.get_qv(*x)[0], obs, action)
-        v, v_next = (
-            self.twice(self.policy.get_v, obs),
-            self.twice(self.target.get_v, next_obs),
-        )
+        v = self.twice(self.policy.get_v, obs)
+        v_next = self.twice(self.target.get_v, next_obs)
         _, sigma = self.policy.prior.get_mean_std(action, obs)
         return q, v, v_next, sigma.log()
 
@@ -116,43 +113,40 @@ class TwoMasks(ours.EnergyFlow):
     """Q_1 and Q_2 with a dropout mask each, as the authors' doubled batch has them."""
 
     def q_values(
-        self, obs: Tensor, action: Tensor, keep: Tensor | None = None
+        self, obs: Tensor, action: Tensor, kept: Tensor | None = None
     ) -> Tensor:
-        if keep is None:
+        if kept is None:
             return super().q_values(obs, action)
-        both = [
-            super(TwoMasks, self).q_values(obs, action, k) for k in keep.chunk(2, dim=2)
-        ]
-        return torch.stack([both[0][:, 0], both[1][:, 1]], -1)
+        first, second = kept.chunk(2, dim=2)
+        q1 = super().q_values(obs, action, first)[:, 0]
+        q2 = super().q_values(obs, action, second)[:, 1]
+        return torch.stack([q1, q2], -1)
 
 
 class Ours:
     """Our update, as the script makes it."""
 
-    def __init__(self, args: ours.Args, masks: int):
-        self.rng = np.random.default_rng(args.seed)
-        self.flow, self.target = (
-            ours.make_flow(args, *DIMS),
-            ours.make_flow(args, *DIMS),
-        )
+    def __init__(self, args: ours.Args, masks: int, compiled: bool):
+        self.rng, self.dropout = np.random.default_rng(args.seed), args.dropout
+        self.flow = ours.make_flow(args, *DIMS)
+        self.target = ours.make_flow(args, *DIMS)
         if masks == 2:
             self.flow.__class__ = TwoMasks
         theta = flatten_parameters(self.flow)
-        state = [theta, flatten_parameters(self.target), *adam_moments(theta)]
-        shape = self.flow.couplings, 2, masks * args.batch_size, self.flow.hidden
-        keep = [ours.Keep(*shape, dropout=args.dropout)]
+        target_theta = flatten_parameters(self.target)
+        learner = [theta, target_theta, *ours.adam_moments(theta)]
+        shape = self.flow.n_couplings, 2, masks * args.batch_size, self.flow.hidden
+        self.kept = torch.ones(shape, dtype=torch.bool)
         self.batch = torch.zeros(args.batch_size, ROW)
-        update, hardware = (
-            ours.make_update(self.flow, *DIMS, args),
-            Hardware(False, 1, True),
-        )
-        self.learner = Learner(
-            update, state, [self.batch], keep, ours.METRICS, hardware
-        )
+        compiler = Compiler(compiled, torch.device("cpu"), lambda _: None)
+        update = ours.make_update(self.flow, args)
+        tensors = *learner, self.batch, self.kept
+        self.make_step = compiler("the update", update, *tensors)
 
     def update(self, batch: Tensor):
         self.batch.copy_(batch)
-        self.learner.update(self.rng)
+        ours.draw_dropout(self.kept, self.dropout, self.rng)
+        self.make_step()
 
     def q_v_next(
         self, obs: Tensor, action: Tensor, next_obs: Tensor
@@ -161,18 +155,16 @@ class Ours:
         return q, v, self.target.soft_values(next_obs), self.flow.log_sigma(obs)
 
 
-def make_arm(name: str, args: ours.Args, script) -> Theirs | Ours:
+def make_arm(name: str, args: ours.Args, script, compiled=True) -> Theirs | Ours:
     if name == "theirs":
         return Theirs(args, script)
-    return Ours(
-        replace(args, bf16=name == "bf16"), masks=2 if name == "two masks" else 1
-    )
+    return Ours(args, masks=2 if name == "two masks" else 1, compiled=compiled)
 
 
 @torch.no_grad()
 def measure(arm: Theirs | Ours, rows: Tensor, gamma: float) -> tuple[float, ...]:
     """Squared TD error, its share of the variance of y - V, and mean log sigma."""
-    obs, action, next_obs, reward, terminated = split_batch(rows, *DIMS)
+    obs, action, next_obs, reward, terminated = ours.split_batch(rows, *DIMS)
     q, v, v_next, log_sigma = arm.q_v_next(obs, action, next_obs)
     target = ours.soft_target(reward, terminated, v_next, gamma)
     error = (q - target[:, None]).square().mean()
@@ -198,15 +190,21 @@ def load_script(repository: Path | None):
     return module
 
 
-def main():
+def main() -> int:
+    """The exit code; what is missing is one sentence."""
+    try:
+        compare()
+    except Exception as error:
+        return explain(error)
+    return 0
+
+
+def compare():
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     script = load_script(options.repository) if "theirs" in options.arms else None
-    torch._inductor.config.fallback_random = (
-        True  # eager PyTorch's dropout masks, for theirs
-    )
-    rows = torch.load(options.run / "checkpoint.pt", weights_only=False)["replay"][
-        "rows"
-    ]
+    torch._inductor.config.fallback_random = True  # for theirs: eager dropout masks
+    checkpoint = torch.load(options.run / "checkpoint.pt", weights_only=False)
+    rows = checkpoint["replay"]["rows"]
     if len(rows) < TRAIN + UNSEEN or rows.shape[1] != ROW:
         raise UsageError(
             f"{options.run} holds no {TRAIN + UNSEEN} transitions of HalfCheetah"
@@ -222,15 +220,9 @@ def main():
                 arm.update(rows[rng.integers(0, TRAIN, args.batch_size)])
                 if n in options.updates:
                     values = measure(arm, rows[TRAIN : TRAIN + UNSEEN], args.gamma)
-                    print(
-                        name,
-                        seed,
-                        n,
-                        *(f"{x:.3f}" for x in values),
-                        sep=",",
-                        flush=True,
-                    )
+                    cells = [name, seed, n, *(f"{x:.3f}" for x in values)]
+                    print(*cells, sep=",", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main())

@@ -1,15 +1,18 @@
-"""Runs the MEow authors' own code on HalfCheetah-v4, measured like ours (return and stride).
+"""Runs the MEow authors' own code on HalfCheetah-v4, measured like ours.
 
     git clone https://github.com/ChienFeng-hub/meow && git -C meow checkout b786d27
-    python tools/authors_code.py --repository meow --seed 1 --out authors_1.csv
+    python studies/two_gaits/authors_code.py --repository meow --seed 1 --out 1.csv
 
-Needs an environment of its own: torch 2.13.0, gymnasium 0.29.1, mujoco 2.3.7, numpy < 2,
-stable-baselines3 2.3.2, tyro, tensorboard. For the physics of ours put mujoco 4.0.0 before it, from
-`pip install --target DIR --no-deps mujoco==4.0.0 mujoco-core==4.0.0` with DIR in PYTHONPATH.
+Needs an environment of its own: torch 2.13.0, gymnasium 0.29.1, mujoco 2.3.7, numpy <
+2, stable-baselines3 2.3.2, tyro, tensorboard. For the physics of ours put mujoco 4.0.0
+before it, with DIR in PYTHONPATH:
 
-Their script is imported and not changed, but for two names: `RescaleAction` leaves vector
-environments alone (it can't wrap them, and these actions lie in [-1, 1] already), and `evaluate`,
-on the same ten seeds as theirs, writes what it measures. `--compile` replaces three more.
+    pip install --target DIR --no-deps mujoco==4.0.0 mujoco-core==4.0.0
+
+Their script is imported and not changed, but for two names: `RescaleAction` leaves
+vector environments alone (it can't wrap them, and these actions lie in [-1, 1]
+already), and `evaluate`, on the same ten seeds as theirs, writes what it measures.
+`--compile` replaces three more.
 """
 
 import functools
@@ -36,20 +39,20 @@ class Options:
     total_timesteps: int = 90_000
     """environment steps"""
     compile: bool = False
-    """compile their Q and V and fuse their Adam: the same arithmetic and random numbers, rounded
-    otherwise (an update on one thread of an AMD EPYC: 19 ms instead of 27)"""
+    """compile their Q and V, fuse their Adam: the same arithmetic and random numbers,
+    rounded otherwise (an update on one thread of an AMD EPYC: 19 ms instead of 27)"""
 
 
 def stride_frequency(angles: np.ndarray) -> float:
-    """As in tools/stride.py, which needs newer packages."""
+    """As in stride.py, which needs newer packages."""
     x = angles[FIRST:LAST]
     power = np.abs(np.fft.rfft(x - x.mean())) ** 2
     return float(np.fft.rfftfreq(len(x), SECONDS_PER_STEP)[power.argmax()])
 
 
 def make_evaluate(file):
-    """Their `evaluate`, which also writes a row; their loop calls it every 10,000 steps."""
-    step = 10_000  # learning starts here, and their first evaluation is at the next multiple
+    """Their `evaluate`, which also writes a row; called every 10,000 steps."""
+    step = 10_000  # learning starts here; the first evaluation is 10,000 steps later
 
     @torch.no_grad()
     def evaluate(envs, policy, deterministic=True, device="cpu"):  # noqa: ARG001 (their signature)

@@ -1,0 +1,592 @@
+"""MEow without tuning: a temperature that learns itself, one setting for every task.
+
+    python meow_auto_continuous_action.py --env-id Ant-v4            # any environment
+    python meow_auto_continuous_action.py --resume runs/<run_name>   # go on exactly
+    python meow_auto_continuous_action.py --evaluate runs/<run_name> --capture-video
+
+In MEow (meow_continuous_action.py; Chao et al., NeurIPS 2024) alpha multiplies the
+flow's whole log-density: Q moves with alpha, which can't be learned as in SAC. Here Q
+is written without it. For u = atanh(a), additive couplings x = g(u|s), of volume 1, and
+networks m_k(s), kappa(s) > 0:
+
+    Q_k(s,a) = m_k(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
+    V_k(s)   = m_k(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s))
+    policy:    u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
+
+Since da = prod_i (1 - tanh(u_i)^2) du and du = dx, the last term of Q cancels in
+
+    alpha log int exp(Q_k/alpha) da = m_k + alpha log int exp(-kappa x^2 / (2 alpha)) dx
+
+which is a Gaussian integral: V is the soft value of Q, exactly, at EVERY alpha, and
+pi(a|s) = exp((Q_k - V_k)/alpha) is the density of tanh(u). (MEow's own form is the
+special case kappa = alpha/sigma^2.) When alpha moves, m, kappa and g stay; the policy
+widens or narrows. So the dual of SAC works: with the entropy's target H and the
+log-density of the action just played,
+
+    log alpha <- log alpha + eta (H + log pi(a|s)),     clipped to eta per dimension
+
+Symbols   code               meaning
+g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
+m_k       EnergyFlow.m       two networks, reward units; the smaller V_k counts
+kappa     EnergyFlow.kappa   curvature, reward units: exp(h(s)) + alpha / sigma_max^2
+alpha     EnergyFlow.alpha   temperature, reward units per nat; gets no gradient
+theta     theta              all parameters in one vector; theta': target_theta
+y         target             r + gamma (1 - terminated) min_k V_k(s'), theta'
+Shapes: B batch, A action, S observation, K = 2 shifts, P parameters.
+
+What differs from meow_continuous_action.py besides: m and h have LayerNorm (hidden
+layers start orthogonal, the last one at zero), and the replay buffer keeps u, of
+which nothing is cut off.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from harness import environments
+from harness.args import RunArgs
+from harness.compiling import flatten_parameters, function_of_parameters
+from harness.machine import check_memory
+from harness.runs import Run, Session, main
+
+# --- Settings -------------------------------------------------------------------------
+BUDGETS = {  # steps of these environments, as the paper's; all else is the same for all
+    "Hopper-v[45]": dict(total_timesteps=1_500_000),
+    "HalfCheetah-v[45]": dict(total_timesteps=1_500_000),
+    "Walker2d-v[45]": dict(total_timesteps=4_000_000),
+    "Ant-v[45]": dict(total_timesteps=4_000_000),
+    "Humanoid-v[45]": dict(total_timesteps=5_000_000),
+}
+
+
+@dataclass
+class Args(RunArgs):
+    exp_name: str = "meow_auto_continuous_action"  # name of the experiment
+
+    # Environment and evaluation
+    env_kwargs: str = "{}"  # arguments of its constructor, as a JSON object
+    flatten: bool = False  # flatten dictionaries and images to one vector
+    max_episode_steps: int | None = None  # cap (default: the environment's, or 100,000)
+    eval_frequency: int = 10_000  # steps between evaluations; the last step has one too
+    eval_episodes: int = 10  # per evaluation, each time with fresh seeds (0: none)
+    eval_envs: int = 10  # environments that play them at a time; returns are the same
+    deterministic_eval: bool = True  # evaluate g^-1(0|s), else draw from the policy
+
+    # Algorithm
+    learning_rate: float = 1e-3  # Adam's step size
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
+    alpha: float = 0.1  # temperature at the start: reward units per nat of entropy
+    autotune: bool = True  # learn the temperature
+    alpha_lr: float = 1e-3  # eta, the temperature's step size
+    target_entropy: float = -0.65  # of the policy, in nats per action dimension
+    sigma_start: float = 0.22  # standard deviation of u at the start
+    sigma_max: float = 7.4  # upper bound of the standard deviation of u
+    batch_size: int = 256  # transitions per update
+    buffer_size: int = 1_000_000  # transitions kept in the replay buffer
+    learning_starts: int = 5_000  # random steps before the first of one update per step
+    max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
+    dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
+
+    settings = BUDGETS
+    resume_may_change = RunArgs.resume_may_change + " eval_envs"
+    evaluate_may_change = (
+        RunArgs.evaluate_may_change
+        + " eval_episodes eval_envs deterministic_eval max_episode_steps"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        environments.json_object("--env-kwargs", self.env_kwargs)
+        counts = "batch_size buffer_size learning_starts eval_frequency eval_envs"
+        self.check(counts, lambda x: x >= 1, "at least 1")
+        self.check("eval_episodes", lambda x: x >= 0, "at least 0")
+        if self.max_episode_steps is not None:
+            self.check("max_episode_steps", lambda x: x >= 1, "at least 1")
+        positive = "learning_rate alpha alpha_lr max_grad_norm sigma_start sigma_max"
+        self.check(positive, lambda x: x > 0, "positive and finite")
+        self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
+        self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        self.check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1")
+        self.check("target_entropy", lambda x: -100 <= x <= 100, "from -100 to 100")
+        below = "below --sigma-max"
+        self.check("sigma_start", lambda x: x < self.sigma_max, below)
+
+
+# --- Environment and evaluation -------------------------------------------------------
+TRAINING, EVALUATION, NOISE = 0, 1, 2  # what a seed is for
+
+
+def episode_seed(*key: int) -> int:
+    """A 32-bit seed from several numbers: the run's seed, its use, the episode."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def make_env(args: Args, render: bool = False) -> environments.ReplayableEnv:
+    """The environment with actions in [-1, 1] and a time limit. Raises: UsageError."""
+    options = json.loads(args.env_kwargs)
+    env = environments.make(args.env_id, options, render)  # gym.make
+    if args.flatten:
+        env = gym.wrappers.FlattenObservation(env)
+    own_limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
+    limit = args.max_episode_steps or own_limit or 100_000
+    env = gym.wrappers.TimeLimit(env, limit)
+    env = environments.check_spaces(env, args.env_id)
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return environments.ReplayableEnv(env, args.env_id)
+
+
+def make_eval_envs(args: Args, session: Session) -> list[environments.ReplayableEnv]:
+    """The environments that play an evaluation; the first one can be filmed."""
+    count = min(args.eval_envs, args.eval_episodes)
+    renders = [args.capture_video and i == 0 for i in range(count)]
+    return [session.closing(make_env(args, render)) for render in renders]
+
+
+def evaluate(
+    args: Args,
+    envs: list[environments.ReplayableEnv],
+    policy,
+    step: int,
+    session: Session,
+) -> tuple[list[float], list[int]]:
+    """Returns and lengths of --eval-episodes new episodes: --seed and `step` seed them.
+
+    policy(obs (n, S), z (n, A)) -> actions (n, A). Episode i is row i, whichever of
+    `envs` plays it, so that the returns don't depend on their number.
+    """
+    n = args.eval_episodes
+    returns, lengths = [0.0] * n, [0] * n
+    if n == 0:
+        return returns, lengths
+    obs = np.zeros((n, *envs[0].observation_space.shape), np.float32)
+    z = np.zeros((n, *envs[0].action_space.shape), np.float32)
+    with session.evaluation(envs[0].metadata.get("render_fps", 30)) as watch:
+        for first in range(0, n, len(envs)):
+            rng = np.random.default_rng(episode_seed(args.seed, NOISE, step))
+            playing = dict(zip(range(first, n), envs, strict=False))
+            for i, env in playing.items():
+                obs[i], _ = env.reset(seed=episode_seed(args.seed, EVALUATION, step, i))
+            while playing:
+                watch.step(f"evaluation: episodes of {lengths} steps so far")
+                if 0 in playing:
+                    watch.film(envs[0])
+                if not args.deterministic_eval:
+                    rng.standard_normal(out=z, dtype=np.float32)
+                action = policy(obs, z)
+                for i, env in list(playing.items()):
+                    obs[i], reward, terminated, truncated, _ = env.step(action[i])
+                    returns[i] += reward
+                    lengths[i] += 1
+                    if terminated or truncated:
+                        del playing[i]
+    return returns, lengths
+
+
+# --- Replay buffer --------------------------------------------------------------------
+class ReplayBuffer:
+    """Ring of rows obs | action | next_obs | reward | terminated, on the device.
+
+    Time-outs are stored with terminated = 0: the target bootstraps through them.
+    `batch` (B, row) is the tensor that every sample fills.
+    """
+
+    def __init__(
+        self, capacity: int, obs_dim: int, act_dim: int, batch_size: int, device
+    ):
+        widths = [obs_dim, act_dim, obs_dim, 1, 1]
+        size = 4 * capacity * sum(widths)
+        what = f"--buffer-size {capacity}: the replay buffer"
+        check_memory(what, size, torch.device(device))
+        self.capacity, self.added = capacity, 0
+        self.rows = torch.empty(capacity, sum(widths), device=device)
+        self.row = torch.empty(sum(widths), pin_memory=self.rows.is_cuda)
+        self.parts = np.split(self.row.numpy(), np.cumsum(widths)[:-1])
+        self.batch = torch.zeros(batch_size, sum(widths), device=device)
+
+    def __len__(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, *transition):
+        """Stores obs (S,), action (A,), next_obs (S,), reward, terminated."""
+        for part, value in zip(self.parts, transition, strict=True):
+            part[:] = value
+        self.rows[self.added % self.capacity].copy_(self.row)
+        self.added += 1
+
+    def sample(self, rng: np.random.Generator) -> Tensor:
+        """`batch` (B, row), filled with transitions drawn with replacement."""
+        index = torch.from_numpy(rng.integers(0, len(self), len(self.batch)))
+        index = index.to(self.rows.device)
+        return torch.index_select(self.rows, 0, index, out=self.batch)
+
+    def state_dict(self) -> dict:
+        # by way of NumPy, or torch saves all rows
+        filled = self.rows[: len(self)].cpu().numpy()
+        return {"added": self.added, "rows": torch.from_numpy(filled)}
+
+    def load_state_dict(self, state: dict):
+        self.added = state["added"]
+        self.rows[: len(self)].copy_(state["rows"])
+
+
+def split_batch(batch: Tensor, obs_dim: int, act_dim: int) -> tuple[Tensor, ...]:
+    """(B, row) -> obs, action, next_obs (B, ...), reward, terminated (B,)."""
+    widths = [obs_dim, act_dim, obs_dim, 1, 1]
+    obs, action, next_obs, reward, terminated = batch.split(widths, dim=-1)
+    return obs, action, next_obs, reward[:, 0], terminated[:, 0]
+
+
+# --- Networks -------------------------------------------------------------------------
+class Swish(nn.Module):
+    """x sigmoid(beta x), one learnable beta per unit, initially 1."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+class MLP(nn.Module):
+    """in -> hidden -> hidden -> out; hidden: linear, LayerNorm, swish, dropout.
+
+    Weights start orthogonal, biases at PyTorch's default; with `zero` the last layer
+    starts at 0, and so does the output.
+    """
+
+    def __init__(self, dims: list[int], zero: bool = False, dropout: float = 0.0):
+        super().__init__()
+        hidden = dims[1:-1]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(dims))
+        self.norms = nn.ModuleList(nn.LayerNorm(d) for d in hidden)
+        self.swishes = nn.ModuleList(Swish(d) for d in hidden)
+        self.dropout = dropout
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.weight)
+        if zero:
+            nn.init.zeros_(self.layers[-1].weight)
+            nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """x (B, in) -> (B, out). kept (2, B, hidden) bool: not dropped (None: all)."""
+        for i, (norm, swish) in enumerate(zip(self.norms, self.swishes, strict=True)):
+            x = swish(norm(self.layers[i](x)))
+            if kept is not None:
+                x = torch.where(kept[i], x / (1 - self.dropout), 0.0)
+        return self.layers[-1](x)
+
+
+class EnergyFlow(nn.Module):
+    """The conditional flow that is policy, soft Q and soft value at any temperature.
+
+    Actions are given and returned before tanh, as u; densities are those of tanh(u).
+    """
+
+    n_couplings, hidden = 4, 64
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.obs_dim, self.act_dim = obs_dim, act_dim
+        hidden = [self.hidden, self.hidden]
+        dims = [act_dim + obs_dim, *hidden, act_dim]
+        self.t = nn.ModuleList(
+            MLP(dims, dropout=args.dropout) for _ in range(self.n_couplings)
+        )
+        self.m = nn.ModuleList(MLP([obs_dim, 256, 256, 1], zero=True) for _ in range(2))
+        self.h = MLP([obs_dim, *hidden, act_dim], zero=True)
+        self.sigma_max = args.sigma_max
+        # kappa at the start, so that sigma = sqrt(alpha / kappa) is --sigma-start
+        kappa = args.alpha / args.sigma_start**2 - args.alpha / args.sigma_max**2
+        self.log_kappa_start = math.log(kappa)
+        self.register_buffer("alpha", torch.tensor(float(args.alpha)))
+        mask = (torch.arange(act_dim) % 2 == 0).float()
+        self.register_buffer("masks", torch.stack([mask, 1 - mask]))
+
+    # the layers
+    def kappa(self, obs: Tensor) -> Tensor:
+        """kappa(s) = exp(h(s)) + alpha / sigma_max^2. (B, S) -> (B, A), reward units.
+
+        Within e^-10 and e^10 times its start; the second term keeps sigma <= sigma_max.
+        """
+        log_kappa = self.log_kappa_start + 10 * torch.tanh(self.h(obs) / 10)
+        return torch.exp(log_kappa) + self.alpha / self.sigma_max**2
+
+    def translation(self, i: int, x: Tensor, obs: Tensor, kept: Tensor | None = None):
+        """(1 - mask) t_i(mask*x, s) of coupling i: zero where mask is 1. -> (B, A)."""
+        mask = self.masks[i % 2]
+        inputs = torch.cat([mask * x, obs], dim=-1)
+        return (1 - mask) * self.t[i](inputs, None if kept is None else kept[i])
+
+    def to_x(self, u: Tensor, obs: Tensor, kept: Tensor | None = None) -> Tensor:
+        """x = g(u|s), of volume 1. kept (4, 2, B, 64): not dropped. -> (B, A)."""
+        x = u
+        for i in reversed(range(self.n_couplings)):
+            x = x - self.translation(i, x, obs, kept)
+        return x
+
+    def to_u(self, x: Tensor, obs: Tensor) -> Tensor:
+        """u = g^-1(x|s), of volume 1. -> (B, A)."""
+        u = x
+        for i in range(self.n_couplings):
+            u = u + self.translation(i, u, obs)
+        return u
+
+    # soft Q, soft value and policy
+    def shifts(self, obs: Tensor) -> Tensor:
+        """m_k(s). (B, S) -> (B, K), reward units."""
+        return torch.cat([m(obs) for m in self.m], dim=-1)
+
+    def q_values(self, obs: Tensor, u: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Q_k = m_k - 1/2 sum kappa x^2 - alpha sum log(1 - tanh(u)^2). -> (B, K)."""
+        x = self.to_x(u, obs, kept)
+        energy = 0.5 * (self.kappa(obs) * x * x).sum(-1)
+        squash = self.alpha * log_tanh_slope(u).sum(-1)
+        return self.shifts(obs) - (energy + squash)[:, None]
+
+    def soft_values(self, obs: Tensor) -> Tensor:
+        """V_k(s) = m_k(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s)). -> (B, K)."""
+        log_z = 0.5 * torch.log(2 * math.pi * self.alpha / self.kappa(obs)).sum(-1)
+        return self.shifts(obs) + self.alpha * log_z[:, None]
+
+    def log_prob(self, obs: Tensor, u: Tensor) -> Tensor:
+        """log pi(a|s) = log N(x; 0, sigma^2) - sum log(1 - tanh(u)^2). -> (B,)."""
+        log_sigma = 0.5 * torch.log(self.alpha / self.kappa(obs))
+        z = self.to_x(u, obs) * torch.exp(-log_sigma)
+        return log_prior(z) - log_sigma.sum(-1) - log_tanh_slope(u).sum(-1)
+
+    def sample(self, obs: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """u = g^-1(sigma z|s), z ~ N(0, I), and log pi(tanh u|s). -> (B, A), (B,)."""
+        if z is None:
+            z = obs.new_empty(len(obs), self.act_dim).normal_()
+        log_sigma = 0.5 * torch.log(self.alpha / self.kappa(obs))
+        u = self.to_u(z * torch.exp(log_sigma), obs)
+        return u, log_prior(z) - log_sigma.sum(-1) - log_tanh_slope(u).sum(-1)
+
+    def mode_action(self, obs: Tensor) -> Tensor:
+        """tanh g^-1(0|s), the mode of the density before tanh. -> (B, A)."""
+        return torch.tanh(self.sample(obs, obs.new_zeros(len(obs), self.act_dim))[0])
+
+
+def log_prior(z: Tensor) -> Tensor:
+    """log p_z(z) of the standard normal. z (B, A) -> (B,)."""
+    return -0.5 * (z * z).sum(-1) - 0.5 * math.log(2 * math.pi) * z.shape[-1]
+
+
+def log_tanh_slope(u: Tensor) -> Tensor:
+    """log d tanh(u)/du = log(1 - tanh(u)^2), elementwise, no cancellation."""
+    return 2 * (math.log(2) - u - softplus(-2 * u))
+
+
+def make_flow(args: Args, obs_dim: int, act_dim: int) -> EnergyFlow:
+    """The flow of these settings; no parameter needs a gradient outside the update."""
+    torch.manual_seed(args.seed)
+    return EnergyFlow(obs_dim, act_dim, args).requires_grad_(False)
+
+
+def draw_dropout(kept: Tensor, dropout: float, rng: np.random.Generator):
+    """Draws which units dropout keeps. kept (...) bool; a multiple of 4 units.
+
+    On CPU 16 random bits a unit: many times faster than a float, to 1/65536.
+    """
+    if dropout == 0:
+        return
+    if kept.is_cuda:
+        kept.bernoulli_(1 - dropout)
+        return
+    bits = rng.integers(0, 2**64, kept.numel() // 4, dtype=np.uint64).view(np.uint16)
+    threshold = round(dropout * 2**16)
+    np.greater_equal(bits.reshape(kept.shape), threshold, out=kept.numpy())
+
+
+# --- Target, loss and update ----------------------------------------------------------
+def soft_target(
+    reward: Tensor, terminated: Tensor, v_next: Tensor, gamma: float
+) -> Tensor:
+    """y = r + gamma (1 - terminated) min_k V_k(s'). (B,), (B,), (B, K) -> (B,)."""
+    return reward + gamma * (1 - terminated) * v_next.min(-1).values
+
+
+def meow_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Batch mean of sum_k (Q_k - y)^2 / 2. q (B, K), target (B,) -> ()."""
+    return 0.5 * (q - target[:, None]).square().sum(-1).mean()
+
+
+def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Scales grad (P,) to at most max_norm; also returns the norm before, ()."""
+    norm = torch.linalg.vector_norm(grad)
+    return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
+def adam_moments(theta: Tensor) -> list[Tensor]:
+    """m (P,), v (P,) and (beta1^0, beta2^0) before the first step of Adam."""
+    zeros = torch.zeros_like(theta)
+    return [zeros, zeros.clone(), theta.new_ones(2, dtype=torch.float64)]
+
+
+def adam(
+    theta: Tensor, m: Tensor, v: Tensor, decay: Tensor, grad: Tensor, lr: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step of Adam (Kingma and Ba, algorithm 1); decay (2,): beta1^t, beta2^t."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    m = beta1 * m + (1 - beta1) * grad
+    v = beta2 * v + (1 - beta2) * grad * grad
+    decay = torch.stack([beta1 * decay[0], beta2 * decay[1]])
+    m_hat = m / (1 - decay[0]).to(m.dtype)
+    v_hat = v / (1 - decay[1]).to(v.dtype)
+    return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
+
+
+def next_log_alpha(
+    log_alpha: float, log_prob: float, args: Args, act_dim: int
+) -> float:
+    """log alpha <- log alpha + eta (H + log pi(a|s)), H the target entropy, in nats.
+
+    It grows where the policy is narrower than the target; the error is clipped to +-1
+    nat per action dimension.
+    """
+    error = args.target_entropy + log_prob / act_dim
+    log_alpha += args.alpha_lr * min(max(error, -1.0), 1.0)
+    return max(log_alpha, math.log(1e-6))
+
+
+METRICS = [
+    "losses/loss",
+    "losses/grad_norm",
+    "flow/q",
+    "flow/v_next",
+    "flow/target",
+    "flow/shift_gap",
+]
+
+
+def make_update(flow: EnergyFlow, args: Args):
+    """update(theta, theta', m, v, decay, batch, kept) -> METRICS (6,), a pure function
+    but that it changes the first five in place; it is compiled as a whole."""
+    q_values = function_of_parameters(flow.q_values)
+    soft_values = function_of_parameters(flow.soft_values)
+
+    def loss_and_q(theta, obs, u, target, kept):
+        q = q_values(theta, obs, u, kept)  # Q_k(s,a)  (B, K)
+        return meow_loss(q, target), q
+
+    def update(theta, target_theta, m, v, decay, batch, kept=None):
+        parts = split_batch(batch, flow.obs_dim, flow.act_dim)
+        obs, u, next_obs, reward, terminated = parts
+        v_next = soft_values(target_theta, next_obs)  # V_k(s'), theta'  (B, K)
+        target = soft_target(reward, terminated, v_next, args.gamma)  # y  (B,)
+        gradient = torch.func.grad_and_value(loss_and_q, has_aux=True)
+        grad, (loss, q) = gradient(theta, obs, u, target, kept)
+        grad, grad_norm = clip_gradient(grad, args.max_grad_norm)
+        new_theta, *moments = adam(theta, m, v, decay, grad, args.learning_rate)
+        averaged = (1 - args.tau) * target_theta + args.tau * new_theta  # new theta'
+        new = (new_theta, averaged, *moments)
+        for tensor, value in zip((theta, target_theta, m, v, decay), new, strict=True):
+            tensor.copy_(value)
+        shift_gap = (q[:, 0] - q[:, -1]).abs().mean()  # |m_1 - m_2|
+        means = q.mean(), v_next.mean(), target.mean(), shift_gap
+        return torch.stack([loss, grad_norm, *means])
+
+    return update
+
+
+# --- Training -------------------------------------------------------------------------
+def make_policy(network, theta: Tensor, n: int, run: Run, name: str):
+    """policy(obs (n, S), z (n, A)) -> u (n, A), log pi (n,): compiled `sample`."""
+    widths = [network.obs_dim, network.act_dim]
+    inputs = torch.zeros(n, sum(widths), device=run.device)
+    obs_in, z_in = inputs.split(widths, dim=-1)
+    sample = function_of_parameters(network.sample)
+    draw = run.compile(name, sample, theta, obs_in, z_in)
+
+    def policy(obs: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        obs_in.copy_(torch.from_numpy(obs))
+        z_in.copy_(torch.from_numpy(z))
+        u, log_prob = draw()
+        return u.cpu().numpy(), log_prob.cpu().numpy()
+
+    return policy
+
+
+def train(args: Args, run: Run):
+    """Trains the flow, from the run's checkpoint if it has one."""
+    rng = np.random.default_rng(args.seed)  # exploration, replay and dropout
+    env = run.closing(make_env(args))
+    eval_envs = make_eval_envs(args, run)
+    capacity = min(args.buffer_size, args.total_timesteps)
+    replay = ReplayBuffer(capacity, *env.sizes, args.batch_size, run.device)
+    flow = make_flow(args, *env.sizes).to(run.device)
+    theta = flatten_parameters(flow)  # the flow's parameters are views of it
+    learner = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, decay
+    shape = (flow.n_couplings, 2, args.batch_size, flow.hidden)  # 2 hidden layers each
+    kept = torch.ones(shape, dtype=torch.bool, device=run.device)
+    update = make_update(flow, args)
+    update = run.compile("the update", update, *learner, replay.batch, kept)
+    act = make_policy(flow, theta, 1, run, "acting")
+    play = make_policy(flow, theta, args.eval_episodes, run, "evaluation")
+    parts = {"env": env, "learner": learner, "replay": replay, "alpha": [flow.alpha]}
+    run.start({"flow": flow}, rng, env.sizes, **parts)
+
+    def eval_policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
+        return np.tanh(play(obs, z)[0])
+
+    done = True
+    for step in run.steps():
+        if run.due(args.eval_frequency):
+            run.log_evaluation(*evaluate(args, eval_envs, eval_policy, step, run))
+        if done:  # a resumed run is brought back to where its episode was
+            seed = episode_seed(args.seed, TRAINING, env.episode_count)
+            obs, _ = env.reset(seed=seed)
+        if step < args.learning_starts:
+            u = np.arctanh(rng.uniform(-1, 1, flow.act_dim)).astype(np.float32)
+            metrics = {}
+        else:
+            z = rng.standard_normal((1, flow.act_dim), dtype=np.float32)
+            (u,), (log_prob,) = act(obs[None], z)  # u = g^-1(sigma z|s), z ~ N(0, I)
+            replay.sample(rng)
+            draw_dropout(kept, args.dropout, rng)
+            metrics = dict(zip(METRICS, update().tolist(), strict=True))
+            metrics |= {
+                "flow/alpha": flow.alpha.item(),
+                "flow/entropy": -float(log_prob),
+            }
+            if args.autotune:
+                log_alpha = math.log(flow.alpha)
+                log_alpha = next_log_alpha(log_alpha, log_prob, args, flow.act_dim)
+                flow.alpha.fill_(math.exp(log_alpha))
+        next_obs, reward, terminated, truncated, info = env.step(np.tanh(u))
+        replay.add(obs, u, next_obs, reward, terminated)
+        obs, done = next_obs, terminated or truncated
+        if done:
+            run.log_episode(info["episode"])
+        run.log(metrics)
+        run.end_step()
+    step = args.total_timesteps
+    run.log_evaluation(*evaluate(args, eval_envs, eval_policy, step, run))
+
+
+def evaluate_saved(args: Args, saved: dict, session: Session):
+    """Returns and lengths of episodes with a saved policy, on the CPU."""
+    envs = make_eval_envs(args, session)
+    environments.check_sizes(saved, envs[0].sizes, args.env_id)
+    flow = make_flow(args, *saved["sizes"])
+    flow.load_state_dict(saved["flow"])
+
+    def policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
+        u, _ = flow.sample(torch.from_numpy(obs), torch.from_numpy(z))
+        return np.tanh(u.numpy())
+
+    return evaluate(args, envs, policy, saved["step"], session)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Args, train, evaluate_saved))
