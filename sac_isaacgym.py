@@ -96,7 +96,7 @@ class Args(RunArgs):
     exp_name: str = "sac_isaacgym"  # name of the experiment
 
     # Simulator and evaluation
-    simulator: SimulatorName = "auto"  # auto: mujoco where it has the task, else NVIDIA's
+    simulator: SimulatorName = "auto"  # auto: mujoco if it has the task, else NVIDIA's
     num_envs: int = 128  # environments stepped together
     variant: Literal["oige", "ige"] = "oige"  # constants of OmniIsaac- or IsaacGymEnvs
     sim_threads: int = 1  # CPU threads that step mujoco; results are the same

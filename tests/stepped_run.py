@@ -70,7 +70,7 @@ class SteppedRun:
 
     def start(self, policy, rng, sizes, **parts):
         self.policy, self.rng, self.sizes, self.parts = policy, rng, sizes, parts
-        self.env, self.replay = parts["env"], parts["replay"]
+        self.env, self.replay = parts.get("env"), parts["replay"]
         self.step = 0
         if self.restored:
             self.step = self.restored["step"]

@@ -1,7 +1,7 @@
-"""MEow and SAC on many environments: replay, normalisation, updates, evaluation and whole runs.
+"""MEow and SAC on many environments: replay, normalisation, updates, evaluation, runs.
 
-Flow, target, loss and update are copies of the MuJoCo scripts' (test_parity.py), tested there.
-Runs here are quick ones on the CPU, most of them within the test's own process.
+Flow, target, loss and update are copies of the MuJoCo scripts' (test_parity.py), tested
+there. Runs here are quick ones on the CPU, most of them within the test's own process.
 """
 
 import contextlib
@@ -19,21 +19,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ISAAC_SCRIPTS, ROOT
-from isaac_tasks.training import (
-    ObservationNorm,
-    SimulatorEnvs,
-    TrainingEnvs,
-    VectorReplayBuffer,
-)
 from stepped_run import SteppedRun, adam_steps
 from test_isaac_simulators import HOW, stand_ins, timeline  # noqa: F401 (a fixture)
 
 import meow_isaacgym as meow
 import sac_isaacgym as sac
-from harness.files import RunError, UsageError
+from harness.errors import UsageError
 from harness.runs import main
-from isaac_tasks import TASKS, make_simulator
+from isaac_tasks import TASKS, SimulatorError, make_simulator
 from isaac_tasks.ingenuity import Ingenuity
+from isaac_tasks.mujoco_simulator import MujocoSimulator
+from meow_isaacgym import EpisodeStatistics, ObservationNorm, VectorReplayBuffer
 
 BOTH = [meow, sac]
 both_scripts = pytest.mark.parametrize("script", BOTH, ids=lambda s: s.__name__)
@@ -59,17 +55,17 @@ def quick(**options):
 
 
 def command(script, words, folder):
-    """The exit code of a script's command line, run in this process in a folder of its own."""
+    """The exit code of a command line, run in this process in a folder of its own."""
     folder.mkdir(exist_ok=True)
     with contextlib.chdir(folder):
         return main(
-            script.Args, script.train, script.load_evaluator, list(map(str, words))
+            script.Args, script.train, script.evaluate_saved, list(map(str, words))
         )
 
 
-# --- Replay buffer --------------------------------------------------------------------------------
+# --- Replay buffer --------------------------------------------------------------------
 class Counter:
-    """N environments whose observation names environment, episode and step; max_steps = 5."""
+    """N environments; an observation names environment, episode and step."""
 
     max_steps = 5
 
@@ -83,7 +79,7 @@ class Counter:
         return torch.tensor(np.stack(columns, -1), dtype=torch.float32)
 
     def step(self):
-        """action, reward, terminated, truncated, final_obs, obs, valid of one vector step."""
+        """A vector step: as `VectorReplayBuffer.add` takes it."""
         before, self.clock = self.obs(), self.clock + 1
         action = torch.full((self.n, 2), float(self.clock))
         valid = torch.from_numpy(~self.dead)
@@ -106,7 +102,7 @@ class Counter:
 
 
 def filled(capacity, steps, late=False, n=3):
-    """A replay buffer after some vector steps, and the last `capacity` of them as rows."""
+    """A replay buffer after vector steps, and the last `capacity` of them as rows."""
     env = Counter(n, late=late)
     replay = make_replay(capacity, n)
     replay.start(env.obs())
@@ -135,8 +131,11 @@ def gathered(replay):
     ("capacity", "steps"), [(50, 7), (50, 50), (17, 200), (4, 9), (1, 5)]
 )
 def test_replay_returns_the_last_transitions_and_nothing_else(capacity, steps, late):
-    """Exactly the stored rows, through time-outs, terminations and the ring's end; next_obs is the
-    final observation wherever the target looks at it. Late resets' rows are never drawn."""
+    """Exactly the stored rows, through time-outs, terminations and the ring's end.
+
+    next_obs is the final observation wherever the target looks at it. Late resets' rows
+    are never drawn.
+    """
     replay, rows = filled(capacity, steps, late)
     if not len(rows):
         pytest.skip("the one step kept was a late reset everywhere")
@@ -170,8 +169,7 @@ def test_replay_survives_a_checkpoint_and_forgets_an_outcome_after_a_reset():
     copy.load_state_dict(replay.state_dict())
     assert torch.equal(gathered(copy), gathered(replay))
     last = replay.obs[replay.added % 21]
-    copy.start(last)  # as before: nothing is lost
-    assert torch.equal(gathered(copy), gathered(replay))
+    assert torch.equal(copy.last_obs(), last)
     copy.start(last + 1)
     assert len(gathered(copy).unique(dim=0)) == len(gathered(replay).unique(dim=0)) - 3
 
@@ -183,7 +181,7 @@ def test_replay_that_does_not_fit_is_refused():
         VectorReplayBuffer(1_000_000, 1_000_000, 60, 8, max_steps=999, batch_size=1)
 
 
-# --- Observation normalisation --------------------------------------------------------------------
+# --- Observation normalisation --------------------------------------------------------
 def test_norm_is_that_of_all_observations_together():
     torch.manual_seed(0)
     batches = [
@@ -203,12 +201,12 @@ def test_norm_is_that_of_all_observations_together():
     assert norm(torch.full((1, 4), 1e6)).tolist() == [[5.0] * 4]
 
 
-# --- Training, step by step -----------------------------------------------------------------------
+# --- Training, step by step -----------------------------------------------------------
 STARTS = 3
 
 
 def stepped(script, after=None, total=9, **options):
-    """A run of `total` vector steps without files; `after(run)` looks at it after each."""
+    """A run of `total` vector steps without files; after each, after(run) looks."""
     sizes = dict(num_envs=4, batch_size=16, learning_starts=STARTS, eval_episodes=2)
     sizes |= dict(env_id="Ingenuity", total_timesteps=total)
     args = script.Args(**sizes | options)
@@ -218,17 +216,15 @@ def stepped(script, after=None, total=9, **options):
 
 
 def updates_made(script, run):
-    """Steps that Adam has taken for the networks: of the flow, or of critics and actor."""
-    if script is meow:
-        return [adam_steps(run.parts["learner"].state[4])]
-    states = run.parts["critic_learner"].state, run.parts["actor_learner"].state
-    return [adam_steps(states[0][4]), adam_steps(states[1][3])]
+    """Steps of Adam for the networks: of the flow, or of critics and actor."""
+    decays = [4] if script is meow else [4, 8]  # of the learner's tensors
+    return [adam_steps(run.parts["learner"][i]) for i in decays]
 
 
 @both_scripts
 @pytest.mark.parametrize("per_step", [1, 3])
 def test_updates_per_vector_step(script, per_step):
-    """None while acting at random, then exactly as many as asked for, actor included."""
+    """None while acting at random, then as many as asked for, actor included."""
     seen = []
     stepped(
         script,
@@ -242,33 +238,56 @@ def test_updates_per_vector_step(script, per_step):
 
 
 def test_a_rarer_actor_catches_up():
-    """--policy-frequency 2: two updates of the actor after every second one of the critics."""
+    """--policy-frequency 2: two updates of the actor after two of the critics."""
     seen = []
     stepped(sac, lambda run: seen.append(updates_made(sac, run)), policy_frequency=2)
     assert seen[STARTS:] == [[n, n - n % 2] for n in range(1, 7)]
 
 
+def recorded_steps(monkeypatch, num_envs, before=lambda _simulator: None):
+    """A list that gets (observations acted on, actions) of each vector step.
+
+    Only of simulators with `num_envs` environments, each of which `before` sees.
+    """
+    steps, acted_on = [], {}
+    reset, step = MujocoSimulator.reset, MujocoSimulator.step
+
+    def recorded_reset(self, seed=None):
+        acted_on[self] = reset(self, seed)
+        return acted_on[self]
+
+    def recorded_step(self, action):
+        if self.num_envs == num_envs:
+            before(self)
+            steps.append((acted_on[self].clone(), action.clone()))
+        result = step(self, action)
+        acted_on[self] = result[0]
+        return result
+
+    monkeypatch.setattr(MujocoSimulator, "reset", recorded_reset)
+    monkeypatch.setattr(MujocoSimulator, "step", recorded_step)
+    return steps
+
+
 @both_scripts
 def test_networks_see_observations_normalised_by_all_before(script, monkeypatch):
     """Acting, and batches: observations only, by the statistics at that step."""
-    seen, raw, actions, norms, batches = [], [], [], [], []
-    sample, step = VectorReplayBuffer.sample, TrainingEnvs.step
+    raw, norms, acted, batches = [], [], [], []
+    sample, update = script.VectorReplayBuffer.sample, script.ObservationNorm.update
     noise = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
     def recorded_sample(self, rng):
         raw.append(sample(self, rng).clone())
         return self.batch
 
-    def recorded_step(self, action):
-        seen.append(self.obs.clone())
-        norms.append(copy.deepcopy(self.norm))
-        actions.append(action.clone())
-        return step(self, action)
+    def recorded_update(self, obs):
+        update(self, obs)
+        norms.append(copy.deepcopy(self))
 
-    monkeypatch.setattr(VectorReplayBuffer, "sample", recorded_sample)
-    monkeypatch.setattr(TrainingEnvs, "step", recorded_step)
+    monkeypatch.setattr(script.VectorReplayBuffer, "sample", recorded_sample)
+    monkeypatch.setattr(script.ObservationNorm, "update", recorded_update)
     monkeypatch.setattr(torch, "randn", lambda *_args, **_kwargs: noise)
-    acted = []
+    steps = recorded_steps(monkeypatch, num_envs=4)
 
     def after(run):
         network = run.policy["flow" if script is meow else "actor"]
@@ -276,6 +295,7 @@ def test_networks_see_observations_normalised_by_all_before(script, monkeypatch)
         batches.append(run.parts["replay"].batch.clone())
 
     run = stepped(script, after)
+    seen, actions = zip(*steps, strict=True)
     for i in range(STARTS, 9):
         so_far = torch.cat(seen[: i + 1]).double()
         assert norms[i].count.item() == len(so_far)
@@ -291,66 +311,69 @@ def test_networks_see_observations_normalised_by_all_before(script, monkeypatch)
     assert run.policy["norm"].count.item() == 4 * 10
 
 
+def evaluated(script, run, step):
+    """Returns and lengths of an evaluation of a run's networks as they are."""
+    network = run.policy["flow" if script is meow else "actor"]
+    envs = script.make_eval_envs(run.args, run.parts["simulator"])
+    norm = run.policy["norm"]
+    policy = lambda obs, z: network.sample(obs, z)[0]  # noqa: E731
+    return script.evaluate(run.args, envs, policy, norm, step, run)
+
+
 @both_scripts
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_evaluation_plays_the_policy_on_normalised_observations(
-    script, deterministic, monkeypatch, tmp_path
+    script, deterministic, monkeypatch
 ):
-    """Without noise; with --no-deterministic-eval with normal noise, and the same each time."""
+    """Without noise, or with normal noise; the same each time, as while training."""
     run = stepped(script, deterministic_eval=deterministic)
-    network, norm = (
-        run.policy["flow" if script is meow else "actor"],
-        run.policy["norm"],
-    )
-    observed, played, reset, step = [], [], SimulatorEnvs.reset, SimulatorEnvs.step
-
-    def recorded_reset(self, *key):
-        observed.append(reset(self, *key))
-        return observed[-1]
-
-    def recorded_step(self, action):
-        played.append(action.clone())
-        result = step(self, action)
-        observed.append(result[0])
-        return result
-
-    monkeypatch.setattr(SimulatorEnvs, "reset", recorded_reset)
-    monkeypatch.setattr(SimulatorEnvs, "step", recorded_step)
+    network = run.policy["flow" if script is meow else "actor"]
+    norm = run.policy["norm"]
+    steps = recorded_steps(monkeypatch, num_envs=2)
     count, state = norm.count.item(), torch.get_rng_state()
-    returns, lengths = run.evaluator.run(9, tmp_path)
-    obs = torch.stack(observed[:-1])
-    modes = network.sample(norm(obs.flatten(0, 1)), torch.zeros(2 * len(obs), 6))[0]
-    equal = torch.isclose(torch.cat(played), modes, atol=1e-6)
+    returns, lengths = evaluated(script, run, 9)
+    obs, played = map(torch.cat, zip(*steps, strict=True))
+    modes = network.sample(norm(obs), torch.zeros(len(obs), 6))[0]
+    equal = torch.isclose(played, modes, atol=1e-6)
     assert equal.all() if deterministic else not equal.any(0).all()
-    assert max(lengths) == len(played)
-    assert run.evaluator.run(9, tmp_path)[0] == returns
-    assert run.evaluator.run(10, tmp_path)[0] != returns
+    assert max(lengths) == len(steps)
+    assert run.evaluations == [(9, returns)]
+    assert evaluated(script, run, 9)[0] == returns
+    assert evaluated(script, run, 10)[0] != returns
     assert norm.count.item() == count  # evaluations leave training as it is
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_replay_pre_tanh_is_the_same_run_but_for_rounding(monkeypatch):
-    """The buffer keeps u, the simulator and every evaluation get a = tanh(u)."""
-    played, step = [], TrainingEnvs.step
-    monkeypatch.setattr(
-        TrainingEnvs, "step", lambda env, a: played.append(a) or step(env, a)
-    )
-    usual, run = stepped(meow), stepped(meow, replay_pre_tanh=True)
-    before, after = torch.stack(played).split(len(played) // 2)
-    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
-    stored = run.parts["replay"].rows[:9, :, :6]
-    torch.testing.assert_close(torch.tanh(stored), after)
-    assert (stored - after).abs().max() > 0.1
-    thetas = [r.parts["learner"].state[0] for r in (run, usual)]
-    torch.testing.assert_close(*thetas, rtol=1e-3, atol=1e-4)
-    obs, z = torch.randn(2, 13), torch.randn(2, 6)
-    parts = {name: part.state_dict() for name, part in run.policy.items()}
-    expected = torch.tanh(run.policy["flow"].sample(run.policy["norm"](obs), z)[0])
-    for evaluator in (run.evaluator, meow.load_evaluator(run.args, parts)):
-        torch.testing.assert_close(evaluator.policy(obs, z), expected)
+@both_scripts
+def test_no_episodes_no_evaluation(script):
+    assert stepped(script, eval_episodes=0).evaluations == [(9, [])]
 
 
-# --- Whole runs -----------------------------------------------------------------------------------
+def test_statistics_of_episodes():
+    """Three environments: one ends twice, one resets late, one never ends."""
+    episodes = EpisodeStatistics(3)
+    simulator = SimpleNamespace(valid=None, diverged=0)
+    rewards = torch.tensor([[1.0, 10, 100], [2, 20, 200], [3, 0, 300], [4, 40, 400]])
+    done = torch.tensor([[0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
+    for i in range(4):
+        simulator.valid = torch.tensor([True, i != 2, True])
+        simulator.diverged = int(i == 3)
+        episodes.add(simulator, rewards[i], done[i])
+    restored = EpisodeStatistics(3)
+    restored.load_state_dict(copy.deepcopy(episodes.state_dict()))
+    for statistics in (episodes, restored):
+        assert statistics.returns.tolist() == [0, 40, 1000]
+        assert statistics.lengths.tolist() == [0, 1, 4]
+        assert statistics.take() == {
+            "charts/diverged": 1,
+            "charts/episodes": 3,
+            "charts/episodic_return": pytest.approx((3 + 30 + 7) / 3),
+            "charts/episodic_length": 2,
+        }
+        assert statistics.take() == {"charts/diverged": 1, "charts/episodes": 0}
+
+
+# --- Whole runs -----------------------------------------------------------------------
 def only_run(folder):
     (run,) = (folder / "runs").iterdir()
     return run
@@ -364,7 +387,7 @@ def metrics(run):
 
 
 def same(one, other):
-    """Whether two checkpoints hold the same, bit for bit, but for times and what names the run."""
+    """Whether two checkpoints hold the same, but for times and what names the run."""
     if isinstance(one, dict):
         keys = [
             k for k in one if k not in ("args", "description", "csv_bytes", "seconds")
@@ -376,7 +399,7 @@ def same(one, other):
 
 
 def load(run, name="checkpoint.pt"):
-    """A run's file; the replay buffer without the place that the next step will fill."""
+    """A run's file; the replay buffer without the place of the next step."""
     content = torch.load(run / name, weights_only=True)
     if replay := content.get("replay"):
         for part in ("rows", "invalid"):
@@ -422,20 +445,26 @@ def resumed_is_the_whole_run(finished, tmp_path, *words):
         assert same(load(only_run(tmp_path), name), load(whole, name)), name
 
 
+def at_steps(patch, actions):
+    """actions[i](simulator) is called before vector step i (from 0) of a quick run."""
+    step, counts = MujocoSimulator.step, {}
+
+    def watched(self, action):
+        if self.num_envs == int(QUICK["--num-envs"]):
+            counts[self] = counts.get(self, -1) + 1
+            actions.get(counts[self], id)(self)
+        return step(self, action)
+
+    patch.setattr(MujocoSimulator, "step", watched)
+
+
 @pytest.mark.slow
 def test_stopped_and_resumed_run_is_the_uninterrupted_one(
     finished, tmp_path, monkeypatch
 ):
-    """SIGTERM in the middle of a step: the run ends that step, saves, and later goes on."""
-    step = TrainingEnvs.step
-
-    def interrupted(self, action):
-        if self.steps == 36:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, action)
-
+    """SIGTERM in the middle of a step: the run ends it, saves, and later goes on."""
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingEnvs, "step", interrupted)
+        at_steps(patch, {36: lambda _: os.kill(os.getpid(), signal.SIGTERM)})
         with pytest.raises(SystemExit) as stop:
             command(finished[0], quick(checkpoint_frequency=0), tmp_path)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -445,19 +474,18 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(
 
 @pytest.mark.slow
 def test_broken_and_resumed_run_is_the_uninterrupted_one(
-    finished, tmp_path, monkeypatch
+    finished, tmp_path, monkeypatch, capsys
 ):
-    """It goes on from its last checkpoint, in the middle of episodes, with other threads."""
-    step = TrainingEnvs.step
+    """From its last checkpoint, in the middle of episodes, with other threads."""
 
-    def broken(self, action):
-        if self.steps == 37:
-            raise RunError("pulled the plug")
-        return step(self, action)
+    def broken(_simulator):
+        raise SimulatorError("pulled the plug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingEnvs, "step", broken)
+        at_steps(patch, {37: broken})
         assert command(finished[0], quick(), tmp_path) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the simulator failed: pulled the plug; the check")
     assert load(only_run(tmp_path))["step"] == 20
     assert metrics(only_run(tmp_path))[-1][0] == 35
     resumed_is_the_whole_run(finished, tmp_path, "--sim-threads", 2)
@@ -594,22 +622,14 @@ def test_a_diverging_update_stops_the_run(script, tmp_path, capsys):
 def test_a_diverged_environment_is_counted_and_never_learned_from(
     script, monkeypatch, tmp_path
 ):
-    """World 2 breaks down at steps 5 and 30: no such row in the buffer, the run goes on."""
-    step, valids = TrainingEnvs.step, []
+    """World 2 breaks down at steps 5 and 30: no such row in the buffer, on it goes."""
 
-    def broken(self, action):
-        if self.steps in (5, 30):
-            self.simulator.physics.qpos[2, 0] = math.nan
-        result = step(self, action)
-        valids.append(result[-1])
-        if self.steps in (6, 31):
-            assert (self.returns[2], self.lengths[2]) == (0, 0)
-        return result
+    def broken(simulator):
+        simulator.physics.qpos[2, 0] = math.nan
 
-    monkeypatch.setattr(TrainingEnvs, "step", broken)
+    at_steps(monkeypatch, {5: broken, 30: broken})
     assert command(script, quick(eval_frequency=100, total_timesteps=40), tmp_path) == 0
     run = only_run(tmp_path)
-    assert [i for i, valid in enumerate(valids) if valid is not None] == [5, 30]
     counts = {
         step: float(v) for step, name, v in metrics(run) if name == "charts/diverged"
     }
@@ -618,7 +638,7 @@ def test_a_diverged_environment_is_counted_and_never_learned_from(
     assert replay["invalid"].nonzero().tolist() == [[5, 2], [30, 2]]
 
 
-# --- NVIDIA's simulators, played by the stand-ins of tests/stand_ins ------------------------------
+# --- NVIDIA's simulators, played by the stand-ins of tests/stand_ins ------------------
 NVIDIA = [
     ("isaacgym", "Ant"),
     pytest.param("isaacgym", "Ingenuity", marks=pytest.mark.slow),
@@ -629,15 +649,17 @@ NVIDIA = [
 def stored(run):
     """All transitions that the replay buffer of a stand-in's run can return.
 
-    Rows (environment, episode, step, terminated); checks that next_obs is one step on in the same
-    episode wherever the target looks at it, and that no reward is that of a reset.
+    Rows (environment, episode, step, terminated); checks that next_obs is one step on
+    in the same episode wherever the target looks at it, and that no reward is that of a
+    reset.
     """
     state = load(run)["replay"]
     obs_dim, width = state["obs"].shape[-1], state["rows"].shape[-1]
     limit = 7 if obs_dim == 4 else 6
     replay = VectorReplayBuffer(state["added"], 5, obs_dim, width - 3, limit, 20_000)
     replay.load_state_dict(state)
-    obs, _, next_obs, reward, terminated = gathered(replay).split(replay.widths, -1)
+    widths = [obs_dim, width - 3, obs_dim, 1, 1]
+    obs, _, next_obs, reward, terminated = gathered(replay).split(widths, -1)
     going_on = terminated[:, 0] == 0
     place, after = 64 * obs[:, :3], 64 * next_obs[:, :3]
     assert torch.equal(place[going_on] + torch.tensor([0, 0, 1]), after[going_on])
@@ -655,8 +677,8 @@ def stored(run):
 def test_nvidias_simulators(script, simulator, env_id, tmp_path, capsys):
     """Trains, resumes with new episodes and evaluates.
 
-    What is learned from are all steps of all episodes: only falls terminate, not time-outs, and no
-    row that a late reset leaves behind is among them.
+    What is learned from are all steps of all episodes: only falls terminate, not
+    time-outs, and no row that a late reset leaves behind is among them.
     """
     sizes = dict(num_envs=5, total_timesteps=80, learning_starts=70)
     words = quick(simulator=simulator, env_id=env_id, **sizes)
