@@ -238,10 +238,11 @@ def test_random_numbers_are_drawn_in_one_order():
     rng.uniform(-1, 1, (RANDOM_STEPS, 3))
     for step in range(RANDOM_STEPS, RANDOM_STEPS + 4):
         rng.standard_normal((1, 3), dtype=np.float32)
-        rng.integers(0, step, 32)
+        index = rng.integers(0, step, 32)
         uniform = 2 * rng.random((32, 16, 3), dtype=np.float32) - 1
         noise = rng.standard_normal((32, 16, 3), dtype=np.float32)
     assert run.rng.bit_generator.state == rng.bit_generator.state
+    assert torch.equal(run.replay.batch, run.replay.rows[index])
     *_, own_uniform, own_noise = run.tensors["the update"]
     np.testing.assert_array_equal(own_uniform.numpy(), uniform)
     np.testing.assert_array_equal(own_noise.numpy(), noise)
