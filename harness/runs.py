@@ -294,7 +294,7 @@ class Run(Session):
         """What is left of a run that failed."""
         if self.saved_step is None:
             return "there is no checkpoint yet"
-        saved = f"the checkpoint of step {self.saved_step} is intact"
+        saved = f"the last checkpoint is intact (step {self.saved_step})"
         return f"{saved}, go on with: {self.again('--resume')}"
 
     def _save(self, name: str, **more):
