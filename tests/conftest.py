@@ -1,4 +1,6 @@
-"""Shared set-up: the scripts are importable, and can be run as a user does, in this process."""
+"""Shared set-up: the scripts are importable, and can be run as a user does, in this
+process.
+"""
 
 import contextlib
 import csv
@@ -26,9 +28,16 @@ SCRIPTS = [ROOT / f"{name}_continuous_action.py" for name in ("meow", "sac", "sq
 SCRIPT = SCRIPTS[0]
 ISAAC_SCRIPTS = [ROOT / f"{name}_isaacgym.py" for name in ("meow", "sac")]
 QUICK = dict(
-    env_id="InvertedPendulum-v4", total_timesteps=60, learning_starts=31, batch_size=8,
-    eval_frequency=25, eval_episodes=2, log_frequency=10, checkpoint_frequency=20, compile=False,
-)  # fmt: skip
+    env_id="InvertedPendulum-v4",
+    total_timesteps=60,
+    learning_starts=31,
+    batch_size=8,
+    eval_frequency=25,
+    eval_episodes=2,
+    log_frequency=10,
+    checkpoint_frequency=20,
+    compile=False,
+)
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 torch.set_num_threads(1)
 
@@ -68,9 +77,9 @@ def interrupting(signals: dict[int, int]):
 
 
 def launch(script, words, cwd, signals=None, largest_file=None):
-    """Carries out a command line in `cwd`, in this process; the result is like subprocess.run's.
+    """Carries out a command line in `cwd`, in this process; a result like subprocess's.
 
-    signals: see `interrupting`; largest_file: bytes that a file may have, as on a full disk.
+    signals: see `interrupting`; largest_file: bytes of a file, as on a full disk.
     """
     module, limit = (
         importlib.import_module(script.stem),
@@ -100,7 +109,9 @@ def launch(script, words, cwd, signals=None, largest_file=None):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """finished(script): the folder and the result of its uninterrupted run; not to be changed."""
+    """finished(script): the folder and the result of its uninterrupted run; not to be
+    changed.
+    """
 
     @functools.cache
     def finished(script):
@@ -140,7 +151,9 @@ def metrics(folder):
 
 
 def is_one_sentence(result, code, *needles):
-    """The error is one line, the last one on stderr, that says what was wrong; no traceback."""
+    """The error is one line, the last one on stderr, that says what was wrong; no
+    traceback.
+    """
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

@@ -11,9 +11,9 @@ BOX = spaces.Box(-1, 1, (2,), np.float32)
 
 
 class Scripted(gym.Env):
-    """Episodes end in turn by termination after 3 steps, truncation after 4, both after 5.
+    """Episodes end in turn: termination after 3 steps, truncation after 4, both after 5.
 
-    Observation (episode + 1, steps so far); the reward of step t is 10 (episode + 1) + t.
+    Observation (episode + 1, steps so far); reward of step t: 10 (episode + 1) + t.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -65,7 +65,9 @@ class OneState(gym.Env):
 
 
 class Drifting(OneState):
-    """Not deterministic: its observations count all steps that this process ever took in it."""
+    """Not deterministic: its observations count all steps that this process ever took
+    in it.
+    """
 
     clock = itertools.count()
 
@@ -90,7 +92,9 @@ class Broken(OneState):
 
 
 class Spaces(OneState):
-    """OneState with other spaces than it really has; `natural`: what it returns fits."""
+    """OneState with other spaces than it really has; `natural`: what it returns
+    fits.
+    """
 
     natural = False
 

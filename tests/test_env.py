@@ -392,7 +392,9 @@ def noise(_obs, z):
 
 
 def test_evaluation_seeds_are_fresh_and_repeatable():
-    """Other steps and seeds give other episodes; the same ones give the same returns."""
+    """Other steps and seeds give other episodes; the same ones give the same
+    returns.
+    """
     seen = []
     for seed, step in ((1, 0), (1, 1), (2, 0), (1, 0)):
         settings = dict(seed=seed, eval_episodes=3)

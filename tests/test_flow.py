@@ -31,7 +31,9 @@ def seed():
 
 
 def integral_of_exp_q(flow, obs, u):
-    """int exp(Q_1/alpha) da over (-1, 1)^A: trapezoids in u = atanh(a), da = (1 - a^2) du."""
+    """int exp(Q_1/alpha) da over (-1, 1)^A: trapezoids in u = atanh(a), da = (1 -
+    a^2) du.
+    """
     act_dim = flow.masks.shape[1]
     grids = torch.meshgrid(*[u] * act_dim, indexing="ij")
     points = torch.stack([g.flatten() for g in grids], dim=-1)
@@ -96,7 +98,9 @@ def test_what_others_may_import(script, dtype, tol):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("act_dim", [1, 2, 3, 8])
 def test_q_v_and_log_prob(make_random_flow, act_dim, options):
-    """Q_k - V_k = alpha log pi for each shift; sampled log-probabilities are those of log_prob."""
+    """Q_k - V_k = alpha log pi for each shift; sampled log-probabilities are those of
+    log_prob.
+    """
     flow = make_random_flow(5, act_dim, **options)
     obs = torch.randn(64, 5, dtype=torch.float64)
     action, log_prob = flow.sample(obs)
@@ -127,7 +131,9 @@ def test_units_of_the_shifts(make_random_flow):
 
 
 def test_additive_couplings_have_volume_1(make_random_flow):
-    """Their Jacobian's determinant is 1, as `to_prior` says by giving 0; affine: exp(s)."""
+    """Their Jacobian's determinant is 1, as `to_prior` says by giving 0; affine:
+    exp(s).
+    """
     for options in OPTIONS[:2]:
         flow = make_random_flow(3, 4, **options)
         obs, x = torch.randn(1, 3).double(), torch.randn(1, 4).double()
@@ -191,7 +197,9 @@ def test_gradients(make_random_flow, options):
 
 
 def test_samples_follow_the_density(make_random_flow):
-    """Histogram of 50,000 samples against exp(log_prob): chi^2 within 5 standard deviations."""
+    """Histogram of 50,000 samples against exp(log_prob): chi^2 within 5 standard
+    deviations.
+    """
     flow = make_random_flow(2, 1, low=-2.0, high=0.5)
     obs, n, bins = torch.randn(1, 2, dtype=torch.float64), 50_000, 60
     torch.manual_seed(1)
@@ -264,7 +272,9 @@ def test_one_flow_pass_gives_both_q_values(make_random_flow, monkeypatch):
 
 
 def test_initial_network():
-    """The paper's: orthogonal couplings, zero h and b, beta = 1, sigma within its bounds."""
+    """The paper's: orthogonal couplings, zero h and b, beta = 1, sigma within its
+    bounds.
+    """
     flow = EnergyFlow(11, 3, Args())
     weight = flow.t[0].layers[1].weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(64), rtol=0, atol=1e-5)
@@ -291,7 +301,9 @@ def test_initial_network():
 
 
 def test_masks_alternate(make_random_flow):
-    """Coupling i moves the units where its mask is 0 and reads only those where it is 1."""
+    """Coupling i moves the units where its mask is 0 and reads only those where it is
+    1.
+    """
     flow = make_random_flow(2, 3)
     obs, x = torch.randn(1, 2).double(), torch.randn(1, 3).double()
     for i, mask in enumerate([[1, 0, 1], [0, 1, 0], [1, 0, 1], [0, 1, 0]]):

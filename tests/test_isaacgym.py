@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import imageio
 import numpy as np

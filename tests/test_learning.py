@@ -1,4 +1,6 @@
-"""Each algorithm solves InvertedPendulum from scratch; MEow in many environments too."""
+"""Each algorithm solves InvertedPendulum from scratch; MEow in many environments
+too.
+"""
 
 import csv
 import statistics
@@ -44,7 +46,7 @@ def evaluations(script, folder, **settings) -> list[float]:
 def test_inverted_pendulum_is_solved(script, settings, tmp_path):
     """Most of the last three evaluations reach at least half of the maximum, 1,000.
 
-    A random policy gets 5; MEow with the sign of the target's soft value flipped got 58.
+    A random policy gets 5; MEow with the target's soft value negated got 58.
     """
     settings |= dict(
         env_id="InvertedPendulum-v4", total_timesteps=8_000, learning_starts=500
@@ -83,7 +85,9 @@ class Pendulum(Task):
 
 
 def test_many_inverted_pendulums_are_solved(tmp_path, monkeypatch):
-    """The same on 16 environments with two updates per step; with that sign flipped it got 109."""
+    """The same on 16 environments with two updates per step; with that sign flipped
+    it got 109.
+    """
     monkeypatch.setitem(isaac_tasks.TASKS, "Pendulum", Pendulum)
     settings = dict(
         env_id="Pendulum", total_timesteps=3_500, num_envs=16, updates_per_step=2

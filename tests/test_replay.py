@@ -42,7 +42,9 @@ def test_the_oldest_rows_are_overwritten():
 
 @pytest.mark.parametrize("n", [4, 12])
 def test_samples_are_whole_stored_transitions(n):
-    """Each is drawn, all equally often, and next_obs is its own: not that of the row after it."""
+    """Each is drawn, all equally often, and next_obs is its own: not that of the row
+    after it.
+    """
     replay, rng, drawn = filled(5, n, batch_size=1000), np.random.default_rng(0), []
     stored = {float(i) for i in range(n)[-5:]}
     for _ in range(2):
@@ -96,9 +98,9 @@ def test_a_buffer_larger_than_the_memory_is_refused():
 
 
 def test_stored_transitions_are_the_environments_own():
-    """Episodes end in turn by termination, time-out and both: only terminations are stored so.
+    """Episodes end in turn by termination, time-out, both: only terminations are so.
 
-    The next observation is the episode's true last one, not the first of the episode after it.
+    The next observation is the episode's true last one, not the next episode's first.
     """
     env = make_env(Args(env_id="scripted_env:Scripted-v0"))
     replay = ReplayBuffer(30, 2, 2, 8, "cpu")

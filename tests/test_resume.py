@@ -1,4 +1,6 @@
-"""A run that was stopped, killed or started twice goes on as if nothing had happened."""
+"""A run that was stopped, killed or started twice goes on as if nothing had
+happened.
+"""
 
 import fcntl
 import re
@@ -51,12 +53,12 @@ def stopped(original, tmp_path):
     return shutil.copytree(original, tmp_path / "stopped")
 
 
-# --- Going on -------------------------------------------------------------------------------------
+# --- Going on -------------------------------------------------------------------------
 @each_script
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, script):
     """Stopped by Ctrl-C, and again by SIGTERM: the numbers are those without a stop.
 
-    At step 50 SAC's log repeats the actor's losses of step 49, which the checkpoint has to hold.
+    At step 50 SAC's log repeats the actor's losses of step 49: a checkpoint holds them.
     """
     words = quick(checkpoint_frequency=0, runs_dir="my runs")
     stopped = launch(script, words, tmp_path, signals={49: signal.SIGINT})
@@ -96,7 +98,9 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, script):
 
 
 def test_more_steps_continue_a_finished_run(finished, tmp_path):
-    """45 steps, then resumed to 60, gives the numbers of 60 at once (besides those of step 45)."""
+    """45 steps, then resumed to 60, gives the numbers of 60 at once (besides those of
+    step 45).
+    """
     assert launch(SCRIPT, quick(total_timesteps=45), tmp_path).returncode == 0
     folder, expected = only_run(tmp_path), metrics(finished(SCRIPT)[0])
     assert (
@@ -170,7 +174,7 @@ def test_a_changed_machine_is_announced(stopped, tmp_path):
     )
 
 
-# --- --resume auto --------------------------------------------------------------------------------
+# --- --resume auto --------------------------------------------------------------------
 def test_auto_starts_goes_on_and_does_nothing(finished, tmp_path):
     """One command line, given again and again, makes one complete run."""
     assert (
@@ -187,7 +191,9 @@ def test_auto_starts_goes_on_and_does_nothing(finished, tmp_path):
 
 
 def test_auto_extends_a_run_and_tells_runs_apart(tmp_path):
-    """Only what changes the numbers makes another run; more steps go on with the same one."""
+    """Only what changes the numbers makes another run; more steps go on with the same
+    one.
+    """
     assert (
         launch(SCRIPT, quick(resume="auto", total_timesteps=32), tmp_path).returncode
         == 0
@@ -205,7 +211,9 @@ def test_auto_extends_a_run_and_tells_runs_apart(tmp_path):
 
 
 def test_auto_starts_again_without_a_checkpoint(tmp_path):
-    """A run that never came to its first checkpoint; its rows are written again, once each."""
+    """A run that never came to its first checkpoint; its rows are written again, once
+    each.
+    """
     assert (
         launch(SCRIPT, AUTO, tmp_path, signals={15: signal.SIGTERM}).returncode == 143
     )
@@ -223,7 +231,9 @@ def test_auto_starts_again_without_a_checkpoint(tmp_path):
 
 
 def test_auto_overwrites_no_finished_run_that_lost_its_checkpoint(tmp_path):
-    """Raising --total-timesteps needs it: without it the run's files stay as they are."""
+    """Raising --total-timesteps needs it: without it the run's files stay as they
+    are.
+    """
     assert launch(SCRIPT, AUTO, tmp_path).returncode == 0
     folder = only_run(tmp_path)
     (folder / "checkpoint.pt").unlink()
@@ -250,7 +260,7 @@ def test_a_second_process_waits_for_the_first(tmp_path):
     assert (process.returncode, "is finished" in out) == (0, True)
 
 
-# --- Refused --------------------------------------------------------------------------------------
+# --- Refused --------------------------------------------------------------------------
 def test_other_settings_are_refused_and_named(stopped, tmp_path):
     before = {path: path.read_bytes() for path in stopped.iterdir()}
     words = [
@@ -331,9 +341,11 @@ def test_a_shortened_log_is_refused(stopped, tmp_path):
     )
 
 
-# --- A full disk ----------------------------------------------------------------------------------
+# --- A full disk ----------------------------------------------------------------------
 def test_a_full_disk_keeps_the_previous_checkpoint(finished, stopped, tmp_path):
-    """No file can grow as large as a checkpoint; later there is room and the run goes on."""
+    """No file can grow as large as a checkpoint; later there is room and the run goes
+    on.
+    """
     before = (stopped / "checkpoint.pt").read_bytes()
     full = launch(SCRIPT, ["--resume", stopped], tmp_path, largest_file=300_000)
     is_one_sentence(
@@ -350,7 +362,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(finished, stopped, tmp_path):
 
 
 def test_a_full_disk_stops_the_log_with_one_sentence(tmp_path):
-    """Neither metrics.csv nor the event file can grow; nothing is printed but the error."""
+    """Neither metrics.csv nor the event file can grow; nothing is printed but the
+    error.
+    """
     steps = dict(total_timesteps=400, learning_starts=400, checkpoint_frequency=0)
     words = quick(**steps, log_frequency=1, eval_frequency=400)
     full = launch(SCRIPT, words, tmp_path, largest_file=2_500)

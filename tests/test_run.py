@@ -48,7 +48,7 @@ def by_name(folder):
     return found
 
 
-# --- Files and logs -------------------------------------------------------------------------------
+# --- Files and logs -------------------------------------------------------------------
 @each_script
 def test_files_and_numbers_of_a_run(finished, script):
     folder, result = finished(script)
@@ -108,7 +108,9 @@ def test_tensorboard_has_the_same_numbers(finished):
 
 
 def test_speed_is_steps_per_second(tmp_path):
-    """SPS is the number of steps over the time between two rows, evaluations included."""
+    """SPS is the number of steps over the time between two rows, evaluations
+    included.
+    """
     words = quick(total_timesteps=30, checkpoint_frequency=0)
     with mock.patch("time.perf_counter", side_effect=itertools.count(0, 0.5)):
         assert launch(SCRIPT, words, tmp_path).returncode == 0
@@ -129,7 +131,9 @@ def test_another_seed_gives_another_run(finished, tmp_path, script):
 
 
 def test_evaluations_do_not_disturb_training(finished, tmp_path):
-    """More evaluations, of more episodes, drawn from the policy: the same losses and episodes."""
+    """More evaluations, of more episodes, drawn from the policy: the same losses and
+    episodes.
+    """
     changes = dict(
         eval_frequency=9, eval_episodes=3, deterministic_eval=False, log_frequency=5
     )
@@ -167,7 +171,7 @@ def test_a_terminal_shows_a_bar(tmp_path):
         assert needle in text
 
 
-# --- Weights & Biases -----------------------------------------------------------------------------
+# --- Weights & Biases -----------------------------------------------------------------
 @pytest.mark.slow
 def test_wandb_offline_gets_the_same_names(tmp_path):
     words = [sys.executable, SCRIPT, *quick(track=True)]
@@ -197,10 +201,12 @@ def test_wandb_is_needed_with_track_only(tmp_path):
         assert launch(SCRIPT, quick(total_timesteps=5), tmp_path).returncode == 0
 
 
-# --- Evaluation -----------------------------------------------------------------------------------
+# --- Evaluation -----------------------------------------------------------------------
 @each_script
 def test_evaluate_plays_the_last_evaluation_again(finished, tmp_path, script):
-    """A run, its policy and its checkpoint; other seeds and modes give other episodes."""
+    """A run, its policy and its checkpoint; other seeds and modes give other
+    episodes.
+    """
     folder, _ = finished(script)
     last = [by_name(folder)[f"eval/return_{i}"][-1][1] for i in range(2)]
     printed = []
@@ -253,7 +259,7 @@ def test_videos_are_named_by_step_and_show_the_robot(tmp_path):
     assert np.abs(frames[-1] - frames[0]).max() > 50
 
 
-# --- Bad input ------------------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------
 BAD_RUNS = [
     (dict(env_id="Nope-v4"), 2, "Nope"),
     (dict(env_id="scripted_env:Scripted-v0", capture_video=True), 2, "--capture-video"),
@@ -285,11 +291,18 @@ def test_bad_input_is_one_sentence(tmp_path, changes, code, needle):
 
 
 ODD = [
-    dict(seed=0), dict(seed=2**32 - 1), dict(eval_episodes=1), dict(total_timesteps=1),
-    dict(learning_starts=99), dict(batch_size=64, buffer_size=5), dict(log_frequency=10**9),
-    dict(runs_dir="my runs/of mine"), dict(exp_name="../../a b"), dict(gamma=0.0, tau=1.0),
+    dict(seed=0),
+    dict(seed=2**32 - 1),
+    dict(eval_episodes=1),
+    dict(total_timesteps=1),
+    dict(learning_starts=99),
+    dict(batch_size=64, buffer_size=5),
+    dict(log_frequency=10**9),
+    dict(runs_dir="my runs/of mine"),
+    dict(exp_name="../../a b"),
+    dict(gamma=0.0, tau=1.0),
     dict(env_id="scripted_env:Float64-v0"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("changes", ODD, ids=str)

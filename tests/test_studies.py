@@ -22,7 +22,6 @@ import pandas as pd  # noqa: E402
 import same_update  # noqa: E402
 import same_update_table  # noqa: E402
 import stride  # noqa: E402
-from harness.functional import Hardware  # noqa: E402
 
 import meow_continuous_action as meow  # noqa: E402
 

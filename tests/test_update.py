@@ -79,7 +79,9 @@ def test_clipping_is_pytorchs(scale):
 
 @pytest.mark.parametrize("shifting", ["clipped", "single", "none"])
 def test_update_against_autograd_and_torch_optim(shifting):
-    """Three whole updates equal ordinary PyTorch: backward, clip_grad_norm_, Adam, Polyak."""
+    """Three whole updates equal ordinary PyTorch: backward, clip_grad_norm_, Adam,
+    Polyak.
+    """
     network, args = make_flow(
         torch.float64, reward_shifting=shifting, max_grad_norm=0.05
     )
@@ -174,7 +176,9 @@ def test_without_dropout_nothing_is_drawn():
 
 
 def test_shifting_ablations_change_only_the_shifts():
-    """log pi is the same in all; 'single' keeps one shift, 'none' gives the flow's own Q and V."""
+    """log pi is the same in all; 'single' keeps one shift, 'none' gives the flow's
+    own Q and V.
+    """
     flows = [make_flow(reward_shifting=s)[0] for s in ("clipped", "single", "none")]
     own = flows[0].state_dict()
     for flow in flows[1:]:
@@ -223,7 +227,9 @@ def test_affine_couplings_change_only_the_couplings():
 
 @every_script
 def test_one_update_per_step_once_learning_has_begun(script):
-    """None before learning_starts; then Adam counts one step and theta moves each time."""
+    """None before learning_starts; then Adam counts one step and theta moves each
+    time.
+    """
     counts, thetas = [], []
 
     def look(run):
@@ -266,7 +272,9 @@ def test_the_target_network_gets_no_gradient(script):
 
 @every_script
 def test_acting_draws_from_the_policy_without_dropout(script):
-    """The stored action is `sample` of the policy before the update, of the run's noise."""
+    """The stored action is `sample` of the policy before the update, of the run's
+    noise.
+    """
     policies, settings = [], {"dropout": 0.9} if script is meow else {}
 
     def look(run):
@@ -286,7 +294,9 @@ def test_acting_draws_from_the_policy_without_dropout(script):
 @every_script
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_evaluation_has_no_noise_unless_asked_for(script, deterministic, monkeypatch):
-    """Each of its actions is `sample` of the policy: with z = 0, or with drawn numbers."""
+    """Each of its actions is `sample` of the policy: with z = 0, or with drawn
+    numbers.
+    """
     seen, original = [], script.make_policy
 
     def make_policy(network, theta, n, *rest):
@@ -401,7 +411,9 @@ def test_compiling_leaves_the_tensors_alone():
 
 @pytest.mark.slow
 def test_an_older_torch_compiles_too(monkeypatch):
-    """Without isolated recompilation and without the guard filter: plain torch.compile."""
+    """Without isolated recompilation and without the guard filter: plain
+    torch.compile.
+    """
     original = torch.compile
 
     def older(model, *, fullgraph=False, dynamic=None, options=None):
