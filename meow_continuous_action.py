@@ -653,21 +653,21 @@ def train(args: Args, run: Run):
         if done:  # a resumed run is brought back to where its episode was
             seed = episode_seed(args.seed, TRAINING, env.episode_count)
             obs, _ = env.reset(seed=seed)
-        if step < args.learning_starts:
+        learning = step >= args.learning_starts
+        if not learning:
             action = rng.uniform(-1, 1, flow.act_dim).astype(np.float32)
-            metrics = {}
         else:
             z = rng.standard_normal((1, flow.act_dim), dtype=np.float32)
             action = act(obs[None], z)[0]  # a = g^-1(z|s), z ~ N(0, I)
             replay.sample(rng)
             draw_dropout(kept, args.dropout, rng)
-            metrics = dict(zip(METRICS, update().tolist(), strict=True))  # D8
+            values = update()  # D8: on a GPU it runs beside the environment's step
         next_obs, reward, terminated, truncated, info = env.step(action)
         replay.add(obs, action, next_obs, reward, terminated)
         obs, done = next_obs, terminated or truncated
         if done:
             run.log_episode(info["episode"])
-        run.log(metrics)
+        run.log(dict(zip(METRICS, values.tolist(), strict=True)) if learning else {})
         run.end_step()
     step = args.total_timesteps
     run.log_evaluation(*evaluate(args, eval_envs, eval_policy, step, run))

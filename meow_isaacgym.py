@@ -871,9 +871,9 @@ def train(args: Args, run: Run):
         if run.due(args.eval_frequency):
             results = evaluate(args, eval_envs, eval_policy, norm, step, run)
             run.log_evaluation(*results)
-        if step < args.learning_starts:
+        learning = step >= args.learning_starts
+        if not learning:
             action = 2 * torch.rand(args.num_envs, flow.act_dim, device=run.device) - 1
-            metrics = {}
         else:
             z = torch.randn(args.num_envs, flow.act_dim, device=run.device)
             action = act(norm(obs), z)  # a = g^-1(z|s), z ~ N(0, I)
@@ -881,7 +881,6 @@ def train(args: Args, run: Run):
                 norm.normalise(replay.sample(rng), *sizes)
                 draw_dropout(kept, args.dropout, rng)
                 values = update()  # D8
-            metrics = dict(zip(METRICS, values.tolist(), strict=True))
         check_finite(args.env_id, step, action=action)
         next_obs, reward, terminated, truncated, final_obs = simulator.step(action)
         seen = {"observation": next_obs, "final_observation": final_obs}
@@ -893,6 +892,7 @@ def train(args: Args, run: Run):
         obs = next_obs
         if run.due_to_log():
             run.log_episodes(episodes.take())
+        metrics = dict(zip(METRICS, values.tolist(), strict=True)) if learning else {}
         run.log(metrics, args.num_envs)
         run.end_step()
     step = args.total_timesteps

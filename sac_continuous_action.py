@@ -549,26 +549,29 @@ def train(args: Args, run: Run):
         if done:  # a resumed run is brought back to where its episode was
             seed = episode_seed(args.seed, TRAINING, env.episode_count)
             obs, _ = env.reset(seed=seed)
-        if step < args.learning_starts:
+        learning = step >= args.learning_starts
+        metrics = {}
+        if not learning:
             action = rng.uniform(-1, 1, actor.act_dim).astype(np.float32)
-            metrics = {}
         else:
             z = rng.standard_normal((1, actor.act_dim), dtype=np.float32)
             action = act(obs[None], z)[0]  # a = tanh(mu + sigma z), z ~ N(0, I)
             replay.sample(rng)
             draw_normal(noise, rng)
-            metrics = dict(zip(CRITIC_METRICS, update_critics().tolist(), strict=True))
+            critic_metrics = update_critics()
             critic_updates = step - args.learning_starts + 1
             if critic_updates % args.policy_frequency == 0:
                 for _ in range(args.policy_frequency):  # as many as the critics had
                     draw_normal(noise, rng)
                     actor_metrics.copy_(update_actor())
-            metrics |= dict(zip(ACTOR_METRICS, actor_metrics.tolist(), strict=True))
         next_obs, reward, terminated, truncated, info = env.step(action)  # S3
         replay.add(obs, action, next_obs, reward, terminated)
         obs, done = next_obs, terminated or truncated
         if done:
             run.log_episode(info["episode"])
+        if learning:
+            metrics = dict(zip(CRITIC_METRICS, critic_metrics.tolist(), strict=True))
+            metrics |= dict(zip(ACTOR_METRICS, actor_metrics.tolist(), strict=True))
         run.log(metrics)  # S4
         run.end_step()
     step = args.total_timesteps

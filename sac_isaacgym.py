@@ -772,9 +772,10 @@ def train(args: Args, run: Run):
         if run.due(args.eval_frequency):
             results = evaluate(args, eval_envs, eval_policy, norm, step, run)
             run.log_evaluation(*results)
-        if step < args.learning_starts:
+        learning = step >= args.learning_starts
+        metrics = {}
+        if not learning:
             action = 2 * torch.rand(args.num_envs, actor.act_dim, device=run.device) - 1
-            metrics = {}
         else:
             z = torch.randn(args.num_envs, actor.act_dim, device=run.device)
             action = act(norm(obs), z)  # a = tanh(mu + sigma z), z ~ N(0, I)
@@ -788,8 +789,6 @@ def train(args: Args, run: Run):
                     for _ in range(args.policy_frequency):  # as many as the critics had
                         draw_normal(noise, rng)
                         actor_metrics.copy_(update_actor())
-            metrics = dict(zip(CRITIC_METRICS, critic_metrics.tolist(), strict=True))
-            metrics |= dict(zip(ACTOR_METRICS, actor_metrics.tolist(), strict=True))
         check_finite(args.env_id, step, action=action)
         next_obs, reward, terminated, truncated, final_obs = simulator.step(action)
         seen = {"observation": next_obs, "final_observation": final_obs}
@@ -801,6 +800,9 @@ def train(args: Args, run: Run):
         obs = next_obs
         if run.due_to_log():
             run.log_episodes(episodes.take())
+        if learning:
+            metrics = dict(zip(CRITIC_METRICS, critic_metrics.tolist(), strict=True))
+            metrics |= dict(zip(ACTOR_METRICS, actor_metrics.tolist(), strict=True))
         run.log(metrics, args.num_envs)
         run.end_step()
     step = args.total_timesteps

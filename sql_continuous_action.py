@@ -552,16 +552,16 @@ def train(args: Args, run: Run):
         if done:  # a resumed run is brought back to where its episode was
             seed = episode_seed(args.seed, TRAINING, env.episode_count)
             obs, _ = env.reset(seed=seed)
-        if step < args.learning_starts:
+        learning = step >= args.learning_starts
+        if not learning:
             action = rng.uniform(-1, 1, sampler.act_dim).astype(np.float32)
-            metrics = {}
         else:
             z = rng.standard_normal((1, sampler.act_dim), dtype=np.float32)
             action = act(obs[None], z)[0]  # a = f(z; s), z ~ N(0, I)
             replay.sample(rng)
             draw_uniform(uniform, rng)
             draw_normal(noise, rng)
-            metrics = dict(zip(METRICS, update().tolist(), strict=True))
+            values = update()
             updates = step - args.learning_starts + 1
             if updates % args.target_network_frequency == 0:
                 target_theta.lerp_(theta, args.tau)  # Polyak: new theta'
@@ -570,6 +570,7 @@ def train(args: Args, run: Run):
         obs, done = next_obs, terminated or truncated
         if done:
             run.log_episode(info["episode"])
+        metrics = dict(zip(METRICS, values.tolist(), strict=True)) if learning else {}
         run.log(metrics)  # Q6
         run.end_step()
     step = args.total_timesteps
