@@ -446,17 +446,15 @@ def adam(
     return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
 
 
-def next_log_alpha(
-    log_alpha: float, log_prob: float, args: Args, act_dim: int
-) -> float:
-    """log alpha <- log alpha + eta (H + log pi(a|s)), H the target entropy, in nats.
+def tune(alpha: Tensor, log_prob: float, args: Args):
+    """log alpha <- log alpha + eta (H + log pi(a|s)): alpha (), moved in place.
 
-    It grows where the policy is narrower than the target; the error is clipped to +-1
-    nat per action dimension.
+    log_prob and the target H in nats per action dimension. alpha grows where the policy
+    is narrower than the target; the error is clipped to +-1.
     """
-    error = args.target_entropy + log_prob / act_dim
-    log_alpha += args.alpha_lr * min(max(error, -1.0), 1.0)
-    return max(log_alpha, math.log(1e-6))
+    error = min(max(args.target_entropy + log_prob, -1.0), 1.0)
+    log_alpha = math.log(alpha) + args.alpha_lr * error
+    alpha.fill_(max(math.exp(log_alpha), 1e-6))
 
 
 METRICS = [
@@ -546,28 +544,27 @@ def train(args: Args, run: Run):
         if done:  # a resumed run is brought back to where its episode was
             seed = episode_seed(args.seed, TRAINING, env.episode_count)
             obs, _ = env.reset(seed=seed)
-        if step < args.learning_starts:
+        learning = step >= args.learning_starts
+        if not learning:
             u = np.arctanh(rng.uniform(-1, 1, flow.act_dim)).astype(np.float32)
-            metrics = {}
         else:
             z = rng.standard_normal((1, flow.act_dim), dtype=np.float32)
             (u,), (log_prob,) = act(obs[None], z)  # u = g^-1(sigma z|s), z ~ N(0, I)
             replay.sample(rng)
             draw_dropout(kept, args.dropout, rng)
-            metrics = dict(zip(METRICS, update().tolist(), strict=True))
-            metrics |= {
-                "flow/alpha": flow.alpha.item(),
-                "flow/entropy": -float(log_prob),
-            }
+            values = update()
             if args.autotune:
-                log_alpha = math.log(flow.alpha)
-                log_alpha = next_log_alpha(log_alpha, log_prob, args, flow.act_dim)
-                flow.alpha.fill_(math.exp(log_alpha))
+                tune(flow.alpha, float(log_prob) / flow.act_dim, args)
         next_obs, reward, terminated, truncated, info = env.step(np.tanh(u))
         replay.add(obs, u, next_obs, reward, terminated)
         obs, done = next_obs, terminated or truncated
         if done:
             run.log_episode(info["episode"])
+        metrics = {}
+        if learning:
+            metrics = dict(zip(METRICS, values.tolist(), strict=True))
+            metrics["flow/alpha"] = flow.alpha.item()
+            metrics["flow/entropy"] = -float(log_prob)
         run.log(metrics)
         run.end_step()
     step = args.total_timesteps

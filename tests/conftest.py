@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 # it chooses MuJoCo's renderer, before MuJoCo is imported
 import harness.environments  # noqa: E402
 
-SCRIPTS = [ROOT / f"{name}_continuous_action.py" for name in ("meow", "sac", "sql")]
+NAMES = ("meow", "sac", "sql", "meow_auto")
+SCRIPTS = [ROOT / f"{name}_continuous_action.py" for name in NAMES]
 SCRIPT = SCRIPTS[0]
 ISAAC_SCRIPTS = [ROOT / f"{name}_isaacgym.py" for name in ("meow", "sac")]
 QUICK = dict(

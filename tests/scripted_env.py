@@ -11,7 +11,7 @@ BOX = spaces.Box(-1, 1, (2,), np.float32)
 
 
 class Scripted(gym.Env):
-    """Episodes end in turn: termination after 3 steps, truncation after 4, both after 5.
+    """In turn: termination after 3 steps, truncation after 4, both after 5.
 
     Observation (episode + 1, steps so far); reward of step t: 10 (episode + 1) + t.
     """

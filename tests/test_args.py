@@ -230,10 +230,9 @@ def commands():
     found = []
     for page in filter(lambda page: page.is_file(), pages):
         folder = page.parent.relative_to(ROOT)
-        for block in re.findall(
-            r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(), re.M | re.S
-        ):
-            if block.startswith("git worktree"):
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+        for language, block in blocks:
+            if language not in ("", "bash") or block.startswith("git worktree"):
                 continue
             lines = re.sub(
                 r"\\\n", " ", re.sub(r"\$\{?algo\}?", "meow", block)

@@ -9,7 +9,9 @@ from functools import cache
 import pytest
 from conftest import ROOT
 
-GYMNASIUM = [f"{name}_continuous_action.py" for name in ("meow", "sac", "sql")]
+GYMNASIUM = [
+    f"{name}_continuous_action.py" for name in ("meow", "sac", "sql", "meow_auto")
+]
 ISAAC = [f"{name}_isaacgym.py" for name in ("meow", "sac")]
 SCRIPTS = GYMNASIUM + ISAAC
 
@@ -29,10 +31,13 @@ OWN = set("Args PAPER_SETTINGS train evaluate_saved".split())
 ALGORITHM = OWN | set("MLP METRICS HIDDEN make_update make_networks".split())
 ALGORITHM |= set("soft_target critic_loss MULTI_GOAL".split())
 ENVIRONMENT = OWN | set("evaluate make_eval_envs make_policy".split())
-MEOW, SAC, SQL = GYMNASIUM
+MEOW, SAC, SQL, AUTO = GYMNASIUM
+# What a temperature that moves changes in MEow's script.
+MOVING = OWN | set("MLP EnergyFlow make_flow make_policy make_update".split())
 PAIRS = {
     (MEOW, SAC): ALGORITHM,
     (MEOW, SQL): ALGORITHM,
+    (MEOW, AUTO): MOVING,
     (SAC, SQL): ALGORITHM,
     (MEOW, "sb3_baselines.py"): OWN,
     tuple(ISAAC): ALGORITHM,
@@ -43,6 +48,7 @@ PAIRS = {
 SHARED = {
     (MEOW, SAC): "make_env episode_seed evaluate ReplayBuffer split_batch adam",
     (MEOW, SQL): "make_env episode_seed evaluate ReplayBuffer split_batch adam",
+    (MEOW, AUTO): "make_env evaluate ReplayBuffer Swish soft_target meow_loss METRICS",
     (SAC, SQL): "make_policy make_eval_envs adam_moments evaluate make_env",
     (MEOW, "sb3_baselines.py"): "make_env episode_seed evaluate make_eval_envs",
     tuple(ISAAC): "VectorReplayBuffer ObservationNorm evaluate make_policy adam",

@@ -37,6 +37,7 @@ LOSSES = {
     "meow_continuous_action": {"losses/loss", "losses/grad_norm", "flow/q"},
     "sac_continuous_action": {"losses/qf_loss", "losses/actor_loss"},
     "sql_continuous_action": {"losses/qf_loss"},
+    "meow_auto_continuous_action": {"losses/loss", "flow/alpha", "flow/entropy"},
 }
 
 

@@ -1,0 +1,236 @@
+"""MEow without tuning: its identities at every temperature, its dual, its update."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from stepped_run import RANDOM_STEPS, random_batch, trained
+from torch.autograd.functional import jacobian
+
+import meow_auto_continuous_action as auto
+from harness.compiling import Compiler, flatten_parameters
+
+EXACT = dict(rtol=0, atol=1e-8)
+ALPHAS = [0.003, 0.1, 2.0]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make_flow(obs_dim=3, act_dim=2, alpha=None, **settings):
+    """A float64 flow whose every parameter is random; alpha: moved there afterwards."""
+    args = auto.Args(**settings)
+    flow = auto.make_flow(args, obs_dim, act_dim).double()
+    for p in flow.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    if alpha is not None:
+        flow.alpha.fill_(alpha)
+    return flow, args
+
+
+def integral_of_exp_q(flow, obs, u):
+    """int exp(Q_1/alpha) da over (-1, 1)^A by trapezoids in u = atanh(a)."""
+    grids = torch.meshgrid(*[u] * flow.act_dim, indexing="ij")
+    points = torch.stack([grid.flatten() for grid in grids], dim=-1)
+    q = flow.q_values(obs.expand(len(points), -1), points)[:, 0]
+    density = torch.exp(q / flow.alpha + auto.log_tanh_slope(points).sum(-1))
+    return density.sum() * (u[1] - u[0]) ** flow.act_dim
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize(("act_dim", "points"), [(1, 4001), (2, 801)])
+def test_soft_value_is_the_integral_at_every_temperature(alpha, act_dim, points):
+    """V = alpha log int exp(Q/alpha) da, of one network whose alpha was moved."""
+    flow, _ = make_flow(act_dim=act_dim, alpha=alpha, sigma_start=0.5)
+    obs = torch.randn(1, 3).double()
+    value = flow.soft_values(obs)[0, 0]
+    sigma = float(torch.sqrt(flow.alpha / flow.kappa(obs)).max())
+    centre = float(flow.to_u(torch.zeros(1, act_dim).double(), obs).abs().max())
+    reach = centre + 8 * sigma + 2
+    grid = torch.linspace(-reach, reach, points, dtype=torch.float64)
+    integral = integral_of_exp_q(flow, obs, grid)
+    assert abs(value - alpha * torch.log(integral)) < 1e-5 * max(1, alpha)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_policy_is_exp_of_q_minus_v(alpha):
+    flow, _ = make_flow(5, 3, alpha=alpha)
+    obs = torch.randn(64, 5).double()
+    u, log_prob = flow.sample(obs)
+    torch.testing.assert_close(flow.log_prob(obs, u), log_prob, **EXACT)
+    difference = flow.q_values(obs, u) - flow.soft_values(obs)
+    expected = (alpha * log_prob)[:, None].expand(64, 2)
+    torch.testing.assert_close(difference, expected, **EXACT)
+
+
+def test_the_critic_stays_when_alpha_moves():
+    """m and kappa don't see it: Q moves by the tanh term and kappa's floor."""
+    flow, args = make_flow(alpha=0.1)
+    obs, u = torch.randn(16, 3).double(), torch.randn(16, 2).double()
+    q, shifts, kappa = flow.q_values(obs, u), flow.shifts(obs), flow.kappa(obs)
+    flow.alpha.fill_(0.3)
+    torch.testing.assert_close(flow.shifts(obs), shifts, **EXACT)
+    floor = 0.2 / args.sigma_max**2
+    torch.testing.assert_close(flow.kappa(obs), kappa + floor, **EXACT)
+    x = flow.to_x(u, obs)
+    moved = 0.5 * floor * x.square().sum(-1) + 0.2 * auto.log_tanh_slope(u).sum(-1)
+    expected = q - moved[:, None]
+    torch.testing.assert_close(flow.q_values(obs, u), expected, **EXACT)
+
+
+def test_the_values_derivative_by_alpha_is_the_entropy():
+    """For fixed kappa, dV/dalpha = 1/2 sum log(2 pi e alpha / kappa), u's entropy."""
+    flow, _ = make_flow(sigma_max=1e6)  # no floor
+    obs, values = torch.randn(8, 3).double(), []
+    for alpha in (0.1 - 1e-5, 0.1 + 1e-5):
+        flow.alpha.fill_(alpha)
+        values.append(flow.soft_values(obs)[:, 0])
+    flow.alpha.fill_(0.1)
+    slope = (values[1] - values[0]) / 2e-5
+    entropy = 0.5 * torch.log(2 * math.pi * math.e * 0.1 / flow.kappa(obs)).sum(-1)
+    torch.testing.assert_close(slope, entropy, rtol=1e-5, atol=1e-5)
+    z = torch.randn(100_000, 2).double()
+    u, log_prob = flow.sample(obs[:1].expand(len(z), -1), z)
+    sampled = -(log_prob + auto.log_tanh_slope(u).sum(-1)).mean()
+    torch.testing.assert_close(sampled, entropy[0], rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_round_trips_and_volume(alpha):
+    """g^-1(g(u)) = u, |det dg/du| = 1, sigma at most its bound."""
+    flow, args = make_flow(4, 3, alpha=alpha)
+    obs, u = torch.randn(1, 4).double(), torch.randn(1, 3).double()
+    torch.testing.assert_close(flow.to_u(flow.to_x(u, obs), obs), u, **EXACT)
+    slope = jacobian(lambda u: flow.to_x(u, obs), u)[0, :, 0]
+    assert torch.linalg.slogdet(slope)[1].abs() < 1e-9
+    for p in flow.h.parameters():
+        p.normal_(0, 30)
+    sigma = torch.sqrt(flow.alpha / flow.kappa(100 * torch.randn(999, 4).double()))
+    assert sigma.max() <= args.sigma_max + 1e-9
+
+
+def test_samples_follow_the_density():
+    """Histogram of 50,000 samples against exp(log_prob): chi^2 within 5 s.d."""
+    flow, _ = make_flow(2, 1, alpha=0.05, sigma_start=0.5)
+    obs, n, bins = torch.randn(1, 2).double(), 50_000, 60
+    u = flow.sample(obs.expand(n, -1))[0][:, 0]
+    counts = np.histogram(torch.tanh(u).numpy(), bins=bins, range=(-1, 1))[0]
+    fine = torch.linspace(-1, 1, bins * 50 + 1, dtype=torch.float64)
+    middle = torch.atanh((fine[1:] + fine[:-1])[:, None] / 2)
+    density = torch.exp(flow.log_prob(obs.expand(len(middle), -1), middle)).numpy()
+    expected = n * density.reshape(bins, 50).mean(1) * 2 / bins
+    full = expected > 20
+    assert expected[full].sum() > 0.98 * n
+    chi2 = ((counts - expected)[full] ** 2 / expected[full]).sum()
+    assert chi2 < full.sum() + 5 * math.sqrt(2 * full.sum())
+
+
+def test_the_policy_starts_as_wide_as_asked():
+    for settings in ({}, {"alpha": 0.5, "sigma_start": 1.5}):
+        args = auto.Args(**settings)
+        flow = auto.make_flow(args, 4, 3)
+        sigma = torch.sqrt(flow.alpha / flow.kappa(torch.randn(9, 4)))
+        torch.testing.assert_close(sigma, torch.full((9, 3), args.sigma_start))
+        assert (flow.shifts(torch.randn(9, 4)) == 0).all()
+
+
+# --- The temperature ------------------------------------------------------------------
+def test_alpha_grows_while_the_policy_is_narrow():
+    """By at most eta; it stays where the entropy is the target's."""
+    args = auto.Args(target_entropy=-0.5, alpha_lr=0.01)
+    for log_prob, moved in ((0.5, 0), (0.8, 0.3), (9, 1), (0.2, -0.3), (-9, -1)):
+        alpha = torch.tensor(0.1, dtype=torch.float64)
+        auto.tune(alpha, log_prob, args)
+        assert math.log(alpha / 0.1) == pytest.approx(0.01 * moved)
+    alpha = torch.tensor(1e-6)
+    auto.tune(alpha, -9, args)
+    assert alpha > 0
+
+
+@pytest.mark.parametrize("start", [0.01, 1.0])
+def test_the_dual_comes_to_rest_at_the_target_entropy(start):
+    """With the critic fixed, from both sides."""
+    flow, args = make_flow(alpha=start, alpha_lr=0.01, target_entropy=-0.4)
+    obs = torch.randn(1, 3).double()
+    for _ in range(4000):
+        log_prob = float(flow.sample(obs)[1]) / 2
+        auto.tune(flow.alpha, log_prob, args)
+    log_probs = flow.sample(obs.expand(20_000, -1))[1] / 2
+    assert abs(-log_probs.mean() + 0.4) < 0.1
+
+
+# --- Training -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_update_against_autograd_and_torch_optim(compiled):
+    """Updates equal ordinary PyTorch's while alpha moves; it gets no gradient."""
+    network, args = make_flow(5, 3, learning_rate=1e-2, tau=0.1, max_grad_norm=0.05)
+    flow, target_flow = copy.deepcopy(network), copy.deepcopy(network)
+    flow.requires_grad_(True)
+    theta = flatten_parameters(network)
+    state = [theta, theta.clone(), *auto.adam_moments(theta)]
+    batch, kept = random_batch(), torch.rand(4, 2, 32, 64) > 0.1
+    compiler = Compiler(compiled, torch.device("cpu"), on_pause=print)
+    function = auto.make_update(network, args)
+    update = compiler("the update", function, *state, batch, kept)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    for alpha in (0.1, 0.1, 0.02, 0.5):
+        for module in (network, flow, target_flow):
+            module.alpha.fill_(alpha)
+        metrics = update()
+
+        obs, u, next_obs, reward, terminated = auto.split_batch(batch, 5, 3)
+        v_next = target_flow.soft_values(next_obs)
+        y = reward + 0.99 * (1 - terminated) * v_next.min(-1).values
+        q = flow.q_values(obs, u, kept)
+        loss = sum(0.5 * ((q[:, k] - y) ** 2).mean() for k in range(2))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.05)
+        optimizer.step()
+        pairs = zip(flow.parameters(), target_flow.parameters(), strict=True)
+        for p, p_target in pairs:
+            p_target.copy_(0.9 * p_target + 0.1 * p.detach())
+        assert metrics[:2].tolist() == pytest.approx([loss.item(), norm.item()])
+        for vector, module in zip(state, (flow, target_flow), strict=False):
+            expected = torch.nn.utils.parameters_to_vector(module.parameters())
+            torch.testing.assert_close(vector, expected.detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_acting_stores_u_and_moves_alpha():
+    """The buffer has the policy's u, the environment gets tanh(u), alpha follows."""
+    flows = []
+
+    def look(run):
+        flows.append(copy.deepcopy(run.policy["flow"]))
+
+    run = trained(auto, 3, after=look)
+    rng = np.random.default_rng(run.args.seed)
+    rng.uniform(-1, 1, (RANDOM_STEPS, 3))
+    z = torch.from_numpy(rng.standard_normal((1, 3), dtype=np.float32))
+    obs, u = run.replay.rows[RANDOM_STEPS, None].split([5, 3, 7], -1)[:2]
+    before, after = flows[RANDOM_STEPS - 1 : RANDOM_STEPS + 1]
+    expected, log_prob = before.sample(obs, z)
+    torch.testing.assert_close(u, expected, rtol=1e-5, atol=1e-6)
+    played = torch.from_numpy(run.env.current.actions[0])
+    torch.testing.assert_close(played, torch.tanh(u[0]), rtol=1e-5, atol=1e-6)
+    alpha = before.alpha.clone()
+    auto.tune(alpha, float(log_prob) / 3, run.args)
+    torch.testing.assert_close(after.alpha, alpha)
+    fixed = trained(auto, 3, autotune=False)
+    assert fixed.policy["flow"].alpha == np.float32(fixed.args.alpha)
+
+
+def test_a_restored_run_goes_on_exactly():
+    """With the temperature where it was."""
+    checkpoints = []
+    whole = trained(auto, 6, after=lambda run: checkpoints.append(run.checkpointed()))
+    rest = trained(auto, 6, restored=checkpoints[RANDOM_STEPS + 2])
+    assert rest.metrics == whole.metrics[-3:]
+    assert len({m["flow/alpha"] for m in rest.metrics}) == 3
+    assert rest.policy["flow"].alpha == whole.policy["flow"].alpha
