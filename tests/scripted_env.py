@@ -1,6 +1,7 @@
 """Small environments with known behaviour, used as `scripted_env:NAME-v0`."""
 
 import itertools
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -242,6 +243,39 @@ class Raising(OneState):
         self.fail("close")
 
 
+class Single(OneState):
+    """A second one can't be made."""
+
+    made = 0
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        type(self).made += 1
+        if self.made > 1:
+            raise RuntimeError("only one at a time")
+
+
+class Closing(OneState):
+    """Knows which instances are open; its step raises at step `at`."""
+
+    open: ClassVar[list] = []
+
+    def __init__(self, render_mode=None, at=0):
+        super().__init__(render_mode)
+        self.at, self.steps = at, 0
+        self.open.append(self)
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == self.at:
+            raise ValueError("it fails")
+        return super().step(action)
+
+    def close(self):
+        if self in self.open:
+            self.open.remove(self)
+
+
 def register(name, entry_point, **kwargs):
     gym.register(f"{name}-v0", entry_point=entry_point, kwargs=kwargs)
 
@@ -262,6 +296,8 @@ register("OldStep", OldStep)
 register("OldReset", OldReset)
 register("Seedless", Seedless)
 register("Raising", Raising)
+register("Single", Single)
+register("Closing", Closing)
 register("NanObs", Broken, obs=np.nan)
 register("InfReward", Broken, reward=np.inf)
 register("DictObs", Spaces, obs=spaces.Dict(a=BOX))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 from collections import defaultdict
 from unittest import mock
 
@@ -333,11 +334,9 @@ def test_bad_environments_and_divergence_stop_every_script(tmp_path, script):
     saved = torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 20
     assert torch.isfinite(saved["replay"]["rows"]).all()
-    rate = (
-        dict(learning_rate=1e30)
-        if script == SCRIPT
-        else dict(q_lr=1e30, policy_lr=1e30)
-    )
+    rate = dict(q_lr=1e30, policy_lr=1e30)
+    if "meow" in script.stem:
+        rate = dict(learning_rate=1e30)
     diverged = launch(script, quick(**rate, runs_dir="diverged"), tmp_path)
     is_one_sentence(diverged, 1, "nan", "at step ", "checkpoint is intact")
 
@@ -374,3 +373,99 @@ def test_without_git_and_cpuinfo_a_run_is_described(tmp_path):
     described = json.loads((only_run(tmp_path) / "args.json").read_text())
     assert described["git_commit"] == ""
     assert described["cpu"]
+
+
+# --- What the user sees ---------------------------------------------------------------
+def test_the_last_line_says_what_can_be_done(finished):
+    folder, result = finished(SCRIPT)
+    last = [line for line in result.stderr.splitlines() if "finished: " in line]
+    (line,) = last
+    value = by_name(folder)["eval/return_mean"][-1][1]
+    assert f"finished: 60 steps, last evaluation {value:.1f}; " in line
+    assert f"python {SCRIPT.name} --evaluate runs/{folder.name} " in line
+    assert "--capture-video" in line
+    assert "tensorboard --logdir runs" in line
+
+
+@each_script
+def test_no_evaluation_if_none_is_wanted(tmp_path, script):
+    """One environment is made: some allow no second."""
+    words = quick(eval_episodes=0, env_id="scripted_env:Single-v0")
+    with mock.patch("scripted_env.Single.made", 0):
+        assert launch(script, words, tmp_path).returncode == 0
+    rows = by_name(only_run(tmp_path))
+    assert LOSSES[script.stem] <= set(rows)
+    assert not [name for name in rows if name.startswith("eval/")]
+    played = launch(script, ["--evaluate", only_run(tmp_path)], tmp_path)
+    is_one_sentence(played, 2, "give --eval-episodes")
+
+
+def test_fewer_evaluation_environments_change_no_number(finished, tmp_path):
+    words = quick(eval_envs=1, checkpoint_frequency=20)
+    assert launch(SCRIPT, words, tmp_path).returncode == 0
+    assert metrics(only_run(tmp_path)) == metrics(finished(SCRIPT)[0])
+
+
+@each_script
+@pytest.mark.parametrize(("at", "kept"), [(15, None), (35, 20)])
+def test_an_error_in_the_environment_is_framed(tmp_path, script, at, kept):
+    """Its own traceback, then one sentence: environment, step, what is left."""
+    kwargs = json.dumps({"at": at})
+    words = quick(env_id="scripted_env:Raising-v0", env_kwargs=kwargs)
+    result = launch(script, words, tmp_path)
+    assert result.returncode == 1
+    *shown, sentence = result.stderr.strip().splitlines()
+    assert "Traceback (most recent call last):" in shown
+    assert "ConnectionResetError: CUDA error: not enough memory" in shown
+    place = "error: scripted_env:Raising-v0: its step raised ConnectionResetError"
+    assert sentence.startswith(f"{place} at step {at - 1} (CUDA error: not enough")
+    left = f"the last checkpoint is intact (step {kept}), go on with: python"
+    assert (left if kept else "there is no checkpoint yet") in sentence
+
+
+@each_script
+@pytest.mark.parametrize("how", ["end", "signal", "error", "evaluate", "refused"])
+def test_environments_are_closed_in_any_case(tmp_path, script, how):
+    """All that were made; a worker process would otherwise live on."""
+    env_id = "scripted_env:Closing-v0"
+    words, signals = quick(env_id=env_id, resume="auto"), {}
+    if how == "evaluate":
+        assert launch(script, words, tmp_path).returncode == 0
+        words = ["--evaluate", only_run(tmp_path)]
+    elif how == "signal":
+        signals = {33: signal.SIGINT}
+    elif how == "error":
+        words = quick(env_id=env_id, env_kwargs='{"at": 33}')
+    elif how == "refused":
+        words = quick(env_id=env_id, buffer_size=10**12, total_timesteps=10**12)
+    with mock.patch("scripted_env.Closing.open", []) as still_open:
+        result = launch(script, words, tmp_path, signals=signals)
+    codes = {"end": 0, "signal": 130, "error": 1, "evaluate": 0, "refused": 2}
+    assert result.returncode == codes[how], result.stderr
+    assert still_open == []
+
+
+def test_main_works_in_a_thread(finished, tmp_path):
+    """As in a notebook's worker or a service: without signals, and it says so."""
+    results = []
+
+    def work():
+        results.append(launch(SCRIPT, quick(), tmp_path))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results[0].returncode == 0, results[0].stderr
+    assert "note: not the main thread: " in results[0].stderr
+    assert metrics(only_run(tmp_path)) == metrics(finished(SCRIPT)[0])
+
+
+@pytest.mark.slow
+def test_without_fcntl_the_scripts_run(tmp_path):
+    """As on Windows."""
+    code = "import sys; sys.modules['fcntl'] = None; import runpy; "
+    code += f"sys.argv = ['x', *sys.argv[1:]]; runpy.run_path('{SCRIPT}', "
+    code += "run_name='__main__')"
+    words = [sys.executable, "-c", code, *quick(resume="auto", total_timesteps=12)]
+    result = run(words, tmp_path, PYTHONPATH=f"{SCRIPT.parent}:{SCRIPT.parent}/tests")
+    assert result.returncode == 0, result.stderr
