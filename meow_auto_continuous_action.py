@@ -126,8 +126,8 @@ TRAINING, EVALUATION, NOISE = 0, 1, 2  # what a seed is for
 
 
 def episode_seed(*key: int) -> int:
-    """A 32-bit seed from several numbers: the run's seed, its use, the episode."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    """A seed below 2^31 from several numbers: the run's seed, its use, the episode."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0]) % 2**31
 
 
 def make_env(args: Args, render: bool = False) -> environments.ReplayableEnv:

@@ -364,6 +364,16 @@ def test_each_episode_and_seed_starts_differently():
     assert len(set(starts)) == 6
 
 
+def test_seeds_fit_into_32_bits_with_a_sign():
+    """Some environments store them so; those that always did are as they were."""
+    keys = [(run, 0, episode) for run in (0, 1, 2**32 - 1) for episode in range(50)]
+    drawn = [int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys]
+    seeds = [episode_seed(*key) for key in keys]
+    assert max(drawn) >= 2**31 > max(seeds)
+    assert len(set(seeds)) == len(seeds)
+    assert all(s == d for s, d in zip(seeds, drawn, strict=True) if d < 2**31)
+
+
 # --- Evaluation -----------------------------------------------------------------------
 class Silent:
     """A session in which nothing is shown."""
