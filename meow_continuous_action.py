@@ -131,9 +131,7 @@ class Args(RunArgs):
     learning_starts: int = 5_000  # random steps before the first of one update per step
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
-    reward_shifting: Literal["clipped", "single", "none"] = (
-        "clipped"  # 2 shifts, 1 or 0
-    )
+    reward_shifting: Literal["clipped", "single", "none"] = "clipped"  # 2, 1, 0 b_k
     coupling: Literal["additive", "affine"] = "additive"  # x + t, or x exp(s) + t
 
     settings = PAPER_SETTINGS
@@ -357,7 +355,7 @@ class EnergyFlow(nn.Module):
         self.t = nn.ModuleList(
             MLP(dims, norm=True, dropout=args.dropout) for _ in range(self.n_couplings)
         )
-        n_shifts = {"clipped": 2, "single": 1, "none": 0}[args.reward_shifting]
+        n_shifts = ("none", "single", "clipped").index(args.reward_shifting)
         self.b = nn.ModuleList(
             MLP([obs_dim, 256, 256, 1], zero=True) for _ in range(n_shifts)
         )
@@ -384,17 +382,19 @@ class EnergyFlow(nn.Module):
     def to_prior(
         self, u: Tensor, log_det: Tensor, obs: Tensor, kept: Tensor | None = None
     ):
-        """The couplings from u to x, (B, A); log_det (B,) stays: their volume is 1."""
+        """The couplings from u to x, (B, A); adds log|det dx/du|, (B,), to log_det."""
         x = u
         for i in reversed(range(self.n_couplings)):
             x = x - self.translation(i, x, obs, kept)
+            log_det = log_det - torch.zeros_like(x).sum(-1)  # 0: their volume is 1
         return x, log_det
 
     def from_prior(self, x: Tensor, log_det: Tensor, obs: Tensor):
-        """The couplings from x to u, (B, A); log_det (B,) stays: their volume is 1."""
+        """The couplings from x to u, (B, A); adds log|det du/dx|, (B,), to log_det."""
         u = x
         for i in range(self.n_couplings):
             u = u + self.translation(i, u, obs)
+            log_det = log_det + torch.zeros_like(u).sum(-1)  # 0: their volume is 1
         return u, log_det
 
     # the flow and its inverse
