@@ -97,6 +97,7 @@ class Args(RunArgs):
     dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
 
     settings = BUDGETS
+    settings_name = "the paper's number of steps"
     resume_may_change = RunArgs.resume_may_change + " eval_envs"
     evaluate_may_change = (
         RunArgs.evaluate_may_change

@@ -103,6 +103,7 @@ class Args(RunArgs):
     reward_shifting: Literal["clipped", "none"] = "none"  # or a shift of each critic
 
     settings = PAPER_SETTINGS
+    settings_name = "the paper's number of steps"
     resume_may_change = RunArgs.resume_may_change + " eval_envs"
     evaluate_may_change = (
         RunArgs.evaluate_may_change

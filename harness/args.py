@@ -42,6 +42,8 @@ class RunArgs:
 
     settings: ClassVar[dict[str, dict]] = {}
     """defaults of environments, by a pattern of ids"""
+    settings_name: ClassVar[str] = "the paper's settings"
+    """what these are"""
     gymnasium_ids: ClassVar[bool] = True
     """--env-id names an environment of Gymnasium's registry"""
     resume_may_change: ClassVar[str] = (
@@ -136,9 +138,9 @@ def peek(Args, argv) -> RunArgs:
             console_outputs=False,
         )
     if Args.gymnasium_ids and (full := full_id(given.env_id)) != given.env_id:
-        kind = (
-            "settings of its own" if Args.own_settings(full) else "the default settings"
-        )
+        kind = "the default settings"
+        if Args.own_settings(full):
+            kind = Args.settings_name
         say(f"note: --env-id {given.env_id} is taken as {full}, with {kind}")
         given.env_id = full
     return given

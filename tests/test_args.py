@@ -106,7 +106,7 @@ def test_an_id_without_version_gets_the_settings_of_the_newest(capsys):
     args = parse("--env-id", "HalfCheetah")
     assert args == parse("--env-id", "HalfCheetah-v5")
     assert args.tau == 0.003
-    note = "note: --env-id HalfCheetah is taken as HalfCheetah-v5, with settings of its"
+    note = "note: --env-id HalfCheetah is taken as HalfCheetah-v5, with the paper's s"
     assert note in capsys.readouterr().err
     assert parse("--env-id", "Pusher", "--tau", 0.5).env_id == "Pusher-v5"
     assert "Pusher-v5, with the default settings" in capsys.readouterr().err
