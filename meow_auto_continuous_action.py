@@ -64,6 +64,12 @@ BUDGETS = {  # steps of these environments, as the paper's; all else is the same
     "Walker2d-v[45]": dict(total_timesteps=4_000_000),
     "Ant-v[45]": dict(total_timesteps=4_000_000),
     "Humanoid-v[45]": dict(total_timesteps=5_000_000),
+    "multi_goal:MultiGoal.*": dict(
+        total_timesteps=4_000,
+        learning_starts=1_000,
+        gamma=0.9,
+        eval_frequency=500,
+    ),
 }
 
 
