@@ -886,8 +886,8 @@ def train(args: Args, run: Run):
         seen = {"observation": next_obs, "final_observation": final_obs}
         check_finite(args.env_id, step, **seen, reward=reward)
         norm.update(next_obs)
-        outcome = reward, terminated, truncated, final_obs, next_obs
-        replay.add(action, *outcome, valid=simulator.valid)
+        valid = simulator.valid
+        replay.add(action, reward, terminated, truncated, final_obs, next_obs, valid)
         episodes.add(simulator, reward, done=terminated | truncated)
         obs = next_obs
         if run.due_to_log():
