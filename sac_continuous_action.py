@@ -137,12 +137,13 @@ def make_env(args: Args, render: bool = False) -> environments.ReplayableEnv:
     options = json.loads(args.env_kwargs)
     env = environments.make(args.env_id, options, render)  # gym.make
     if args.flatten:
-        env = gym.wrappers.FlattenObservation(env)
+        env = environments.flatten(env, args.env_id)  # Gymnasium's wrapper
     own_limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
     limit = args.max_episode_steps or own_limit or 100_000
     env = gym.wrappers.TimeLimit(env, limit)
     env = environments.check_spaces(env, args.env_id)
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    one = env.action_space.dtype.type(1)
+    env = gym.wrappers.RescaleAction(env, -one, one)
     return environments.ReplayableEnv(env, args.env_id)
 
 

@@ -1,5 +1,6 @@
 """The user's Gymnasium environment: made, checked, brought back when a run goes on."""
 
+import contextlib
 import ctypes.util
 import functools
 import importlib
@@ -88,9 +89,21 @@ def make(env_id: str, options: dict, render: bool = False) -> gym.Env:
                 f"{cannot_make(env_id, error)}; see --env-kwargs"
             ) from None
         raise UserCodeError(cannot_make(env_id, error)) from error
-    if render and "rgb_array" not in env.metadata.get("render_modes", []):
-        raise UsageError(no_video(env_id))
-    return CheckedEnv(env, env_id)
+    with closed_on_error(env):
+        if render and "rgb_array" not in env.metadata.get("render_modes", []):
+            raise UsageError(no_video(env_id))
+        return CheckedEnv(env, env_id)
+
+
+@contextlib.contextmanager
+def closed_on_error(env: gym.Env):
+    """Closes an environment that can't be used: its processes would live on."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            env.close()
+        raise
 
 
 def quiet_mujoco():
@@ -105,20 +118,32 @@ def quiet_mujoco():
 def cannot_make(env_id: str, error: Exception) -> str:
     """A sentence with the error's reason, in one line and without colours."""
     reason = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())
+    reason = reason or type(error).__name__
     return f"--env-id {env_id}: can't make this environment: {reason}"
 
 
 def module_hint(env_id: str, error: Exception) -> str:
     """What may be meant by an id that isn't registered."""
-    if ":" in env_id or not isinstance(error, gym.error.NameNotFound):
+    not_registered = gym.error.NameNotFound, gym.error.NamespaceNotFound
+    if ":" in env_id or not isinstance(error, not_registered):
         return ""
-    return (
-        f"; one of your own needs its module: --env-id my_module:{env_id or 'Env-v0'}"
-    )
+    example = f"--env-id my_module:{env_id or 'Env-v0'}"
+    return f"; one of your own or of a package needs its module: {example}"
 
 
 def no_video(env_id: str) -> str:
     return f"--env-id {env_id}: it can't render images: leave out --capture-video"
+
+
+def flatten(env: gym.Env, env_id: str) -> gym.Env:
+    """Gymnasium's FlattenObservation. Raises: UsageError."""
+    space = env.observation_space
+    with closed_on_error(env):
+        try:
+            return gym.wrappers.FlattenObservation(env)
+        except NotImplementedError:
+            text = f"--env-id {env_id}: --flatten can't make a vector of {space}"
+            raise UsageError(text) from None
 
 
 def check_spaces(env: gym.Env, env_id: str) -> gym.Env:
@@ -136,9 +161,10 @@ def check_spaces(env: gym.Env, env_id: str) -> gym.Env:
     elif not np.isfinite(width(act)).all():
         text = "the action space is wider than its numbers can tell"
         problem = f"{text} ({act}): give it the bounds that are really used"
-    if problem:
-        raise UsageError(f"--env-id {env_id}: {problem}")
-    return env
+    with closed_on_error(env):
+        if problem:
+            raise UsageError(f"--env-id {env_id}: {problem}")
+        return env
 
 
 def width(space: spaces.Box) -> np.ndarray:

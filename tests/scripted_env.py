@@ -219,14 +219,14 @@ class Seedless(OneState):
 
 
 class Raising(OneState):
-    """`method` raises, from its second step on."""
+    """Each method named in `method` raises, the step from the `at`th on."""
 
     def __init__(self, render_mode=None, method="step", at=2):
         super().__init__(render_mode)
         self.method, self.at, self.steps = method, at, 0
 
     def fail(self, method):
-        if method == self.method:
+        if method in self.method.split():
             raise ConnectionResetError("CUDA error: not enough memory")
 
     def reset(self, **options):
@@ -276,6 +276,10 @@ class Closing(OneState):
             self.open.remove(self)
 
 
+class OwnSpace(spaces.Space):
+    """A kind of space that Gymnasium doesn't know."""
+
+
 def register(name, entry_point, **kwargs):
     gym.register(f"{name}-v0", entry_point=entry_point, kwargs=kwargs)
 
@@ -301,6 +305,7 @@ register("Closing", Closing)
 register("NanObs", Broken, obs=np.nan)
 register("InfReward", Broken, reward=np.inf)
 register("DictObs", Spaces, obs=spaces.Dict(a=BOX))
+register("OwnObs", Spaces, obs=OwnSpace())
 register("SequenceObs", Spaces, obs=spaces.Sequence(BOX))
 register("WrongShape", Spaces, obs=BOX)
 register("ImageObs", Spaces, obs=spaces.Box(0, 255, (8, 8, 3), np.uint8))

@@ -41,12 +41,25 @@ def made(env_id, **settings):
     return make_env(Args(env_id=env_id, **settings))
 
 
+@contextlib.contextmanager
+def closed_once():
+    """An environment that can't be used is closed, or its processes would live on."""
+    with mock.patch("scripted_env.OneState.close") as close:
+        yield
+    close.assert_called_once_with()
+
+
 # --- Which can be used ----------------------------------------------------------------
 @pytest.mark.parametrize(("name", "message"), BAD_SPACES.items())
 def test_unsuitable_spaces_are_refused(name, message):
     refused = f"--env-id scripted_env:{name}-v0: .*{message}"
-    with pytest.raises(UsageError, match=refused):
+    with closed_once(), pytest.raises(UsageError, match=refused):
         scripted(name)
+
+
+def test_a_space_that_can_not_be_flattened_is_refused():
+    with closed_once(), pytest.raises(UsageError, match="--flatten can't make"):
+        scripted("OwnObs", flatten=True)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +81,9 @@ def test_unusable_ids_are_refused(env_id):
 
 
 def test_an_id_without_its_module_gets_a_hint():
-    with pytest.raises(UsageError, match="--env-id my_module:MyEnv-v0"):
-        made("MyEnv-v0")
+    for env_id in ("MyEnv-v0", "package/MyEnv-v0"):
+        with pytest.raises(UsageError, match=f"--env-id my_module:{env_id}"):
+            made(env_id)
 
 
 def test_an_id_without_version_is_the_newest_one():
@@ -89,8 +103,9 @@ def test_an_environment_without_render_mode_is_used_but_not_filmed(name):
 
 
 def test_an_environment_that_can_not_render_is_refused():
-    args = Args(env_id="scripted_env:Scripted-v0")
-    with pytest.raises(UsageError, match="leave out --capture-video"):
+    args = Args(env_id="scripted_env:OneState-v0")
+    refused = pytest.raises(UsageError, match="leave out --capture-video")
+    with closed_once(), refused:
         make_env(args, render=True)
 
 
@@ -130,6 +145,9 @@ def test_a_constructor_that_fails_keeps_its_error():
     with pytest.raises(UserCodeError, match="can't make this environment") as error:
         scripted("Scaled", env_kwargs='{"scale": "a"}')
     assert isinstance(error.value.__cause__, ValueError)
+    silent = mock.patch("scripted_env.Scaled.__init__", side_effect=AssertionError)
+    with silent, pytest.raises(UserCodeError, match="environment: AssertionError"):
+        scripted("Scaled")
 
 
 @pytest.mark.parametrize(("name", "size"), [("DictObs", 2), ("ImageObs", 192)])
@@ -160,6 +178,14 @@ def test_actions_are_rescaled(env_id, bounds):
             env.step(np.full(len(low), action, np.float32))
     received = [call.args[0] for call in step.call_args_list]
     np.testing.assert_allclose(received, [low, (low + high) / 2, high], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["OneState", "Float64"])
+def test_actions_of_both_precisions_are_rescaled_silently(name, recwarn):
+    space = scripted(name).action_space
+    assert (space.low == -1).all()
+    assert (space.high == 1).all()
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 @pytest.mark.parametrize(
