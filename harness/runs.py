@@ -47,9 +47,32 @@ class Session(contextlib.ExitStack):
         self.args, self.device, self.video_file = args, device, video_file
         self.compile = Compiler(compiled, device, self.pause)
 
+    def __enter__(self):
+        """Until the session handles signals, SIGTERM ends it as Ctrl-C does."""
+        if threading.current_thread() is threading.main_thread():
+            self._on_signal(signal.SIGTERM, terminate)
+        return super().__enter__()
+
+    def _on_signal(self, signum: int, handler):
+        """Handles a signal until the session ends. In the main thread alone."""
+        self.callback(signal.signal, signum, signal.signal(signum, handler))
+
     def closing(self, thing):
-        """The thing, whose `close` is called when the session ends, however it ends."""
-        return self.enter_context(contextlib.closing(thing))
+        """The thing, whose `close` is called when the session ends, however it ends.
+
+        What goes wrong there doesn't hide the error that ended the session.
+        """
+
+        def close(_type, ended_by, _traceback):
+            try:
+                thing.close()
+            except Exception as error:
+                if ended_by is None:
+                    raise
+                say(f"warning: {error}")
+
+        self.push(close)
+        return thing
 
     def pause(self, seconds: float):
         """Told of time that went into compiling."""
@@ -70,6 +93,11 @@ class Session(contextlib.ExitStack):
                 yield watch
             except RunError as error:
                 raise type(error)(f"in an evaluation: {error}") from error.__cause__
+
+
+def terminate(signum: int, _frame):
+    """Ends a session so that its environments, with their processes, are closed."""
+    raise SystemExit(128 + signum)
 
 
 class Watch:
@@ -183,7 +211,7 @@ class Run(Session):
             say("note: not the main thread: signals don't write a checkpoint")
             return
         for signum in (signal.SIGINT, signal.SIGTERM):
-            self.callback(signal.signal, signum, signal.signal(signum, self._receive))
+            self._on_signal(signum, self._receive)
 
     def _receive(self, signum: int, _frame):
         self.received = signum

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from harness.errors import RunError
 
 
@@ -13,6 +15,7 @@ class Video:
 
         path.parent.mkdir(exist_ok=True, parents=True)
         self.writer = imageio.get_writer(path, fps=fps, macro_block_size=1)
+        self.shape = None  # of the images so far
 
     def film(self, env):
         """Adds what the environment shows now."""
@@ -20,9 +23,17 @@ class Video:
             image = env.render()
         except Exception as error:  # whatever the graphics libraries raise
             reason = f"can't render ({type(error).__name__}: {error})"
-            hint = "install libegl1 or libosmesa6 and set MUJOCO_GL=egl or =osmesa"
+            hint = "MuJoCo needs libegl1 or libosmesa6, and MUJOCO_GL=egl or =osmesa"
             raise RunError(f"{reason}; {hint}") from None
-        self.writer.append_data(image)
+        image = np.asarray(image)
+        if image.ndim not in (2, 3) or image.shape != (self.shape or image.shape):
+            wanted = "an image (height, width, 3), always of one size"
+            came = f"an array of shape {image.shape}"
+            raise RunError(f"can't film: its render must return {wanted}, not {came}")
+        self.shape = image.shape
+        height, width = image.shape[:2]
+        # H.264 takes even numbers of pixels
+        self.writer.append_data(image[: height // 2 * 2, : width // 2 * 2])
 
     def close(self):
         self.writer.close()

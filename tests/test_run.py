@@ -13,6 +13,7 @@ import sys
 import termios
 import threading
 from collections import defaultdict
+from types import SimpleNamespace
 from unittest import mock
 
 import imageio
@@ -32,7 +33,9 @@ from conftest import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import meow_continuous_action as meow
+from harness.errors import RunError
 from harness.runs import main
+from harness.video import Video
 
 LOSSES = {
     "meow_continuous_action": {"losses/loss", "losses/grad_norm", "flow/q"},
@@ -261,6 +264,30 @@ def test_videos_are_named_by_step_and_show_the_robot(tmp_path):
     assert np.abs(frames[-1] - frames[0]).max() > 50
 
 
+def film(tmp_path, images):
+    """The frames of a video of these images."""
+    path = tmp_path / "film.mp4"
+    with contextlib.closing(Video(path, 30)) as video:
+        for image in images:
+            video.film(SimpleNamespace(render=lambda image=image: image))
+    return [frame for frame in imageio.get_reader(path)]
+
+
+@pytest.mark.parametrize("shape", [(32, 48, 3), (33, 47, 3), (32, 48)])
+def test_images_of_any_size_are_filmed(tmp_path, shape):
+    images = 4 * [np.full(shape, 100, np.uint8)]
+    frames = film(tmp_path, images)
+    assert len(frames) == 4
+    assert frames[0].shape == (32, shape[1] // 2 * 2, 3)
+    assert abs(frames[0].mean() - 100) < 5
+
+
+@pytest.mark.parametrize("bad", [None, [np.zeros((32, 48, 3))], np.zeros((32, 50, 3))])
+def test_what_is_no_image_is_not_filmed(tmp_path, bad):
+    with pytest.raises(RunError, match="its render must return an image"):
+        film(tmp_path, [np.zeros((32, 48, 3), np.uint8), bad])
+
+
 # --- Bad input ------------------------------------------------------------------------
 BAD_RUNS = [
     (dict(env_id="Nope-v4"), 2, "Nope"),
@@ -424,14 +451,17 @@ def test_an_error_in_the_environment_is_framed(tmp_path, script, at, kept):
 
 
 @each_script
-@pytest.mark.parametrize("how", ["end", "signal", "error", "evaluate", "refused"])
+@pytest.mark.parametrize(
+    "how", ["end", "signal", "error", "evaluate", "terminated", "refused"]
+)
 def test_environments_are_closed_in_any_case(tmp_path, script, how):
     """All that were made; a worker process would otherwise live on."""
     env_id = "scripted_env:Closing-v0"
     words, signals = quick(env_id=env_id, resume="auto"), {}
-    if how == "evaluate":
+    if how in ("evaluate", "terminated"):
         assert launch(script, words, tmp_path).returncode == 0
         words = ["--evaluate", only_run(tmp_path)]
+        signals = {3: signal.SIGTERM} if how == "terminated" else {}
     elif how == "signal":
         signals = {33: signal.SIGINT}
     elif how == "error":
@@ -441,8 +471,28 @@ def test_environments_are_closed_in_any_case(tmp_path, script, how):
     with mock.patch("scripted_env.Closing.open", []) as still_open:
         result = launch(script, words, tmp_path, signals=signals)
     codes = {"end": 0, "signal": 130, "error": 1, "evaluate": 0, "refused": 2}
+    codes["terminated"] = 143
     assert result.returncode == codes[how], result.stderr
     assert still_open == []
+
+
+@pytest.mark.parametrize(
+    ("method", "signals", "code", "needle"),
+    [
+        ("step close", {}, 1, "error: .*its step raised"),
+        ("close", {}, 1, "error: .*its close raised"),
+        ("close", {40: signal.SIGTERM}, 143, "stopped at step 40; go on with"),
+    ],
+)
+def test_an_error_in_closing_hides_nothing(tmp_path, method, signals, code, needle):
+    """What ended the run before is said, and keeps its exit code."""
+    kwargs = json.dumps({"method": method, "at": 20})
+    words = quick(env_id="scripted_env:Raising-v0", env_kwargs=kwargs)
+    result = launch(SCRIPT, words, tmp_path, signals=signals)
+    assert result.returncode == code
+    assert re.search(needle, result.stderr)
+    warnings = result.stderr.count("warning: scripted_env:Raising-v0: its close raised")
+    assert warnings == (2 if method == "close" and not signals else 3)
 
 
 def test_main_works_in_a_thread(finished, tmp_path):
