@@ -1,0 +1,66 @@
+"""docs/your_own_task.md: its module, its commands and its Python run as they stand."""
+
+import contextlib
+import io
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, launch, metrics, only_run, options
+
+PAGE = (ROOT / "docs/your_own_task.md").read_text()
+SHORT = options(compile=False, eval_episodes=1, log_frequency=10)
+
+
+def block(language: str, start: str) -> str:
+    """The page's code that begins with this."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S)
+    (code,) = [code for code in found if code.startswith(start)]
+    return code
+
+
+@pytest.fixture(scope="module")
+def returns(tmp_path_factory):
+    """{command: (folder, its return)} of the commands that use the page's module."""
+    found = {}
+    lines = block("bash", "python meow_continuous_action.py --env-id my_task:")
+    for line in lines.splitlines():
+        cwd = tmp_path_factory.mktemp("task")
+        (cwd / "my_task.py").write_text(block("python", "# my_task.py"))
+        line = line.replace(" 20000", " 250").replace(" 1000", " 245")
+        python, script, *words = shlex.split(line)
+        assert (python, script) == ("python", SCRIPT.name)
+        result = launch(SCRIPT, [*words, *SHORT], cwd)
+        assert result.returncode == 0, result.stderr
+        found[line] = only_run(cwd)
+    return found
+
+
+def episodic_return(folder) -> float:
+    """Of the first training episode, whose actions are random."""
+    (value,) = [v for _, name, v in metrics(folder) if name == "charts/episodic_return"]
+    return float(value)
+
+
+def test_the_module_and_its_commands(returns):
+    """Both play the same episode; a size of 0.1 scales its rewards."""
+    whole, tenth = map(episodic_return, returns.values())
+    assert whole < -100
+    assert tenth == pytest.approx(0.1 * whole)
+
+
+def test_the_policy_in_python(returns):
+    folder, *_ = returns.values()
+    code = block("python", "import torch").replace("runs/RUN_NAME", str(folder))
+    names, printed = {}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, names)
+    assert printed.getvalue().count("tensor(") == 3
+    action, sampled, log_prob = (names[n] for n in ("action", "sampled", "log_prob"))
+    assert action.shape == sampled.shape == (1, 1)
+    assert (action.abs() <= 1).all()
+    flow, obs = names["flow"], names["obs"]
+    torch.testing.assert_close(flow.log_prob(obs, sampled), log_prob)
+    assert np.isfinite(log_prob.item())
