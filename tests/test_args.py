@@ -31,10 +31,11 @@ PAPER_TABLE = {  # steps, tau, alpha, learning starts, log sigma max, log sigma 
 }
 ALL_SCRIPTS = SCRIPTS + ISAAC_SCRIPTS
 each = pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda path: path.stem)
-BELOW_ZERO = {"log_sigma_min", "log_sigma_max"}
+BELOW_ZERO = {"log_sigma_min", "log_sigma_max", "target_entropy"}
 ZERO = {
     "seed",
     "eval_episodes",
+    "target_entropy",
     "checkpoint_frequency",
     "gamma",
     "dropout",

@@ -486,7 +486,9 @@ def test_broken_and_resumed_run_is_the_uninterrupted_one(
         at_steps(patch, {37: broken})
         assert command(finished[0], quick(), tmp_path) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the simulator failed: pulled the plug; the check")
+    assert error.startswith(
+        "error: the simulator failed: pulled the plug; the last check"
+    )
     assert load(only_run(tmp_path))["step"] == 20
     assert metrics(only_run(tmp_path))[-1][0] == 35
     resumed_is_the_whole_run(finished, tmp_path, "--sim-threads", 2)
