@@ -52,9 +52,9 @@ class Compiler:
         The function may change its tensors in place. On a GPU the result is the same
         tensor each time.
         """
-        function = torch.no_grad()(function)
         if self.enabled:
-            function = torch.no_grad()(torch.compile(function, **self._options()))
+            function = torch.compile(function, **self._options())
+        function = torch.no_grad()(function)
         run = None
 
         def first_or_later_run():

@@ -28,6 +28,7 @@ if sys.platform == "linux" and "DISPLAY" not in os.environ:
 
 
 LARGEST = float(np.finfo(np.float32).max)
+PLAIN = (bool, int, float, np.bool_, np.number)  # what is one number as it is
 warn_once = functools.cache(warnings.warn)  # of each text, not once per environment
 
 
@@ -233,6 +234,8 @@ class CheckedEnv(gym.Wrapper):
 
     def _number(self, name: str, value) -> np.generic:
         """The one number that this is, or is an array of."""
+        if isinstance(value, PLAIN):
+            return value
         array = np.asarray(value) if value is not None else np.empty(0)
         if array.size != 1 or array.dtype.kind not in "fiub":
             self._refuse(f"its {name} must be one number", value)
@@ -330,8 +333,7 @@ class ReplayableEnv(gym.Wrapper):
     def _observation(self, obs) -> np.ndarray:
         """A copy: some environments reuse their observations. Raises: RunError."""
         try:
-            with np.errstate(over="ignore"):
-                obs = np.array(obs, dtype=np.float32)
+            obs = np.array(obs, dtype=np.float32)
         except (TypeError, ValueError) as error:
             text = f"an observation that is no vector at step {self.steps} ({error})"
             raise RunError(f"{self.env_id}: {text}") from None
