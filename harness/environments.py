@@ -28,7 +28,14 @@ if sys.platform == "linux" and "DISPLAY" not in os.environ:
 
 
 LARGEST = float(np.finfo(np.float32).max)
-PLAIN = (bool, int, float, np.bool_, np.number)  # what is one number as it is
+PLAIN = (
+    bool,
+    int,
+    float,
+    np.bool_,
+    np.integer,
+    np.floating,
+)  # what is one number as it is
 warn_once = functools.cache(warnings.warn)  # of each text, not once per environment
 
 
