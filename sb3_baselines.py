@@ -435,7 +435,10 @@ def train(args: Args, run: Run):
     torch.distributions.Distribution.set_default_validate_args(False)
     env = run.closing(make_env(args))
     eval_envs = make_eval_envs(args, run)
-    saved = run.checkpoint["sb3"] if run.checkpoint else None
+    saved = None
+    if run.checkpoint:
+        environments.check_sizes(run.checkpoint, env.sizes, args.env_id)
+        saved = run.checkpoint["sb3"]
     model, parts = make_model(args, env, run.device, saved)
     eval_policy = make_eval_policy(args, model)
 

@@ -315,3 +315,20 @@ def test_a_missing_package_is_named():
     )
     assert result.returncode == 2
     assert result.stderr.startswith("error: stable_baselines3 is missing: pip install")
+
+
+def test_another_size_than_when_saved_is_one_sentence(tmp_path, capsys):
+    """The user has edited the environment; both sizes are named."""
+    settings = dict(env_id="Pendulum-v1", total_timesteps=30, eval_episodes=1)
+    assert start("--algo", "td3", **settings, runs_dir=tmp_path) == 0
+    (folder,) = (path for path in tmp_path.iterdir() if path.name[0] != ".")
+    for file in ("checkpoint.pt", "policy_final.pt"):
+        content = torch.load(folder / file, weights_only=True)
+        content["args"]["env_id"] = "Hopper-v4"
+        torch.save(content, folder / file)
+    resumed = start("--resume", str(folder), total_timesteps=60)
+    played = start("--evaluate", str(folder))
+    assert (resumed, played) == (2, 2)
+    errors = capsys.readouterr().err.splitlines()
+    sizes = "3 observations and 1 actions; Hopper-v4 now has 11 and 3"
+    assert sum(sizes in line for line in errors if line.startswith("error: ")) == 2
