@@ -258,16 +258,19 @@ class CheckedEnv(gym.Wrapper):
 
 # --- Going on -------------------------------------------------------------------------
 class Record:
-    """An episode: its seed, its actions, and what came of each, as checksums."""
+    """An episode: its seed, its actions, and as checksums what came of these.
+
+    The first checksum is the reset's; before the reset there is none.
+    """
 
     def __init__(self, seed: int | None, first: int = 0):
         self.seed, self.first = seed, first
         self.actions: list[np.ndarray] = []
         self.checksums: list[int] = []
 
-    def add(self, action: np.ndarray, *outcome):
+    def add(self, action: np.ndarray, obs: np.ndarray, reward: float, ended: bool):
         self.actions.append(action)
-        self.checksums.append(checksum(*outcome))
+        self.checksums.append(checksum(obs, reward, ended))
 
     def state_dict(self) -> dict:
         return {
@@ -285,7 +288,7 @@ class Record:
         return record
 
 
-def checksum(obs: np.ndarray, reward: float, ended: bool) -> int:
+def checksum(obs: np.ndarray, reward: float = 0.0, ended: bool = False) -> int:
     return zlib.crc32(obs.tobytes() + struct.pack("d?", reward, ended))
 
 
@@ -311,6 +314,7 @@ class ReplayableEnv(gym.Wrapper):
             self._call(self.env.reset, seed=seed, options=options)[0]
         )
         self.current, self.episodic_return = Record(seed, self.steps), 0.0
+        self.current.checksums.append(checksum(obs))
         return obs, {}
 
     def step(self, action: np.ndarray):
@@ -386,16 +390,18 @@ class ReplayableEnv(gym.Wrapper):
         """An episode's last observation, played again; None if it went otherwise."""
         self.steps = record.first
         obs, _ = self.reset(seed=record.seed)
-        played = self.current
-        for action, expected in zip(record.actions, record.checksums, strict=True):
+        played, expected = self.current, record.checksums
+        for action, before in zip(record.actions, expected, strict=False):
+            if played.checksums[-1] != before:
+                break
             obs = self.step(action)[0]
-            if played.checksums[-1] != expected:
-                text = f"did not replay its episode exactly (at step {self.steps - 1})"
-                reason = "it is random, or keeps something over reset(seed=...)"
-                result = "this is not bit for bit the run without the stop"
-                say(f"warning: {self.env_id} {text}: {reason}; {result}")
-                return None
-        return obs
+        if not expected or played.checksums == expected:
+            return obs
+        text = f"did not replay its episode exactly (at step {self.steps})"
+        reason = "it is random, or keeps something over reset(seed=...)"
+        result = "this is not bit for bit the run without the stop"
+        say(f"warning: {self.env_id} {text}: {reason}; {result}")
+        return None
 
 
 def check_sizes(saved: dict, sizes: list[int], env_id: str):

@@ -173,6 +173,18 @@ class Leaking(OneState):
         return np.full(1, self.total / 1e6, np.float32), *rest
 
 
+class LeakingReset(Leaking):
+    """Only a reset's observation shows it."""
+
+    def reset(self, **options):
+        obs, info = super().reset(**options)
+        return obs + np.float32(self.total / 1e6), info
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return 0 * obs, *rest
+
+
 class LeakingReward(Leaking):
     """The observations don't show it."""
 
@@ -289,6 +301,7 @@ register("Scripted", Scripted)
 register("OneState", OneState)
 register("Drifting", Drifting)
 register("Leaking", Leaking)
+register("LeakingReset", LeakingReset)
 register("LeakingReward", LeakingReward)
 register("Plain", Plain)
 register("Function", function)

@@ -366,7 +366,9 @@ def test_an_episode_that_has_ended_goes_on_with_the_next(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["Drifting", "Leaking", "LeakingReward"])
+@pytest.mark.parametrize(
+    "name", ["Drifting", "Leaking", "LeakingReset", "LeakingReward"]
+)
 @pytest.mark.parametrize("steps", [10, 12])
 def test_an_environment_that_does_not_replay_is_announced(name, steps, capsys):
     """Random, or with a memory over reset(seed): also where no episode is under way."""
