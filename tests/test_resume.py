@@ -97,20 +97,18 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, script):
     assert metrics(folder) == metrics(finished(script)[0])
 
 
-def test_more_steps_continue_a_finished_run(finished, tmp_path):
-    """45 steps, then resumed to 60, gives the numbers of 60 at once (besides those of
-    step 45).
+@pytest.mark.parametrize(("steps", "besides"), [(45, {"45"}), (50, set())])
+def test_more_steps_continue_a_finished_run(finished, tmp_path, steps, besides):
+    """Then resumed to 60: the numbers of 60 at once, besides those of an end at 45.
+
+    An evaluation that ended the run isn't played again, though it is due there.
     """
-    assert launch(SCRIPT, quick(total_timesteps=45), tmp_path).returncode == 0
+    assert launch(SCRIPT, quick(total_timesteps=steps), tmp_path).returncode == 0
     folder, expected = only_run(tmp_path), metrics(finished(SCRIPT)[0])
-    assert (
-        launch(
-            SCRIPT, ["--resume", folder, "--total-timesteps", 60], tmp_path
-        ).returncode
-        == 0
-    )
+    longer = ["--resume", folder, "--total-timesteps", 60]
+    assert launch(SCRIPT, longer, tmp_path).returncode == 0
     more = [row for row in metrics(folder) if row not in expected]
-    assert {step for step, _, _ in more} == {"45"}
+    assert {step for step, _, _ in more} == besides
     assert [row for row in metrics(folder) if row not in more] == expected
     done = launch(SCRIPT, ["--resume", folder], tmp_path)
     is_one_sentence(done, 2, "already at step 60: raise --total-timesteps")
