@@ -1,3 +1,18 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0",
+#   "gymnasium==1.4.0",
+#   "mujoco==4.0.0",
+#   "numpy>=2.0,<3",
+#   "tyro>=1.0.17",
+#   "wandb>=0.26",
+#   "tqdm>=4.66",
+#   "psutil>=5.9",
+#   "tensorboard>=2.18",
+#   "imageio[ffmpeg]>=2.34",
+# ]
+# ///
 """MEow without tuning: a temperature that learns itself, one setting for every task.
 
     python meow_auto_continuous_action.py --env-id Ant-v4            # any environment

@@ -1,3 +1,19 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0",
+#   "gymnasium==1.4.0",
+#   "mujoco==4.0.0",
+#   "numpy>=2.0,<3",
+#   "tyro>=1.0.17",
+#   "wandb>=0.26",
+#   "tqdm>=4.66",
+#   "psutil>=5.9",
+#   "tensorboard>=2.18",
+#   "imageio[ffmpeg]>=2.34",
+#   "stable-baselines3==2.9.2",
+# ]
+# ///
 """TD3, DDPG, PPO and SAC of Stable-Baselines3, measured like our own scripts.
 
     python sb3_baselines.py --algo td3 --env-id HalfCheetah-v4  # or ddpg, ppo, sac

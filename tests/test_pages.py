@@ -6,7 +6,7 @@ import sys
 import tomllib
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 PAGES = [
     ROOT / "README.md",
@@ -151,9 +151,53 @@ def test_contributors_install_and_run_what_the_check_does():
     test = re.search(r"^python -m pytest .*$", README, re.M)[0]
     check = (ROOT / ".ci/run").read_text()
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text(), check):
-        assert re.search(rf'^pip install (--quiet )?"\.\[{extras}\]"', text, re.M)
+        assert re.search(rf'^pip install (--quiet )?-e "\.\[{extras}\]"', text, re.M)
         assert re.search(rf"^{re.escape(test)} *([#|].*)?$", text, re.M)
     assert ".ci/run" in (ROOT / ".github/workflows/ci.yml").read_text()
+
+
+def script_metadata(script) -> dict:
+    """The inline metadata of a script, by the regular expression of its standard."""
+    pattern = r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    (found,) = re.finditer(pattern, script.read_text())
+    lines = found["content"].splitlines(keepends=True)
+    return tomllib.loads("".join(line.removeprefix("#")[1:] for line in lines))
+
+
+@pytest.mark.parametrize(
+    "script", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem
+)
+def test_inline_metadata_is_the_requirements(script):
+    """`uv run SCRIPT` installs what requirements.txt lists; PEP 723."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    if "import stable_baselines3" in script.read_text():
+        extra = PROJECT["project"]["optional-dependencies"]["bench"]
+        wanted += [line for line in extra if line.startswith("stable-baselines3")]
+    metadata = script_metadata(script)
+    assert metadata["dependencies"] == wanted
+    assert metadata["requires-python"] == PROJECT["project"]["requires-python"]
+    assert script.read_text().startswith("# /// script\n")
+
+
+def test_an_installation_has_every_script_and_package():
+    """`pip install .` gives modules that can be imported from anywhere."""
+    setuptools = PROJECT["tool"]["setuptools"]
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    assert set(setuptools["py-modules"]) == scripts
+    assert {path.stem for path in SCRIPTS} < scripts
+    imported = {
+        name.split(".")[0]
+        for script in scripts
+        for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for name in [node.module]
+        if (ROOT / name.split(".")[0]).is_dir()
+    }
+    assert imported <= set(setuptools["packages"])
+    for package in setuptools["packages"]:
+        folders = {path.parent for path in (ROOT / package).rglob("*.py")}
+        assert folders == {ROOT / package}  # or its subpackages are to be listed too
 
 
 def test_citation_has_the_software_and_the_paper():
