@@ -19,7 +19,7 @@ import sql_continuous_action as sql
 from harness.args import parse_args
 from harness.files import load_file, save_file
 from harness.runs import main
-from multi_goal import figure
+from multi_goal import figure, move, optimum
 
 ENV_ID = "multi_goal:MultiGoal-v0"
 
@@ -405,3 +405,30 @@ def test_worlds_to_compose_have_two_goals(name, goals):
         nearest = min(np.square(goal - multi_goal.GOALS[g]).sum() for g in goals)
         assert reward == pytest.approx(10.0 if i in goals else -nearest)
     assert parse_args(meow.Args, "meow", "", ["--env-id", env_id])[0].alpha == 2.5
+
+
+def test_the_soft_optimal_policy():
+    """V solves the soft Bellman equation, is as symmetric as the world, and walks."""
+    options = optimum.Options(points=29, cells=15, walks=40)
+    actions = figure.action_cells(options.cells).numpy()
+    value = optimum.soft_value(options, actions)
+    np.testing.assert_allclose(value, value[::-1], atol=0.01)
+    np.testing.assert_allclose(value, value.T, atol=0.01)
+
+    # by hand at the origin, where each action's successor is a point of the plane
+    q = optimum.soft_q(value, np.zeros((1, 2), np.float32), actions, options.gamma)[0]
+    area = (2 / 15) ** 2
+    v = 2.5 * math.log(sum(math.exp(x / 2.5) * area for x in q))
+    assert v == pytest.approx(value[14, 14], abs=0.01)
+    still = q[7 * 15 + 7]  # the action (0, 0): stays, 5 away from all four goals
+    assert still == pytest.approx(-25 + 0.9 * value[14, 14], abs=0.01)
+
+    # without a future V is an integral over one reward
+    near = optimum.soft_q(np.zeros((29, 29)), np.float32([(3.5, 0)]), actions, 0.0)[0]
+    rewards = [move((3.5, 0), a)[1] for a in actions]
+    np.testing.assert_allclose(near, rewards)
+
+    walks = optimum.walk(options, value, actions)
+    counts = figure.count_goals(walks)
+    assert counts[-1] == 0
+    assert min(counts[:4]) > 0

@@ -1,0 +1,312 @@
+"""The trained policies in policies/: keeps them, plays them, films them.
+
+    python tools/policies.py keep runs/RUN_NAME policies/Ant-v4.pt
+    python tools/policies.py play policies                      # the table of its card
+    python tools/policies.py film docs/policies.webp policies/Ant-v4.pt ...
+
+keep copies the policy out of a run, finished or stopped, and what trained it.
+play plays 20 fresh episodes of each policy and writes the table of policies/README.md.
+film makes one moving picture of the first episode of each, side by side, in real time.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import imageio.v3 as imageio
+import matplotlib
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import harness.environments  # noqa: F401 (chooses an off-screen renderer)
+from harness.args import option, parse_args
+from harness.errors import RunError, UsageError
+from harness.files import POLICY_FILES, load_file, save_file
+from harness.machine import choose_device
+from harness.runs import Session, explain
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import mujoco
+
+NETWORKS = ("flow", "norm", "actor", "critics", "sampler", "critic")  # of all scripts
+LARGEST = 2**20  # bytes of a file; weights of larger ones are halved to 16 bits
+# Options that don't say what was trained.
+KEEPING = """
+    env_id total_timesteps seed resume evaluate exp_name runs_dir eval_frequency
+    eval_episodes eval_envs log_frequency checkpoint_frequency keep_policies
+    capture_video track wandb_project_name wandb_entity cuda torch_threads compile
+    sim_threads
+"""
+COLUMNS = ("file", "return of 20 episodes", "steps", "trained by", "commit", "play it")
+
+
+# --- keep -----------------------------------------------------------------------------
+def keep(run: Path, file: Path):
+    """Copies a run's policy. Raises: UsageError, RunError, OSError."""
+    about = json.loads((run / "args.json").read_text())
+    program = Path(about["script"]).stem
+    saved = load_file("keep", run, program, POLICY_FILES)
+    names = [name for name in NETWORKS if name in saved]
+    content = {name: saved[name] for name in ("args", "sizes", "step", *names)}
+    content["args"] |= {"resume": None, "runs_dir": "runs"}
+    content["git_commit"] = about["git_commit"]
+    save_file(file, content, program)
+    if file.stat().st_size > LARGEST:
+        for name in names:
+            content[name] = {k: halved(v) for k, v in content[name].items()}
+        save_file(file, content, program)
+    size = file.stat().st_size
+    if size > LARGEST:
+        raise RunError(f"{file} has {size:,} bytes, more than {LARGEST:,}")
+    print(f"{file}: {program}.py, step {saved['step']:,}, {size:,} bytes")
+
+
+def halved(value):
+    """A matrix of weights in 16 bits; everything else as it is."""
+    if isinstance(value, torch.Tensor) and value.ndim > 1:
+        return value.half()
+    return value
+
+
+# --- play -----------------------------------------------------------------------------
+def evaluate(file: Path, session_of, words: list[str]):
+    """args, what is saved, returns and lengths. session_of(args) plays the episodes.
+
+    Raises: UsageError, RunError, OSError.
+    """
+    content = torch.load(file, weights_only=True)
+    module = importlib.import_module(content["format"])
+    words = ["--evaluate", str(file), *words]
+    args, saved = parse_args(module.Args, module.__name__, "", words)
+    with session_of(args) as session:
+        returns, lengths = module.evaluate_saved(args, saved, session)
+    return args, saved, returns, lengths
+
+
+def training_command(args, program: str) -> str:
+    """The command that trained it: its options beside the script's own settings."""
+    default = type(args).for_env(args.env_id).fixed(KEEPING)
+    words = ["python", f"{program}.py", "--env-id", args.env_id]
+    for name, value in args.fixed(KEEPING).items():
+        if value == default[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(option(name) if value else option(f"no_{name}"))
+        else:
+            words += [option(name), str(value)]
+    words += ["--seed", str(args.seed), "--total-timesteps", str(args.total_timesteps)]
+    return shlex.join(words)
+
+
+def card(file: Path) -> list[str]:
+    """The policy's row, without the folder's path. Raises: see `evaluate`."""
+    words = ["--eval-episodes", "20"]
+    args, saved, returns, _ = evaluate(file, plain_session, words)
+    program, step = saved["format"], saved["step"]
+    trained = dataclasses.replace(args, evaluate=None)
+    planned = args.total_timesteps
+    stopped = "" if step == planned else f", stopped of {planned:,}"
+    place = f"{file.parent.name}/{file.name}"
+    return [
+        f"`{file.name}`",
+        f"{np.mean(returns):.0f} ± {np.std(returns):.0f}",
+        f"{step:,}{stopped}",
+        f"`{training_command(trained, program)}`",
+        saved["git_commit"][:7],
+        f"`python {program}.py --evaluate {place}`",
+    ]
+
+
+def plain_session(args) -> Session:
+    return Session(args, choose_device(args.cuda))
+
+
+def play(folder: Path):
+    """Writes the table of README.md in this folder: its text stays."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    for file in sorted(folder.glob("*.pt")):
+        rows.append(card(file))
+        print(*rows[-1], sep=" | ", flush=True)
+    page = folder / "README.md"
+    lines = page.read_text().splitlines()
+    start = lines.index(next(line for line in lines if line.startswith("| file")))
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    lines[start:end] = ["| " + " | ".join(row) + " |" for row in rows]
+    page.write_text("\n".join(lines) + "\n")
+
+
+# --- film -----------------------------------------------------------------------------
+class Filmed(Exception):
+    """There are images enough."""
+
+
+class FilmingSession(Session):
+    """A session that keeps the images of the first episode's first seconds."""
+
+    def __init__(self, args, seconds: float, fps: float, size: int):
+        super().__init__(args, choose_device(args.cuda))
+        self.wanted, self.fps, self.size = math.ceil(seconds * fps), fps, size
+        self.images, self.played, self.camera = [], 0, None
+
+    @contextlib.contextmanager
+    def evaluation(self, fps: int = 30):
+        """fps: steps of the environment in a second."""
+        self.steps_a_second = fps
+        with contextlib.suppress(Filmed):
+            yield self
+
+    def step(self, text: str):
+        """Before each step."""
+
+    def film(self, env):
+        """After `step` while the first episode goes on."""
+        due = self.played / self.steps_a_second * self.fps
+        while len(self.images) <= due:
+            self.images.append(self.image(env))
+            if len(self.images) == self.wanted:
+                raise Filmed
+        self.played += 1
+
+    def image(self, env) -> np.ndarray:
+        """What it shows; of a MuJoCo task, seen from a camera that goes along."""
+        model = getattr(getattr(env, "unwrapped", None), "model", None)
+        if not isinstance(model, mujoco.MjModel):
+            return square(env.render())
+        if self.camera is None:
+            self.renderer = self.closing(mujoco.Renderer(model, self.size, self.size))
+            self.camera = following_camera(model)
+        self.renderer.update_scene(env.unwrapped.data, self.camera)
+        return self.renderer.render()
+
+
+def following_camera(model: mujoco.MjModel) -> mujoco.MjvCamera:
+    """From the side of a planar robot; from before and above of any other."""
+    camera = mujoco.MjvCamera()
+    camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
+    planar = mujoco.mjtJoint.mjJNT_FREE not in model.jnt_type
+    camera.azimuth, camera.elevation = (90, -10) if planar else (135, -20)
+    camera.distance = 3.5 if planar else 4.5
+    return camera
+
+
+def film_policy(file: Path, options) -> tuple[str, list]:
+    """Its title and its images. An episode that ends earlier stays at its end."""
+    sessions = []
+
+    def filming(args):
+        size = options.seconds, options.fps, options.panel
+        sessions.append(FilmingSession(args, *size))
+        return sessions[0]
+
+    words = ["--capture-video", "--eval-episodes", "1"]
+    args, saved, *_ = evaluate(file, filming, words)
+    images = sessions[0].images
+    images += images[-1:] * (sessions[0].wanted - len(images))
+    method = saved["format"].split("_")[0].replace("meow", "MEow").replace("sac", "SAC")
+    robot = "robot " if "isaacgym" in saved["format"] else ""
+    return f"{robot}{args.env_id}, {method}", images
+
+
+def square(image: np.ndarray) -> np.ndarray:
+    """The middle of an image (height, width, 3)."""
+    height, width = image.shape[:2]
+    size = min(height, width)
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def film(out: Path, files: list[Path], options):
+    """Writes one moving picture, a panel for each policy."""
+    films = [film_policy(file, options) for file in files]
+    rows = math.ceil(len(films) / options.columns)
+    side = options.panel / 100  # inches, at 100 dots each
+    size = (options.columns * side, rows * (side + 0.2))
+    figure, axes = plt.subplots(rows, options.columns, figsize=size, squeeze=False)
+    figure.subplots_adjust(0, 0, 1, 1 - 0.2 / size[1], 0.02, 0.2 / side)
+    for ax in axes.flat:
+        ax.axis("off")
+    panels = []
+    for ax, (title, images) in zip(axes.flat, films, strict=False):
+        ax.set_title(title, fontsize=8, pad=3)
+        panels.append(ax.imshow(images[0]))
+    frames = []
+    for images in zip(*(images for _, images in films), strict=True):
+        for panel, image in zip(panels, images, strict=True):
+            panel.set_data(image)
+        figure.canvas.draw()
+        frames.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+    plt.close(figure)
+    milliseconds = round(1000 / options.fps)
+    settings = dict(duration=milliseconds, loop=0, quality=options.quality, method=6)
+    imageio.imwrite(out, np.stack(frames), plugin="pillow", **settings)
+    print(f"{out}: {len(frames)} frames, {out.stat().st_size:,} bytes")
+
+
+# --- The command line -----------------------------------------------------------------
+@dataclass
+class Keep:
+    """Copies a run's policy."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """folder of the run"""
+    file: Annotated[Path, tyro.conf.Positional]
+    """policy to write, such as policies/Ant-v4.pt"""
+
+
+@dataclass
+class Play:
+    """Plays all policies and writes the table of their card."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """with *.pt and README.md"""
+
+
+@dataclass
+class Film:
+    """Makes one moving picture of policies."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """picture to write: .webp or .gif"""
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """policies, a panel each"""
+    seconds: float = 6.0
+    """length"""
+    fps: float = 12.5
+    """images a second"""
+    columns: int = 4
+    """panels in a row"""
+    panel: int = 200
+    """pixels of a panel's side"""
+    quality: int = 50
+    """of the images, up to 100"""
+
+
+def main() -> int:
+    options = tyro.cli(Keep | Play | Film, description=__doc__.split("\n\n")[0])
+    try:
+        if isinstance(options, Keep):
+            keep(options.run, options.file)
+        elif isinstance(options, Play):
+            play(options.folder)
+        elif not options.files:
+            raise UsageError("film: which policies?")
+        else:
+            film(options.out, list(options.files), options)
+    except Exception as error:
+        return explain(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
