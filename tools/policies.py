@@ -73,10 +73,10 @@ def keep(run: Path, file: Path):
 
 
 def halved(value):
-    """A matrix of weights in 16 bits; everything else as it is."""
-    if isinstance(value, torch.Tensor) and value.ndim > 1:
-        return value.half()
-    return value
+    """A matrix of weights in 16 bits; everything else as it is, in its own memory."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.half() if value.ndim > 1 else value.clone()
 
 
 # --- play -----------------------------------------------------------------------------

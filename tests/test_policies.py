@@ -1,0 +1,201 @@
+"""policies/: its card is true. tools/policies.py: keeps, plays and films policies."""
+
+import re
+import shlex
+import signal
+import sys
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    SCRIPT,
+    SCRIPTS,
+    is_one_sentence,
+    launch,
+    only_run,
+    quick,
+    run,
+)
+
+import harness.args
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import policies
+
+FOLDER = ROOT / "policies"
+ROWS = [
+    [cell.strip("` ") for cell in line.strip("|").split(" | ")]
+    for line in (FOLDER / "README.md").read_text().splitlines()
+    if line.startswith("| `")
+]
+CARDS = {row[0]: dict(zip(policies.COLUMNS, row, strict=True)) for row in ROWS}
+MULTI_GOAL = dict(env_id="multi_goal:MultiGoal-v0", alpha=2.5)
+
+
+# --- What is in the folder ------------------------------------------------------------
+def test_every_policy_has_a_card_and_is_small():
+    files = sorted(FOLDER.glob("*.pt"))
+    assert [path.name for path in files] == list(CARDS)
+    for path in files:
+        assert path.stat().st_size <= 2**20, path
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CARDS)
+def test_a_policy_gives_its_cards_return(name):
+    """Of 20 fresh episodes: chaotic on another processor, so not to the last digit."""
+    words = shlex.split(CARDS[name]["play it"])
+    assert words[0] == "python"
+    assert words[2:] == ["--evaluate", f"policies/{name}"]
+    result = launch(ROOT / words[1], [*words[2:], "--eval-episodes", "20"], ROOT)
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    mean = float(re.search(r"return (\S+) \+-", last)[1])
+    wanted, spread = map(float, CARDS[name]["return of 20 episodes"].split(" ± "))
+    assert abs(mean - wanted) < 0.5 + spread, last
+    step = int(re.search(r"step (\d+)", last)[1])
+    assert CARDS[name]["steps"].partition(", stopped")[0] == f"{step:,}"
+
+
+def test_the_moving_picture():
+    """At the top of the README, of policies that are there, and small."""
+    readme = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r"python tools/policies.py film .*(?:\\\n.*)*", readme)
+    words = shlex.split(command.replace("\\\n", " "))[3:]
+    picture, *files = words
+    assert readme.index(f"]({picture})") < readme.index("## ")
+    for name in files:
+        assert (ROOT / name).is_file(), name
+    assert (ROOT / picture).stat().st_size < 3_000_000
+    frames = imageio.improps(ROOT / picture, plugin="pillow", index=...).shape[0]
+    assert frames > 30
+
+
+# --- keep -----------------------------------------------------------------------------
+def stdout_of(script, policy, cwd):
+    """What --evaluate prints, but for the file's name."""
+    result = launch(script, ["--evaluate", policy, "--eval-episodes", "2"], cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.replace(str(policy), "POLICY")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_kept_policy_plays_as_the_run(script, finished, tmp_path):
+    folder = finished(script)[0]
+    policies.keep(folder, tmp_path / "kept.pt")
+    kept = stdout_of(script, tmp_path / "kept.pt", tmp_path)
+    assert kept == stdout_of(script, folder / "policy_final.pt", tmp_path)
+
+
+def test_the_policy_of_a_stopped_run_is_kept(tmp_path):
+    result = launch(SCRIPT, quick(), tmp_path, signals={45: signal.SIGTERM})
+    assert result.returncode == 128 + signal.SIGTERM
+    folder = only_run(tmp_path)
+    policies.keep(folder, tmp_path / "kept.pt")
+    saved = torch.load(tmp_path / "kept.pt", weights_only=True)
+    assert set(saved) == {"format", "args", "sizes", "step", "flow", "git_commit"}
+    kept = stdout_of(SCRIPT, tmp_path / "kept.pt", tmp_path)
+    assert kept == stdout_of(SCRIPT, folder / "checkpoint.pt", tmp_path)
+    row = dict(zip(policies.COLUMNS, policies.card(tmp_path / "kept.pt"), strict=True))
+    assert row["steps"] == f"{saved['step']}, stopped of 60"
+
+
+def test_a_large_policy_is_kept_in_16_bits(finished, tmp_path, monkeypatch):
+    file = tmp_path / "kept.pt"
+    folder = finished(SCRIPT)[0]
+    policies.keep(folder, file)
+    size = file.stat().st_size
+    monkeypatch.setattr(policies, "LARGEST", int(0.6 * size))
+    policies.keep(folder, file)
+    assert file.stat().st_size < 0.6 * size
+    flow = torch.load(file, weights_only=True)["flow"]
+    assert {v.dtype for v in flow.values() if v.ndim < 2} == {torch.float32}
+    assert "return" in stdout_of(SCRIPT, file, tmp_path)
+    monkeypatch.setattr(policies, "LARGEST", 1000)
+    with pytest.raises(policies.RunError, match=r"bytes, more than 1,000"):
+        policies.keep(folder, file)
+
+
+def test_what_is_no_policy_is_one_sentence(tmp_path):
+    tool = [sys.executable, ROOT / "tools/policies.py"]
+    result = run([*tool, "keep", tmp_path, "kept.pt"], tmp_path)
+    is_one_sentence(result, 1, "args.json")
+    result = run([*tool, "film", "out.webp"], tmp_path)
+    is_one_sentence(result, 2, "which policies?")
+
+
+# --- play -----------------------------------------------------------------------------
+def test_the_training_command_gives_the_same_options(finished, tmp_path):
+    """Of a run whose options differ from the script's own settings."""
+    folder = finished(SCRIPT)[0]
+    policies.keep(folder, tmp_path / "kept.pt")
+    saved = torch.load(tmp_path / "kept.pt", weights_only=True)
+    import meow_continuous_action as meow
+
+    trained = meow.Args(**saved["args"])
+    command = policies.training_command(trained, "meow_continuous_action")
+    words = shlex.split(command)
+    assert words[:2] == ["python", "meow_continuous_action.py"]
+    assert "--batch-size 8" in command
+    assert "--learning-starts 31" in command
+    again, _ = harness.args.parse_args(meow.Args, "meow", "", words[2:])
+    same = set(policies.KEEPING.split()) - {"env_id", "seed", "total_timesteps"}
+    assert again.fixed(" ".join(same)) == trained.fixed(" ".join(same))
+
+
+def test_play_writes_the_table_and_leaves_the_text(finished, tmp_path):
+    policies.keep(finished(SCRIPT)[0], tmp_path / "B.pt")
+    policies.keep(finished(SCRIPTS[1])[0], tmp_path / "A.pt")
+    page = tmp_path / "README.md"
+    page.write_text("# Which?\n\n| file | old |\n|---|---|\n| x | y |\n\nAfter.\n")
+    policies.play(tmp_path)
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["# Which?", ""]
+    assert lines[-2:] == ["", "After."]
+    table = lines[2:-2]
+    assert len(table) == 4
+    assert table[2].startswith("| `A.pt` | ")
+    assert "sac_continuous_action.py --evaluate" in table[2]
+    assert table[3].startswith("| `B.pt` | ")
+    first = page.read_text()
+    policies.play(tmp_path)
+    assert page.read_text() == first
+
+
+# --- film -----------------------------------------------------------------------------
+def test_film_shows_each_policy_and_waits_at_the_end_of_an_episode(tmp_path):
+    """Of a world without MuJoCo: 10 images a second; an episode of at most 3 steps."""
+    changes = dict(MULTI_GOAL, max_episode_steps=3)
+    result = launch(SCRIPT, quick(**changes), tmp_path)
+    assert result.returncode == 0, result.stderr
+    file = tmp_path / "kept.pt"
+    policies.keep(only_run(tmp_path), file)
+    options = policies.Film(tmp_path / "out.webp", (file,), seconds=1, fps=10)
+    title, images = policies.film_policy(file, options)
+    assert title == "multi_goal:MultiGoal-v0, MEow"
+    assert len(images) == 10
+    same = [np.array_equal(images[i], images[i + 1]) for i in range(9)]
+    assert same == [False, False] + 7 * [True]
+    policies.film(options.out, [file, file], options)
+    shape = imageio.improps(options.out, plugin="pillow", index=...).shape
+    assert shape[0] == 3 or shape[0] == 10  # equal images may be one
+    assert shape[1:3] == (220, 800)
+
+
+@pytest.mark.slow
+def test_film_follows_a_mujoco_robot(tmp_path):
+    words = quick(env_id="Hopper-v4", eval_episodes=1)
+    assert launch(SCRIPT, words, tmp_path).returncode == 0
+    file = tmp_path / "kept.pt"
+    policies.keep(only_run(tmp_path), file)
+    options = policies.Film(tmp_path / "out.webp", (file,), seconds=0.2, panel=64)
+    title, images = policies.film_policy(file, options)
+    assert title == "Hopper-v4, MEow"
+    assert {image.shape for image in images} == {(64, 64, 3)}
+    assert len(images) == 3
+    assert not np.array_equal(images[0], images[1])
