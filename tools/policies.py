@@ -48,7 +48,10 @@ KEEPING = """
     capture_video track wandb_project_name wandb_entity cuda torch_threads compile
     sim_threads
 """
-COLUMNS = ("file", "return of 20 episodes", "steps", "trained by", "commit", "play it")
+TABLES = (  # of a card
+    ("play it", "return of 20 episodes", "trained for steps", "commit"),
+    ("file", "trained by"),
+)
 
 
 # --- keep -----------------------------------------------------------------------------
@@ -109,23 +112,22 @@ def training_command(args, program: str) -> str:
     return shlex.join(words)
 
 
-def card(file: Path) -> list[str]:
-    """The policy's row, without the folder's path. Raises: see `evaluate`."""
+def card(file: Path) -> dict[str, str]:
+    """What the tables say of a policy. Raises: see `evaluate`."""
     words = ["--eval-episodes", "20"]
     args, saved, returns, _ = evaluate(file, plain_session, words)
-    program, step = saved["format"], saved["step"]
+    program, step, planned = saved["format"], saved["step"], args.total_timesteps
+    stopped = f", stopped of {planned:,}" if step < planned else ""
     trained = dataclasses.replace(args, evaluate=None)
-    planned = args.total_timesteps
-    stopped = "" if step == planned else f", stopped of {planned:,}"
     place = f"{file.parent.name}/{file.name}"
-    return [
-        f"`{file.name}`",
-        f"{np.mean(returns):.0f} ± {np.std(returns):.0f}",
-        f"{step:,}{stopped}",
-        f"`{training_command(trained, program)}`",
-        saved["git_commit"][:7],
-        f"`python {program}.py --evaluate {place}`",
-    ]
+    return {
+        "play it": f"`python {program}.py --evaluate {place}`",
+        "return of 20 episodes": f"{np.mean(returns):.0f} ± {np.std(returns):.0f}",
+        "trained for steps": f"{step:,}{stopped}",
+        "commit": saved["git_commit"][:7],
+        "file": f"`{file.name}`",
+        "trained by": f"`{training_command(trained, program)}`",
+    }
 
 
 def plain_session(args) -> Session:
@@ -133,16 +135,19 @@ def plain_session(args) -> Session:
 
 
 def play(folder: Path):
-    """Writes the table of README.md in this folder: its text stays."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    """Writes the tables of README.md in this folder: its text stays."""
+    cards = []
     for file in sorted(folder.glob("*.pt")):
-        rows.append(card(file))
-        print(*rows[-1], sep=" | ", flush=True)
+        cards.append(card(file))
+        print(*cards[-1].values(), sep=" | ", flush=True)
     page = folder / "README.md"
     lines = page.read_text().splitlines()
-    start = lines.index(next(line for line in lines if line.startswith("| file")))
-    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
-    lines[start:end] = ["| " + " | ".join(row) + " |" for row in rows]
+    for columns in TABLES:
+        rows = [columns, ["---"] * len(columns)]
+        rows += [[card[column] for column in columns] for card in cards]
+        start = [line.startswith(f"| {columns[0]} |") for line in lines].index(True)
+        ends = (i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+        lines[start : next(ends, None)] = [f"| {' | '.join(row)} |" for row in rows]
     page.write_text("\n".join(lines) + "\n")
 
 
