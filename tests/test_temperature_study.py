@@ -1,0 +1,175 @@
+"""studies/temperature/arms.py: what each change does, and that runs go on with it."""
+
+import contextlib
+import io
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, interrupting, metrics, only_run, quick
+
+sys.path.insert(0, str(ROOT / "studies/temperature"))
+
+import arms
+
+MEOW = "normal scaled recent plain bounded trunk conservative held".split()
+KEEPING_THE_IDENTITY = "base normal plain bounded trunk".split()
+
+
+def flow_of(arm, obs_dim=3, act_dim=1, **options):
+    """A float64 flow of this arm with random parameters, and its script."""
+    script = arms.changed_script(arm)
+    flow = script.make_flow(script.Args(**options), obs_dim, act_dim).double()
+    for parameter in flow.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return flow, script
+
+
+def launch(argv, cwd, signals=None):
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stderr(io.StringIO()) as err,
+        interrupting(signals or {}),
+    ):
+        try:
+            code = arms.main(argv)
+        except SystemExit as stopped:
+            code = stopped.code
+    return code, err.getvalue()
+
+
+@pytest.mark.parametrize("arm", KEEPING_THE_IDENTITY)
+def test_v_is_still_the_soft_value_of_q(arm):
+    torch.manual_seed(0)
+    flow, _ = flow_of(arm)
+    if arm == "normal":
+        flow.mean.copy_(torch.randn(3))
+        flow.scale.copy_(torch.rand(3) + 0.5)
+    obs = torch.randn(5, 3, dtype=torch.float64)
+    n = 20_000
+    u = torch.linspace(-9, 9, n, dtype=torch.float64)
+    for i in range(5):
+        q = flow.q_values(obs[i].expand(n, 3), u[:, None])
+        slope = 1 - torch.tanh(u) ** 2  # da / du
+        alpha = flow.alpha
+        integral = torch.trapezoid(torch.exp(q / alpha) * slope[:, None], u, dim=0)
+        v = alpha * torch.log(integral)
+        torch.testing.assert_close(
+            v, flow.soft_values(obs[i][None])[0], rtol=0, atol=1e-6
+        )
+
+
+def test_normal_has_the_mean_and_deviation_of_what_came():
+    script = arms.changed_script("normal")
+    replay = script.ReplayBuffer(50, 3, 1, 4, "cpu")
+    flow = script.make_flow(script.Args(), 3, 1)
+    rng = np.random.default_rng(0)
+    seen = (5 + 3 * rng.standard_normal((70, 3))).astype(np.float32)
+    for obs in seen:
+        replay.add(obs, [0.0], obs, 0.0, False)
+    torch.testing.assert_close(flow.mean.numpy(), seen.mean(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(flow.scale.numpy(), 1 / seen.std(0), rtol=1e-5, atol=0)
+    far = torch.from_numpy(seen[:1]) * 1000
+    assert flow.normal(far).abs().max() == 10
+    # a resumed buffer tells a new flow
+    again = arms.changed_script("normal")
+    other = again.ReplayBuffer(50, 3, 1, 4, "cpu")
+    new = again.make_flow(again.Args(), 3, 1)
+    other.load_state_dict(replay.state_dict())
+    assert torch.equal(new.mean, flow.mean)
+    assert torch.equal(new.scale, flow.scale)
+
+
+def test_scaled_divides_by_the_spread_of_returns():
+    script = arms.changed_script("scaled")
+    replay = script.ReplayBuffer(50, 1, 1, 4, "cpu")
+    totals, total = [], 0.0
+    for t in range(20):
+        reward = 7.0 * (t % 3)
+        total = reward if t == 10 else reward + 0.99 * total  # an episode begins at 10
+        totals.append(total)
+        obs = np.float32([t if t < 10 else t + 100])
+        replay.add(obs, [0.0], obs + 1, reward, False)
+    scale = max(np.std(totals), max(totals) / 5)
+    batch = replay.sample(np.random.default_rng(0))
+    index = torch.from_numpy(np.random.default_rng(0).integers(0, 20, 4))
+    torch.testing.assert_close(batch[:, -2], replay.rows[index, -2] / scale)
+    assert replay.rows[:20, -2].max() == 14  # the rows themselves stay
+
+
+def test_recent_draws_half_from_the_newest():
+    script = arms.changed_script("recent")
+    replay = script.ReplayBuffer(30_000, 1, 1, 400, "cpu")
+    replay.rows[:, 0] = torch.arange(30_000)
+    replay.added = 42_000  # rows 2,000 to 11,999 are the newest 10,000
+    batch = replay.sample(np.random.default_rng(0))[:, 0]
+    assert batch[:200].min() >= 2_000
+    assert batch[:200].max() < 12_000
+    assert batch[200:].max() > 20_000
+
+
+def test_conservative_adds_the_gap_of_v_and_q():
+    torch.manual_seed(0)
+    flow, script = flow_of("conservative")
+    flow.weight.fill_(0.05)
+    obs, u = torch.randn(8, 3).double(), torch.randn(8, 1).double()
+    q = flow.q_values(obs, u)
+    log_prob = flow.log_prob(obs, u)
+    gap = -0.05 * flow.alpha * log_prob
+    torch.testing.assert_close(q[:, 2], gap)
+    target = torch.randn(8).double()
+    td = 0.5 * (q[:, :2] - target[:, None]).square().sum(-1).mean()
+    torch.testing.assert_close(script.meow_loss(q, target), td + gap.mean())
+    replay = script.ReplayBuffer(50, 3, 1, 4, "cpu")
+    replay.added = 45_000
+    replay.sample(np.random.default_rng(0))
+    assert float(flow.weight) == pytest.approx(0.025)
+
+
+def test_heads_of_a_trunk_differ():
+    script = arms.changed_script("trunk")
+    flow = script.make_flow(script.Args(), 3, 1)
+    shifts = flow.shifts(torch.randn(4, 3))
+    assert shifts.shape == (4, 2)
+    assert (shifts[:, 0] != shifts[:, 1]).all()
+
+
+def test_held_noise_lasts_some_steps():
+    script, seen = arms.changed_script("base"), []
+    run = SimpleNamespace(args=script.Args())
+    script.make_policy = lambda *_: lambda _, z: seen.append(float(z[0, 0]))
+    arms.held(script)
+    acting = script.make_policy(None, None, 1, run, "acting")
+    for i in range(2000):
+        acting(None, np.full((1, 1), i))
+    starts = [i for i in range(2000) if i == 0 or seen[i] != seen[i - 1]]
+    assert all(seen[i] == i for i in starts)
+    lengths = np.diff(starts)
+    assert 0.5 < (lengths == 1).mean() < 0.7  # 1 / zeta(2) = 0.61
+    assert lengths.max() > 10
+    evaluation = script.make_policy(None, None, 1, run, "evaluation")
+    evaluation(None, np.full((1, 1), -1.0))
+    assert seen[-1] == -1
+
+
+@pytest.mark.parametrize("arm", [*MEOW, "sac+normal+scaled+layers"])
+def test_a_run_of_an_arm_goes_on(arm, tmp_path):
+    """From a checkpoint at step 46, exactly (but for the noise that is held)."""
+    (tmp_path / "whole").mkdir()
+    assert launch([arm, *quick()], tmp_path / "whole")[0] == 0
+    words = [arm, *quick(resume="auto")]
+    code, _ = launch(words, tmp_path, {46: signal.SIGTERM})
+    assert code == 128 + signal.SIGTERM
+    code, said = launch(words, tmp_path)
+    assert code == 0, said
+    if arm != "held":
+        assert metrics(only_run(tmp_path)) == metrics(only_run(tmp_path / "whole"))
+    assert f"_{arm.replace('sac+', '').replace('+', '_')}__1__" in said
+
+
+def test_a_wrong_word_says_which_there_are(tmp_path):
+    code, _ = launch(["nonsense"], tmp_path)
+    assert "nonsense is not one of base, sac, normal" in code
