@@ -52,6 +52,13 @@ def test_links_and_images_exist(page):
         assert not anchor or anchor in anchors(file), target
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_of)
+def test_no_line_is_too_long(page):
+    """120 characters, rows of tables and code included."""
+    lines = enumerate(page.read_text().splitlines(), 1)
+    assert [(number, line) for number, line in lines if len(line) > 120] == []
+
+
 @each_page
 def test_commands_run_files_that_exist(page):
     """`python FILE`, `python -m MODULE` and `./SCRIPT`, from here or the page's folder.

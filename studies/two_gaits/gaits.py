@@ -27,9 +27,7 @@ import matplotlib.pyplot as plt
 
 LONG = 3.85  # Hz
 FAST = 5700  # return
-HEADER = """\
-| arm | seeds | long strides | 95 % | p | return | range | difference | p | fast | p |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+COMPARED = "arm,seeds,long strides,95 %,p,return,range,difference,p,fast,p".split(",")
 
 
 @dataclass
@@ -73,8 +71,8 @@ def difference_of_means(runs: pd.Series, others: pd.Series) -> str:
     return difference.replace("-", "\N{MINUS SIGN}")
 
 
-def row_of_arm(arm: str, runs: pd.DataFrame, base: pd.DataFrame | None) -> str:
-    """Markdown; without `base` the columns that compare stay empty."""
+def column_of_arm(arm: str, runs: pd.DataFrame, base: pd.DataFrame | None) -> list[str]:
+    """A cell for each of COMPARED; without `base` those that compare stay empty."""
     returns = runs["return"]
     cells = [
         arm,
@@ -94,17 +92,18 @@ def row_of_arm(arm: str, runs: pd.DataFrame, base: pd.DataFrame | None) -> str:
         cells[7] = difference_of_means(returns, base["return"])
         cells[8] = probability(mannwhitneyu(returns, base["return"]).pvalue)
         cells[10] = p_of_shares(runs.fast, base.fast)
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def table_of_arms(ends: pd.DataFrame) -> str:
-    """Markdown: strides and returns of each arm, beside the first arm's."""
-    rows = [HEADER]
-    base = None
+    """Markdown: strides and returns, a column per arm, beside the first arm's."""
+    columns, base = [COMPARED], None
     for arm, runs in ends.groupby("arm", sort=False):
-        rows.append(row_of_arm(arm, runs, base))
+        columns.append(column_of_arm(arm, runs, base))
         if base is None:
             base = runs
+    rows = [f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True)]
+    rows.insert(1, "|---" * len(columns) + "|")
     return "\n".join(rows)
 
 
