@@ -214,6 +214,8 @@ def test_citation_has_the_software_and_the_paper():
         assert key in top
     assert all(re.match(r" *(- )?[\w-]+:( |$)", line) for line in text.splitlines())
     assert top["version"] == PROJECT["project"]["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## (\S+)", changes, re.M)[1] == top["version"]
     authors = re.search(r"author += \{(.*)\}", README)[1].split(" and ")
     family, given = (
         re.findall(rf"{key}-names: (.*)", text) for key in ("family", "given")
