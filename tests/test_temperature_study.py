@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import signal
 import sys
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ sys.path.insert(0, str(ROOT / "studies/temperature"))
 
 import arms
 
-MEOW = "normal scaled recent plain bounded trunk conservative held".split()
+MEOW = "normal scaled recent plain bounded trunk conservative near held".split()
 KEEPING_THE_IDENTITY = "base normal plain bounded trunk".split()
 
 
@@ -127,6 +128,24 @@ def test_conservative_adds_the_gap_of_v_and_q():
     replay.added = 45_000
     replay.sample(np.random.default_rng(0))
     assert float(flow.weight) == pytest.approx(0.025)
+
+
+def test_near_weighs_by_the_latents_mean_square():
+    torch.manual_seed(0)
+    flow, script = flow_of("near", act_dim=2)
+    plain = super(type(flow), flow)  # the script's own q_values
+    obs = torch.randn(6, 3).double()
+    z = torch.tensor([[0.1, 0.5], [2, 2], [2.5, 2], [3, 3], [9, 9], [-2, 2]]).double()
+    sigma = torch.sqrt(flow.alpha / flow.kappa(obs))
+    u = flow.to_u(sigma * z, obs)
+    q, target = flow.q_values(obs, u), torch.randn(6).double()
+    torch.testing.assert_close(q[:, :2], plain.q_values(obs, u))
+    d = z.square().mean(-1)
+    torch.testing.assert_close(q[:, 2], d)
+    weight = [1, 1, math.exp((4 - 5.125) / 2), math.exp((4 - 9) / 2), 0.02, 1]
+    errors = (q[:, :2] - target[:, None]).square().sum(-1)
+    wanted = 0.5 * (torch.tensor(weight).double() * errors).mean()
+    torch.testing.assert_close(script.meow_loss(q, target), wanted)
 
 
 def test_heads_of_a_trunk_differ():

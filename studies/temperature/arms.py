@@ -239,6 +239,31 @@ def conservative(script: ModuleType):
     script.meow_loss = meow_loss
 
 
+def near(script: ModuleType):
+    """Squared errors weigh less, the farther the action is from the policy.
+
+    With d = |z|^2 / A, the mean square of the latent (1 for the policy's own actions),
+    the weight is 1 up to d = 4 and falls as exp((4 - d) / 2) to 0.02. Q is quadratic in
+    the latent, and no quadratic fits near and far actions together. flow/q and
+    flow/shift_gap are not the script's here.
+    """
+
+    class EnergyFlow(script.EnergyFlow):
+        def q_values(self, obs, u, kept=None):  # (B, K + 1)
+            q = super().q_values(obs, u, kept)
+            squash = self.alpha * script.log_tanh_slope(u).sum(-1)
+            energy = self.shifts(obs)[:, 0] - q[:, 0] - squash
+            d = 2 * energy / (self.alpha * self.act_dim)
+            return torch.cat([q, d.detach()[:, None]], dim=-1)
+
+    def meow_loss(q: Tensor, target: Tensor) -> Tensor:
+        weight = torch.exp((4 - q[:, -1]).clamp(max=0) / 2).clamp(min=0.02)
+        errors = (q[:, :-1] - target[:, None]).square().sum(-1)
+        return 0.5 * (weight * errors).mean()
+
+    script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
+
+
 def held(script: ModuleType):
     """The noise of acting is held for k steps, k ~ Zeta(2).
 
@@ -275,6 +300,7 @@ ARMS = {
         bounded,
         trunk,
         conservative,
+        near,
         held,
     )
 }
