@@ -15,6 +15,7 @@ from conftest import ROOT, interrupting, metrics, only_run, quick
 sys.path.insert(0, str(ROOT / "studies/temperature"))
 
 import arms
+import drift
 
 MEOW = "normal scaled recent plain bounded trunk conservative near held".split()
 KEEPING_THE_IDENTITY = "base normal plain bounded trunk".split()
@@ -187,6 +188,29 @@ def test_a_run_of_an_arm_goes_on(arm, tmp_path):
     if arm != "held":
         assert metrics(only_run(tmp_path)) == metrics(only_run(tmp_path / "whole"))
     assert f"_{arm.replace('sac+', '').replace('+', '_')}__1__" in said
+
+
+def test_drift_of_a_run(tmp_path, capsys, monkeypatch):
+    """Of actions that the policy has just played, d is the mean square of its noise."""
+    assert launch(["base", *quick(exp_name="meow_auto")], tmp_path)[0] == 0
+    folder = only_run(tmp_path)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    d, error, alpha = drift.latents_and_errors(saved)
+    assert d.shape == error.shape == (60,)
+    assert (d >= 0).all()
+    assert alpha == saved["alpha"][0]
+    # an action of this very policy
+    flow = drift.script.make_flow(drift.script.Args(**saved["args"]), *saved["sizes"])
+    flow.load_state_dict(saved["flow"])
+    row = saved["replay"]["rows"][:1]
+    z = torch.tensor([[1.5]])
+    row[0, 4:5] = flow.sample(row[:, :4], z)[0][0]
+    assert float(drift.latents_and_errors(saved)[0][0]) == pytest.approx(2.25, rel=1e-3)
+    monkeypatch.setattr(sys, "argv", ["drift.py", str(folder)])
+    assert drift.main() == 0
+    assert "recent actions: median d" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["drift.py", str(tmp_path / "nothing")])
+    assert drift.main() == 2
 
 
 def test_a_wrong_word_says_which_there_are(tmp_path):

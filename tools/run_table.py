@@ -19,7 +19,7 @@ from harness.errors import UsageError
 ENVS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4")
 ALGORITHMS = {  # by exp_name: label and colour
     "meow_continuous_action": ("MEow", "#0072b2"),
-    "meow_auto_continuous_action": ("MEow, learned alpha", "#e7298a"),
+    "meow_auto_continuous_action": ("MEow without tuning", "#e7298a"),
     "meow_alpha_0.1_reward_tau_0.01": ("MEow, alpha 0.1", "#56b4e9"),
     "meow_alpha_0.1_reward_tau_0.01_pre_tanh": ("MEow, alpha 0.1, pre-tanh", "#009e73"),
     "sac_continuous_action": ("SAC", "#d55e00"),

@@ -2,8 +2,8 @@
 
     python studies/temperature/curves.py
 
-From the runs in results/. The entropy is that of the one action played at the step of
-an evaluation, so it scatters.
+From the runs in results/ and in runs/ beside this file. The entropy is that of the one
+action played at the step of an evaluation, so it scatters.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parents[1] / "results"
+FOLDERS = HERE.parents[1] / "results", HERE / "runs"
 TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8, "Humanoid": 17}
 """with their numbers of action dimensions"""
 SETTINGS = {  # experiment: label, colour, names of temperature and entropy
@@ -27,7 +27,8 @@ SETTINGS = {  # experiment: label, colour, names of temperature and entropy
         "flow/alpha",
         "flow/entropy",
     ),
-    "auto_fixed_alpha": ("the same, alpha fixed", "tab:green", "flow/alpha", None),
+    "auto_fixed_alpha": ("alpha fixed at 0.1", "tab:green", "flow/alpha", None),
+    "auto_near": ("near: far actions weigh less", "tab:purple", "flow/alpha", None),
     "sac_continuous_action": ("SAC", "tab:orange", "losses/alpha", "sac/entropy"),
 }
 STEPS = 90_000
@@ -41,9 +42,9 @@ class Options:
 
 
 def runs(task: str, experiment: str) -> list[pd.DataFrame]:
-    """Of each run in results/: its numbers at its evaluations, a column each."""
-    curves = []
-    for folder in sorted(RESULTS.glob(f"{task}-v4__{experiment}__[0-9]*")):
+    """Of each run: its numbers at its evaluations, a column each."""
+    curves, pattern = [], f"{task}-v4__{experiment}__[0-9]*"
+    for folder in (run for place in FOLDERS for run in sorted(place.glob(pattern))):
         rows = pd.read_csv(folder / "metrics.csv")
         curves.append(rows.pivot_table(index="step", columns="name", values="value"))
     return curves
@@ -75,7 +76,7 @@ def main():
     for ax in axes[0]:
         handles, labels = ax.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4)
     figure.savefig(options.out, dpi=100, metadata={"Software": None})
 
 
