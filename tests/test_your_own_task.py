@@ -51,15 +51,20 @@ def test_the_module_and_its_commands(returns):
     assert tenth == pytest.approx(0.1 * whole)
 
 
-def test_the_policy_in_python(returns):
-    folder, *_ = returns.values()
-    code = block("python", "import torch").replace("runs/RUN_NAME", str(folder))
+@pytest.mark.parametrize("mine", [False, True], ids=["as it stands", "of a run"])
+def test_the_policy_in_python(mine, returns, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, dimensions = block("python", "import torch"), 8
+    if mine:
+        folder, *_ = returns.values()
+        file = f"{folder}/policy_final.pt"
+        code, dimensions = code.replace("policies/Ant-v4.pt", file), 1
     names, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code, names)
     assert printed.getvalue().count("tensor(") == 3
     action, sampled, log_prob = (names[n] for n in ("action", "sampled", "log_prob"))
-    assert action.shape == sampled.shape == (1, 1)
+    assert action.shape == sampled.shape == (1, dimensions)
     assert (action.abs() <= 1).all()
     flow, obs = names["flow"], names["obs"]
     torch.testing.assert_close(flow.log_prob(obs, sampled), log_prob)
