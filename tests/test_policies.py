@@ -126,6 +126,7 @@ def test_a_large_policy_is_kept_in_16_bits(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(policies, "LARGEST", 1000)
     with pytest.raises(policies.RunError, match=r"bytes, more than 1,000"):
         policies.keep(folder, file)
+    assert "return" in stdout_of(SCRIPT, file, tmp_path)  # the file from before
 
 
 def test_what_is_no_policy_is_one_sentence(tmp_path):

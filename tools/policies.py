@@ -12,6 +12,7 @@ film makes one moving picture of the first episode of each, side by side, in rea
 import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import math
 import shlex
@@ -32,7 +33,7 @@ import harness.environments  # noqa: F401 (chooses an off-screen renderer)
 from harness.args import option, parse_args
 from harness.errors import RunError, UsageError
 from harness.files import POLICY_FILES, load_file, save_file
-from harness.machine import choose_device
+from harness.machine import choose_device, configure_process
 from harness.runs import Session, explain
 
 matplotlib.use("Agg")
@@ -64,15 +65,20 @@ def keep(run: Path, file: Path):
     content = {name: saved[name] for name in ("args", "sizes", "step", *names)}
     content["args"] |= {"resume": None, "runs_dir": "runs"}
     content["git_commit"] = about["git_commit"]
-    save_file(file, content, program)
-    if file.stat().st_size > LARGEST:
+    if bytes_of(content) > LARGEST:
         for name in names:
             content[name] = {k: halved(v) for k, v in content[name].items()}
-        save_file(file, content, program)
-    size = file.stat().st_size
-    if size > LARGEST:
-        raise RunError(f"{file} has {size:,} bytes, more than {LARGEST:,}")
+    if (size := bytes_of(content)) > LARGEST:
+        raise RunError(f"{file} would have {size:,} bytes, more than {LARGEST:,}")
+    save_file(file, content, program)
     print(f"{file}: {program}.py, step {saved['step']:,}, {size:,} bytes")
+
+
+def bytes_of(content: dict) -> int:
+    """About the size of a file with this content."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.tell()
 
 
 def halved(value):
@@ -299,6 +305,7 @@ class Film:
 
 def main() -> int:
     options = tyro.cli(Keep | Play | Film, description=__doc__.split("\n\n")[0])
+    configure_process(1)
     try:
         if isinstance(options, Keep):
             keep(options.run, options.file)
