@@ -55,10 +55,10 @@ def load_file(
         raise RunError(
             f"{file} is damaged or not a checkpoint ({type(error).__name__})"
         ) from None
-    if (
-        not isinstance(content, dict)
-        or content.get("format") != program
-        or "args" not in content
-    ):
-        raise RunError(f"{file} was not written by this version of {program}.py")
+    known = isinstance(content, dict) and "args" in content
+    if not known or content.get("format") != program:
+        text = f"{file} was not written by this version of {program}.py"
+        if known and "format" in content:
+            text += f" but by {content['format']}.py"
+        raise RunError(text)
     return content | {"path": file}

@@ -1,10 +1,13 @@
 """policies/: its card is true. tools/policies.py: keeps, plays and films policies."""
 
+import contextlib
+import io
 import re
 import shlex
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
@@ -18,7 +21,6 @@ from conftest import (
     launch,
     only_run,
     quick,
-    run,
 )
 
 import harness.args
@@ -129,12 +131,40 @@ def test_a_large_policy_is_kept_in_16_bits(finished, tmp_path, monkeypatch):
     assert "return" in stdout_of(SCRIPT, file, tmp_path)  # the file from before
 
 
-def test_what_is_no_policy_is_one_sentence(tmp_path):
-    tool = [sys.executable, ROOT / "tools/policies.py"]
-    result = run([*tool, "keep", tmp_path, "kept.pt"], tmp_path)
-    is_one_sentence(result, 1, "args.json")
-    result = run([*tool, "film", "out.webp"], tmp_path)
-    is_one_sentence(result, 2, "which policies?")
+BAD = {
+    "keep . kept.pt": "is no run",
+    "keep broken kept.pt": "is no run",
+    "keep . README.md": "ends in .pt",
+    "keep . folder.pt": "ends in .pt",
+    "play empty": "no policy (*.pt)",
+    "play broken": "no README.md",
+    "film out.webp": "which policies?",
+    "film out.webp README.md": "README.md is no policy",
+    "film out.webp nothing.pt": "can't read nothing.pt",
+    "film out.xyz README.md": ".webp or .gif",
+    "film out.gif README.md --fps 0": "--fps 0.0: must be positive",
+    "film out.gif README.md --columns 0": "--columns 0: must be positive",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_sentence_and_harms_nothing(words, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("| play it |\n|---|\n| x |\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/README.md").write_text("| play it |\n")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "broken/args.json").write_text("{}")
+    (tmp_path / "broken/x.pt").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["policies.py", *words.split()])
+    err = io.StringIO()
+    with contextlib.chdir(tmp_path), contextlib.redirect_stderr(err):
+        code = policies.main()
+    is_one_sentence(SimpleNamespace(returncode=code, stderr=err.getvalue()), 2)
+    assert BAD[words] in err.getvalue()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "README.md").read_text().endswith("| x |\n")
 
 
 # --- play -----------------------------------------------------------------------------

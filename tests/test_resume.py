@@ -322,6 +322,7 @@ def test_missing_checkpoints_and_those_of_other_scripts(stopped, tmp_path):
             )
         other = launch(SCRIPTS[1], [option, stopped], tmp_path)
         is_one_sentence(other, 1, "was not written by", "sac_continuous_action.py")
+        assert f"but by {SCRIPT.name}" in other.stderr
 
 
 def test_settings_of_another_version_are_refused(stopped, tmp_path):

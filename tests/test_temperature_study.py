@@ -216,3 +216,6 @@ def test_drift_of_a_run(tmp_path, capsys, monkeypatch):
 def test_a_wrong_word_says_which_there_are(tmp_path):
     code, _ = launch(["nonsense"], tmp_path)
     assert "nonsense is not one of base, sac, normal" in code
+    for arm in ("layers", "sac+near"):
+        code, _ = launch([arm, *quick()], tmp_path)
+        assert "is no change of" in code

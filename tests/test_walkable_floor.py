@@ -57,3 +57,4 @@ def test_a_run_is_named_after_its_arm(tmp_path):
         assert physics.main(["own_floor", "meow_isaacgym.py", *words]) == 0
     assert only_run(tmp_path).name.startswith("Ant__meow_isaacgym_own_floor__1__")
     assert physics.main(["nothing", "meow_isaacgym.py"]) == 2
+    assert physics.main(["own", "nothing.py"]) == 2

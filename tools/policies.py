@@ -58,8 +58,14 @@ TABLES = (  # of a card
 # --- keep -----------------------------------------------------------------------------
 def keep(run: Path, file: Path):
     """Copies a run's policy. Raises: UsageError, RunError, OSError."""
-    about = json.loads((run / "args.json").read_text())
-    program = Path(about["script"]).stem
+    if file.suffix != ".pt" or file.is_dir():
+        raise UsageError(f"{file}: give the policy to write a name that ends in .pt")
+    try:
+        about = json.loads((run / "args.json").read_text())
+        program = Path(about["script"]).stem
+    except (OSError, ValueError, LookupError, TypeError):
+        text = f"{run} is no run: its args.json is missing or names no script"
+        raise UsageError(text) from None
     saved = load_file("keep", run, program, POLICY_FILES)
     names = [name for name in NETWORKS if name in saved]
     content = {name: saved[name] for name in ("args", "sizes", "step", *names)}
@@ -89,13 +95,22 @@ def halved(value):
 
 
 # --- play -----------------------------------------------------------------------------
+def program_of(file: Path) -> str:
+    """The script that wrote a policy. Raises: UsageError."""
+    try:
+        return torch.load(file, weights_only=True)["format"]
+    except OSError as error:
+        raise UsageError(f"can't read {file}: {error.strerror}") from None
+    except Exception:  # whatever the unpickler raises
+        raise UsageError(f"{file} is no policy") from None
+
+
 def evaluate(file: Path, session_of, words: list[str]):
     """args, what is saved, returns and lengths. session_of(args) plays the episodes.
 
     Raises: UsageError, RunError, OSError.
     """
-    content = torch.load(file, weights_only=True)
-    module = importlib.import_module(content["format"])
+    module = importlib.import_module(program_of(file))
     words = ["--evaluate", str(file), *words]
     args, saved = parse_args(module.Args, module.__name__, "", words)
     with session_of(args) as session:
@@ -142,11 +157,14 @@ def plain_session(args) -> Session:
 
 def play(folder: Path):
     """Writes the tables of README.md in this folder: its text stays."""
+    page, files = folder / "README.md", sorted(folder.glob("*.pt"))
+    if not files or not page.exists():
+        missing = "README.md with its tables" if files else "policy (*.pt)"
+        raise UsageError(f"there is no {missing} in {folder}")
     cards = []
-    for file in sorted(folder.glob("*.pt")):
+    for file in files:
         cards.append(card(file))
         print(*cards[-1].values(), sep=" | ", flush=True)
-    page = folder / "README.md"
     lines = page.read_text().splitlines()
     for columns in TABLES:
         rows = [columns, ["---"] * len(columns)]
@@ -224,8 +242,11 @@ def film_policy(file: Path, options) -> tuple[str, list]:
     args, saved, *_ = evaluate(file, filming, words)
     images = sessions[0].images
     images += images[-1:] * (sessions[0].wanted - len(images))
-    method = saved["format"].split("_")[0].replace("meow", "MEow").replace("sac", "SAC")
-    robot = "robot " if "isaacgym" in saved["format"] else ""
+    name, rest = saved["format"].split("_", 1)
+    method = {"meow": "MEow", "sac": "SAC", "sql": "SQL"}.get(name, name)
+    if rest.startswith("auto"):
+        method += " without tuning"
+    robot = "robot " if "isaacgym" in rest else ""
     return f"{robot}{args.env_id}, {method}", images
 
 
@@ -238,7 +259,14 @@ def square(image: np.ndarray) -> np.ndarray:
 
 
 def film(out: Path, files: list[Path], options):
-    """Writes one moving picture, a panel for each policy."""
+    """Writes one moving picture, a panel for each policy. Raises: see `evaluate`."""
+    if out.suffix not in (".webp", ".gif"):
+        raise UsageError(f"{out}: the picture's name ends in .webp or .gif")
+    for name in ("seconds", "fps", "columns", "panel"):
+        if getattr(options, name) <= 0:
+            raise UsageError(f"--{name} {getattr(options, name)}: must be positive")
+    if not files:
+        raise UsageError("film: which policies?")
     films = [film_policy(file, options) for file in files]
     rows = math.ceil(len(films) / options.columns)
     side = options.panel / 100  # inches, at 100 dots each
@@ -311,8 +339,6 @@ def main() -> int:
             keep(options.run, options.file)
         elif isinstance(options, Play):
             play(options.folder)
-        elif not options.files:
-            raise UsageError("film: which policies?")
         else:
             film(options.out, list(options.files), options)
     except Exception as error:

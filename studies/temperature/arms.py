@@ -4,9 +4,10 @@
     python studies/temperature/arms.py normal+scaled --env-id Ant-v4 --seed 2
     python studies/temperature/arms.py sac+normal --env-id Ant-v4      # the control
 
-The words before the options are changes of `ARMS`, joined by +; `sac` changes
-sac_continuous_action.py instead of meow_auto_continuous_action.py. All options are the
-script's. The run is named after the arm (auto_normal_scaled, sac_normal).
+The words before the options are changes of `ARMS`, joined by +; with `sac` they change
+sac_continuous_action.py instead of meow_auto_continuous_action.py, where only those of
+`FOR_SAC` make sense; `layers` is for SAC alone. All options are the script's. The run
+is named after the arm (auto_normal_scaled, sac_normal).
 """
 
 import importlib.util
@@ -289,6 +290,7 @@ def held(script: ModuleType):
     script.make_policy = make_held_policy
 
 
+FOR_SAC = ("normal", "scaled", "recent", "layers")
 ARMS = {
     function.__name__: function
     for function in (
@@ -320,6 +322,8 @@ def changed_script(arm: str) -> ModuleType:
         if word not in ARMS:
             known = ", ".join(ARMS)
             sys.exit(f"error: {word} is not one of base, sac, {known}")
+        if sac != (word in FOR_SAC) and (sac or word == "layers"):
+            sys.exit(f"error: {word} is no change of {name}.py")
         ARMS[word](script)
     script.label = "_".join(["sac" if sac else "auto", *changes])
     return script

@@ -9,7 +9,7 @@ floor that stops feet over 3 cm instead of 1 and damps them half as much. All el
 the script's; its runs are named after the arm (meow_isaacgym_own).
 """
 
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from unittest import mock
@@ -60,6 +60,9 @@ def main(argv: list[str]) -> int:
         print(__doc__, end="")
         return 2
     arm, script, *words = argv
+    if not importlib.util.find_spec(Path(script).stem):
+        print(f"error: there is no {script}", file=sys.stderr)
+        return 2
     ARMS[arm]()
     module = importlib.import_module(Path(script).stem)
     if not hasattr(module, "train"):
