@@ -2,8 +2,8 @@
 
     python studies/temperature/curves.py
 
-From the runs in results/ and in runs/ beside this file. The entropy is that of the one
-action played at the step of an evaluation, so it scatters.
+From the runs in results/ and in thinned/ beside this file. Entropies of MEow are means
+of 10 numbers of entropy.csv, each -log pi of one action; SAC's are means over a batch.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-FOLDERS = HERE.parents[1] / "results", HERE / "runs"
-TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8, "Humanoid": 17}
+FOLDERS = HERE.parents[1] / "results", HERE / "thinned"
+TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
 """with their numbers of action dimensions"""
-SETTINGS = {  # experiment: label, colour, names of temperature and entropy
-    "meow_auto_continuous_action": (
-        "MEow without tuning",
-        "tab:blue",
-        "flow/alpha",
-        "flow/entropy",
-    ),
-    "auto_fixed_alpha": ("alpha fixed at 0.1", "tab:green", "flow/alpha", None),
-    "auto_near": ("near: far actions weigh less", "tab:purple", "flow/alpha", None),
-    "sac_continuous_action": ("SAC", "tab:orange", "losses/alpha", "sac/entropy"),
+SETTINGS = {  # experiment: label, colour
+    "meow_auto_continuous_action": ("MEow without tuning", "tab:blue"),
+    "auto_fixed_alpha": ("the same, alpha fixed at 0.1", "tab:green"),
+    "auto_near": ("near: far actions weigh less", "tab:purple"),
+    "sac_continuous_action": ("SAC", "tab:orange"),
 }
+TARGETS = {"tab:blue": -0.65, "tab:orange": -1.0}
+"""of the entropy"""
 STEPS = 90_000
 ROWS = ("return", "temperature", "nats per action dimension")
 
@@ -50,26 +47,41 @@ def runs(task: str, experiment: str) -> list[pd.DataFrame]:
     return curves
 
 
+def entropies(task: str, experiment: str) -> list[pd.DataFrame]:
+    """Of each run of MEow: alpha and entropy, of which 10 at a time are averaged."""
+    rows = pd.read_csv(HERE / "entropy.csv")
+    rows = rows[(rows.task == f"{task}-v4") & (rows.experiment == experiment)]
+    runs = [run.set_index("step") for _, run in rows.groupby("seed")]
+    return [run[["alpha", "entropy"]].rolling(10).mean() for run in runs]
+
+
+def draw(column, task: str, dimensions: int):
+    """One task: return, temperature, entropy."""
+    column[0].set_title(f"{task}-v4")
+    for experiment, (label, colour) in SETTINGS.items():
+        style = dict(color=colour, linewidth=1)
+        for curve in runs(task, experiment):
+            curve = curve[curve.index <= STEPS]
+            column[0].plot(curve["eval/return_mean"], **style, label=label)
+            if "losses/alpha" in curve:
+                column[1].plot(curve["losses/alpha"], **style)
+                column[2].plot(curve["sac/entropy"] / dimensions, **style)
+        for curve in entropies(task, experiment):
+            column[1].plot(curve.alpha, **style)
+            column[2].plot(curve.entropy / dimensions, **style)
+    column[1].set_yscale("log")
+    for colour, target in TARGETS.items():
+        column[2].axhline(target, color=colour, linewidth=0.5, linestyle="--")
+    column[2].set_xlabel("steps")
+
+
 def main():
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     figure, axes = plt.subplots(
-        len(ROWS), len(TASKS), figsize=(13, 6.5), sharex=True, layout="constrained"
+        len(ROWS), len(TASKS), figsize=(12, 6.5), sharex=True, layout="constrained"
     )
     for (task, dimensions), column in zip(TASKS.items(), axes.T, strict=True):
-        column[0].set_title(f"{task}-v4")
-        for experiment, (label, colour, alpha, entropy) in SETTINGS.items():
-            for curve in runs(task, experiment):
-                curve = curve[curve.index <= STEPS]
-                style = dict(color=colour, linewidth=1)
-                column[0].plot(curve["eval/return_mean"], **style, label=label)
-                if alpha in curve:
-                    column[1].plot(curve[alpha], **style)
-                if entropy in curve:
-                    column[2].plot(curve[entropy] / dimensions, ".", color=colour)
-        column[1].set_yscale("log")
-        column[2].axhline(-0.65, color="tab:blue", linewidth=0.5)
-        column[2].axhline(-1, color="tab:orange", linewidth=0.5)
-        column[2].set_xlabel("steps")
+        draw(column, task, dimensions)
     for ax, name in zip(axes[:, 0], ROWS, strict=True):
         ax.set_ylabel(name)
     named = {}
