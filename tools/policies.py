@@ -214,6 +214,8 @@ class FilmingSession(Session):
             return square(env.render())
         if self.camera is None:
             self.renderer = self.closing(mujoco.Renderer(model, self.size, self.size))
+            # software renderers draw black squares for some shadows
+            self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self.camera = following_camera(model)
         self.renderer.update_scene(env.unwrapped.data, self.camera)
         return self.renderer.render()
@@ -277,7 +279,7 @@ def film(out: Path, files: list[Path], options):
         ax.axis("off")
     panels = []
     for ax, (title, images) in zip(axes.flat, films, strict=False):
-        ax.set_title(title, fontsize=8, pad=3)
+        ax.set_title(title, fontsize=7, pad=3)
         panels.append(ax.imshow(images[0]))
     frames = []
     for images in zip(*(images for _, images in films), strict=True):
