@@ -147,11 +147,10 @@ def flatten(env: gym.Env, env_id: str) -> gym.Env:
     """Gymnasium's FlattenObservation. Raises: UsageError."""
     space = env.observation_space
     with closed_on_error(env):
-        try:
-            return gym.wrappers.FlattenObservation(env)
-        except NotImplementedError:
+        if not flat_size(space):
             text = f"--env-id {env_id}: --flatten can't make a vector of {space}"
-            raise UsageError(text) from None
+            raise UsageError(text)
+        return gym.wrappers.FlattenObservation(env)
 
 
 def check_spaces(env: gym.Env, env_id: str) -> gym.Env:
@@ -181,12 +180,17 @@ def width(space: spaces.Box) -> np.ndarray:
         return space.high - space.low
 
 
+def flat_size(space: spaces.Space) -> int:
+    """Numbers in the vector that --flatten makes of an observation, 0 if it can't."""
+    try:
+        return spaces.flatdim(space)
+    except (NotImplementedError, ValueError):  # how Gymnasium says that it can't
+        return 0
+
+
 def flat_hint(space: spaces.Space) -> str:
     """How an observation can be made a flat vector, if it can."""
-    try:
-        size = spaces.flatdim(space)
-    except (NotImplementedError, ValueError):
-        return ""
+    size = flat_size(space)
     return f"; --flatten makes it one ({size} numbers)" if size else ""
 
 

@@ -11,6 +11,7 @@ from conftest import ROOT, SCRIPTS
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "policies/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "studies").rglob("*.md")),
 ]

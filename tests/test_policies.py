@@ -41,7 +41,6 @@ def read_cards(columns) -> list[dict]:
 
 
 CARDS, COMMANDS = map(read_cards, policies.TABLES)
-MULTI_GOAL = dict(env_id="multi_goal:MultiGoal-v0", alpha=2.5)
 
 
 # --- What is in the folder ------------------------------------------------------------
@@ -111,7 +110,7 @@ def test_the_policy_of_a_stopped_run_is_kept(tmp_path):
     kept = stdout_of(SCRIPT, tmp_path / "kept.pt", tmp_path)
     assert kept == stdout_of(SCRIPT, folder / "checkpoint.pt", tmp_path)
     row = policies.card(tmp_path / "kept.pt")
-    assert row["trained for steps"] == f"{saved['step']}, stopped of 60"
+    assert row["trained for steps"] == f"{saved['step']} of 60"
 
 
 def test_a_large_policy_is_kept_in_16_bits(finished, tmp_path, monkeypatch):
@@ -209,8 +208,8 @@ def test_play_writes_the_tables_and_leaves_the_text(finished, tmp_path):
 # --- film -----------------------------------------------------------------------------
 def test_film_shows_each_policy_and_waits_at_the_end_of_an_episode(tmp_path):
     """Of a world without MuJoCo: 10 images a second; an episode of at most 3 steps."""
-    changes = dict(MULTI_GOAL, max_episode_steps=3)
-    result = launch(SCRIPT, quick(**changes), tmp_path)
+    words = quick(env_id="multi_goal:MultiGoal-v0", max_episode_steps=3)
+    result = launch(SCRIPT, words, tmp_path)
     assert result.returncode == 0, result.stderr
     file = tmp_path / "kept.pt"
     policies.keep(only_run(tmp_path), file)

@@ -1,11 +1,11 @@
 """The trained policies in policies/: keeps them, plays them, films them.
 
     python tools/policies.py keep runs/RUN_NAME policies/Ant-v4.pt
-    python tools/policies.py play policies                      # the table of its card
+    python tools/policies.py play policies                      # the tables of its card
     python tools/policies.py film docs/policies.webp policies/Ant-v4.pt ...
 
 keep copies the policy out of a run, finished or stopped, and what trained it.
-play plays 20 fresh episodes of each policy and writes the table of policies/README.md.
+play plays 20 fresh episodes of each policy and writes policies/README.md's tables.
 film makes one moving picture of the first episode of each, side by side, in real time.
 """
 
@@ -138,7 +138,7 @@ def card(file: Path) -> dict[str, str]:
     words = ["--eval-episodes", "20"]
     args, saved, returns, _ = evaluate(file, plain_session, words)
     program, step, planned = saved["format"], saved["step"], args.total_timesteps
-    stopped = f", stopped of {planned:,}" if step < planned else ""
+    stopped = f" of {planned:,}" if step < planned else ""
     trained = dataclasses.replace(args, evaluate=None)
     place = f"{file.parent.name}/{file.name}"
     return {
@@ -329,7 +329,7 @@ class Film:
     """panels in a row"""
     panel: int = 200
     """pixels of a panel's side"""
-    quality: int = 50
+    quality: int = 40
     """of the images, up to 100"""
 
 

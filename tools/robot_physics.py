@@ -4,8 +4,8 @@ python tools/robot_physics.py Ant Humanoid
 
 Prints for both variants: the return of doing nothing, the height of the robot's lowest
 point after 3 s of that, and what 64 environments do in 1,000 steps of actions that push
-each joint the way it moves: how far joints go beyond their limits, how fast, and how
-many environments diverge.
+each joint the way it moves: how far joints go beyond their limits, how fast, how deep
+feet get into the floor (seen every 10 steps), and how many environments diverge.
 """
 
 import sys
@@ -45,20 +45,33 @@ def lowest_point(task: str, variant: str) -> float:
     return 1e3 * min((contact.dist for contact in data.contact), default=np.nan)
 
 
-def pushed(task: str, variant: str) -> tuple[float, float, int]:
-    """Largest overshoot (degrees), largest joint speed (rad/s), diverged episodes."""
+def depth(envs) -> float:
+    """How deep the spheres that touch the floor are in it, the deepest, mm."""
+    spheres, deepest = envs.model.pair_geom2, 0.0
+    for world in range(envs.num_envs):
+        data = envs.physics.data(world)
+        mujoco.mj_kinematics(envs.model, data)
+        heights = data.geom_xpos[spheres, 2] - envs.model.geom_size[spheres, 0]
+        deepest = max(deepest, -heights.min())
+    return 1e3 * deepest
+
+
+def pushed(task: str, variant: str) -> tuple[float, float, float, int]:
+    """Largest overshoot (degrees), speed (rad/s) and depth (mm); diverged episodes."""
     envs = make_simulator("mujoco", task, 64, seed=1, variant=variant)
     envs.reset()
     low, high = torch.tensor(envs.model.jnt_range[1:]).unbind(-1)
-    overshoot, speed, diverged = 0.0, 0.0, 0
-    for _ in range(1000):
+    overshoot, speed, deepest, diverged = 0.0, 0.0, 0.0, 0
+    for step in range(1000):
         envs.step(torch.where(envs.physics.qvel[:, 6:] < 0, -1.0, 1.0))
         joints = envs.physics.qpos[:, 7:]
         beyond = torch.maximum(joints - high, low - joints)
         overshoot = max(overshoot, beyond.max().item())
         speed = max(speed, envs.physics.qvel[:, 6:].abs().max().item())
         diverged += envs.diverged
-    return np.degrees(overshoot), speed, diverged
+        if step % 10 == 0:
+            deepest = max(deepest, depth(envs))
+    return np.degrees(overshoot), speed, deepest, diverged
 
 
 @dataclass
@@ -72,11 +85,11 @@ def main():
         for variant in TASKS[name].variants:
             nothing = return_of_doing_nothing(name, variant)
             lowest = lowest_point(name, variant)
-            overshoot, speed, diverged = pushed(name, variant)
+            overshoot, speed, deepest, diverged = pushed(name, variant)
             print(
                 f"{name} {variant}: doing nothing {nothing:.0f}, "
                 f"lowest point {lowest:.2f} mm, overshoot {overshoot:.1f} degrees, "
-                f"{speed:.0f} rad/s, diverged {diverged}"
+                f"{speed:.0f} rad/s, {deepest:.1f} mm deep, diverged {diverged}"
             )
 
 

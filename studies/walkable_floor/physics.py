@@ -9,6 +9,7 @@ floor that stops feet over 3 cm instead of 1 and damps them half as much. All el
 the script's; its runs are named after the arm (meow_isaacgym_own).
 """
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -20,39 +21,35 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from isaac_tasks import limits
 
 
-def leave_to_mujoco(kind: type):
-    """MuJoCo's own constraints instead of JointLimits or of Floor."""
+def left_to_mujoco(kind: type):
+    """A patch: MuJoCo's own constraints instead of JointLimits or of Floor."""
     init = kind.__init__
 
     def init_with_none(self, *arrays):
         with mock.patch.object(limits, "looks_ahead", return_value=False):
             init(self, *arrays)
 
-    kind.__init__ = init_with_none
+    return mock.patch.object(kind, "__init__", init_with_none)
 
 
-def today():
-    pass
+OWN_FLOOR = left_to_mujoco(limits.Floor)
+OWN_LIMITS = left_to_mujoco(limits.JointLimits)
+ARMS = {
+    "today": [],
+    "own": [OWN_FLOOR, OWN_LIMITS],
+    "own_floor": [OWN_FLOOR],
+    "own_limits": [OWN_LIMITS],
+    "soft": [mock.patch.multiple(limits.Floor, thickness=0.03, damping=0.4)],
+}
 
 
-def own_floor():
-    leave_to_mujoco(limits.Floor)
-
-
-def own_limits():
-    leave_to_mujoco(limits.JointLimits)
-
-
-def own():
-    own_floor()
-    own_limits()
-
-
-def soft():
-    limits.Floor.thickness, limits.Floor.damping = 0.03, 0.4
-
-
-ARMS = {f.__name__: f for f in (today, own, own_floor, own_limits, soft)}
+@contextlib.contextmanager
+def physics_of(arm: str):
+    """Simulators that are made meanwhile have the physics of this arm."""
+    with contextlib.ExitStack() as stack:
+        for patch in ARMS[arm]:
+            stack.enter_context(patch)
+        yield
 
 
 def main(argv: list[str]) -> int:
@@ -60,16 +57,17 @@ def main(argv: list[str]) -> int:
         print(__doc__, end="")
         return 2
     arm, script, *words = argv
-    if not importlib.util.find_spec(Path(script).stem):
+    name = Path(script).stem
+    if not importlib.util.find_spec(name):
         print(f"error: there is no {script}", file=sys.stderr)
         return 2
-    ARMS[arm]()
-    module = importlib.import_module(Path(script).stem)
-    if not hasattr(module, "train"):
-        sys.argv = [script, *words]
-        return module.main() or 0
-    words = ["--exp-name", f"{Path(script).stem}_{arm}", *words]
-    return module.main(module.Args, module.train, module.evaluate_saved, words)
+    module = importlib.import_module(name)
+    with physics_of(arm):
+        if hasattr(module, "train"):
+            words = ["--exp-name", f"{name}_{arm}", *words]
+            return module.main(module.Args, module.train, module.evaluate_saved, words)
+        with mock.patch("sys.argv", [script, *words]):
+            return module.main() or 0
 
 
 if __name__ == "__main__":
