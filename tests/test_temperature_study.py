@@ -149,6 +149,37 @@ def test_near_weighs_by_the_latents_mean_square():
     torch.testing.assert_close(script.meow_loss(q, target), wanted)
 
 
+def test_plain_has_no_layer_norm_in_m_and_h():
+    obs, u = torch.randn(4, 3).double(), torch.randn(4, 1).double()
+    for arm, count in (("base", 0), ("plain", 6)):
+        flow, _ = flow_of(arm)
+        networks = (*flow.m, flow.h)
+        norms = [norm for network in networks for norm in network.norms]
+        assert sum(isinstance(norm, torch.nn.Identity) for norm in norms) == count
+        flow.q_values(obs, u)
+    assert all(isinstance(n, torch.nn.LayerNorm) for t in flow.t for n in t.norms)
+
+
+def test_bounded_translations_are_at_most_2():
+    x, obs = torch.randn(50, 2).double(), torch.randn(50, 3).double()
+    largest = {}
+    for arm in ("base", "bounded"):
+        torch.manual_seed(0)
+        flow, _ = flow_of(arm, act_dim=2)
+        for network in flow.t:
+            network.layers[-1].weight.mul_(20)
+        largest[arm] = [flow.translation(i, x, obs).abs().max() for i in range(4)]
+    assert min(largest["base"]) > 2
+    assert max(largest["bounded"]) <= 2
+
+
+def test_layers_put_a_layer_norm_before_each_relu():
+    script = arms.changed_script("sac+layers")
+    for network in script.make_networks(script.Args(), 3, 1):
+        kinds = [type(part).__name__ for part in network.modules()]
+        assert kinds.count("LayerNorm") == kinds.count("ReLU") > 0
+
+
 def test_heads_of_a_trunk_differ():
     script = arms.changed_script("trunk")
     flow = script.make_flow(script.Args(), 3, 1)
