@@ -409,7 +409,7 @@ def test_worlds_to_compose_have_two_goals(name, goals):
 
 def test_the_soft_optimal_policy():
     """V solves the soft Bellman equation, is as symmetric as the world, and walks."""
-    options = optimum.Options(points=29, cells=15, walks=40)
+    options = optimum.Options(points=29, cells=15, walks=300)
     actions = figure.action_cells(options.cells).numpy()
     value = optimum.soft_value(options, actions)
     np.testing.assert_allclose(value, value[::-1], atol=0.01)
@@ -427,8 +427,18 @@ def test_the_soft_optimal_policy():
     near = optimum.soft_q(np.zeros((29, 29)), np.float32([(3.5, 0)]), actions, 0.0)[0]
     rewards = [move((3.5, 0), a)[1] for a in actions]
     np.testing.assert_allclose(near, rewards)
+    # arriving ends it: from 1.5 away by (14/15, 0)
+    lost = np.full((29, 29), -1000.0)
+    arriving = optimum.soft_q(lost, np.float32([(3.5, 0)]), actions, 0.9)[0]
+    assert arriving[7 * 15 + 14] == pytest.approx(rewards[7 * 15 + 14])
+    assert arriving[7 * 15] == pytest.approx(rewards[7 * 15] - 900)
 
     walks = optimum.walk(options, value, actions)
     counts = figure.count_goals(walks)
     assert counts[-1] == 0
     assert min(counts[:4]) > 0
+    # first steps are drawn from exp(Q / alpha)
+    weight = np.exp((q - q.max()) / options.alpha)
+    expected = (weight * np.square(actions).sum(-1)).sum() / weight.sum()
+    steps = np.square([positions[1] for positions in walks]).sum(-1)
+    assert steps.mean() == pytest.approx(expected, rel=0.15)

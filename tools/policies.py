@@ -44,13 +44,13 @@ NETWORKS = ("flow", "norm", "actor", "critics", "sampler", "critic")  # of all s
 LARGEST = 2**20  # bytes of a file; weights of larger ones are halved to 16 bits
 # Options that don't say what was trained.
 KEEPING = """
-    env_id total_timesteps seed resume evaluate exp_name runs_dir eval_frequency
+    env_id total_timesteps resume evaluate exp_name runs_dir eval_frequency
     eval_episodes eval_envs log_frequency checkpoint_frequency keep_policies
     capture_video track wandb_project_name wandb_entity cuda torch_threads compile
     sim_threads
 """
 TABLES = (  # of a card
-    ("play it", "return of 20 episodes", "trained for steps", "commit"),
+    ("play it", "return of 20 episodes", "steps", "commit"),
     ("file", "trained by"),
 )
 
@@ -129,7 +129,7 @@ def training_command(args, program: str) -> str:
             words.append(option(name) if value else option(f"no_{name}"))
         else:
             words += [option(name), str(value)]
-    words += ["--seed", str(args.seed), "--total-timesteps", str(args.total_timesteps)]
+    words += ["--total-timesteps", str(args.total_timesteps)]
     return shlex.join(words)
 
 
@@ -144,9 +144,9 @@ def card(file: Path) -> dict[str, str]:
     return {
         "play it": f"`python {program}.py --evaluate {place}`",
         "return of 20 episodes": f"{np.mean(returns):.0f} ± {np.std(returns):.0f}",
-        "trained for steps": f"{step:,}{stopped}",
+        "steps": f"{step:,}{stopped}",
         "commit": saved["git_commit"][:7],
-        "file": f"`{file.name}`",
+        "file": file.name,
         "trained by": f"`{training_command(trained, program)}`",
     }
 
