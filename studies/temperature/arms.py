@@ -11,6 +11,7 @@ is named after the arm (auto_normal_scaled, sac_normal).
 """
 
 import importlib.util
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -265,6 +266,74 @@ def near(script: ModuleType):
     script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
 
 
+def student(script: ModuleType):
+    """Q falls with the logarithm of the distance: a policy of Student's t.
+
+        Q_k  = m_k - c log(1 + sum_i kappa_i x_i^2 / (2 c)) - alpha sum log(1 - a^2)
+        V_k  = m_k + alpha (1/2 sum_i log(2 pi c / kappa_i) + log Gamma(c/alpha - A/2)
+               - log Gamma(c/alpha))
+        x_i  = z_i sqrt(2 c / (kappa_i chi2)),  chi2 of 2 c / alpha - A degrees
+
+    again exact at every alpha; c -> infinity is the script's form. c, in reward units,
+    is learned, and above alpha A. A resumed run draws other chi2.
+    """
+
+    class EnergyFlow(script.EnergyFlow):
+        def __init__(self, obs_dim, act_dim, args):
+            super().__init__(obs_dim, act_dim, args)
+            self.log_c = nn.Parameter(torch.tensor([math.log(args.alpha * act_dim)]))
+
+        def c(self) -> Tensor:  # (1,)
+            return torch.exp(self.log_c) + self.alpha * self.act_dim
+
+        def fall(self, obs, x):
+            squares = (self.kappa(obs) * x * x).sum(-1)
+            return self.c() * torch.log1p(squares / (2 * self.c()))
+
+        def q_values(self, obs, u, kept=None):
+            energy = self.fall(obs, self.to_x(u, obs, kept))
+            squash = self.alpha * script.log_tanh_slope(u).sum(-1)
+            return self.shifts(obs) - (energy + squash)[:, None]
+
+        def log_z(self, obs):
+            c = self.c().double()
+            p = c / self.alpha
+            gammas = torch.lgamma(p - self.act_dim / 2) - torch.lgamma(p)
+            halves = 0.5 * torch.log(2 * math.pi * self.c() / self.kappa(obs)).sum(-1)
+            return halves + gammas.float()
+
+        def soft_values(self, obs):
+            return self.shifts(obs) + self.alpha * self.log_z(obs)[:, None]
+
+        def log_prob_of_x(self, obs, x, u):
+            inside = -self.fall(obs, x) / self.alpha - self.log_z(obs)
+            return inside - script.log_tanh_slope(u).sum(-1)
+
+        def log_prob(self, obs, u):
+            return self.log_prob_of_x(obs, self.to_x(u, obs), u)
+
+        def sample(self, obs, z):
+            x = z * torch.rsqrt(self.kappa(obs))  # z: already sqrt(2 c / chi2) wide
+            u = self.to_u(x, obs)
+            return u, self.log_prob_of_x(obs, x, u)
+
+    make_policy = script.make_policy
+
+    def make_student_policy(network, theta, n, run, name):
+        policy = make_policy(network, theta, n, run, name)
+        rng = np.random.default_rng(run.args.seed)
+
+        def wide(obs, z):
+            c = float(network.c())
+            degrees = 2 * c / float(network.alpha) - network.act_dim
+            chi2 = rng.chisquare(degrees, (len(z), 1))
+            return policy(obs, z * np.sqrt(2 * c / chi2, dtype=np.float32))
+
+        return wide
+
+    script.EnergyFlow, script.make_policy = EnergyFlow, make_student_policy
+
+
 def held(script: ModuleType):
     """The noise of acting is held for k steps, k ~ Zeta(2).
 
@@ -303,6 +372,7 @@ ARMS = {
         trunk,
         conservative,
         near,
+        student,
         held,
     )
 }
