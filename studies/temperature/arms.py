@@ -11,6 +11,7 @@ is named after the arm (auto_normal_scaled, sac_normal).
 """
 
 import importlib.util
+import inspect
 import math
 import sys
 from itertools import pairwise
@@ -195,6 +196,29 @@ def bounded(script: ModuleType):
     script.EnergyFlow = EnergyFlow
 
 
+def straight(script: ModuleType):
+    """Couplings that see the state alone: u = x + mu(s), a Gaussian policy."""
+
+    class EnergyFlow(script.EnergyFlow):
+        def translation(self, i, x, obs, kept=None):
+            return super().translation(i, 0 * x, obs, kept)
+
+    script.EnergyFlow = EnergyFlow
+
+
+def gentle(script: ModuleType):
+    """Translations that start near zero."""
+
+    class EnergyFlow(script.EnergyFlow):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            for t in self.t:
+                for parameter in t.layers[-1].parameters():
+                    parameter.data *= 0.01
+
+    script.EnergyFlow = EnergyFlow
+
+
 def trunk(script: ModuleType):
     """One network with two outputs, m_1 and m_2, which start a little apart."""
 
@@ -334,6 +358,19 @@ def student(script: ModuleType):
     script.EnergyFlow, script.make_policy = EnergyFlow, make_student_policy
 
 
+def averaged(script: ModuleType):
+    """Acts and is evaluated with theta', the running average, instead of theta."""
+    make_policy = script.make_policy
+
+    def make_averaged_policy(network, theta, n, run, name):
+        frame = inspect.currentframe()
+        while "learner" not in frame.f_locals:  # of `train`: theta, theta', ...
+            frame = frame.f_back
+        return make_policy(network, frame.f_locals["learner"][1], n, run, name)
+
+    script.make_policy = make_averaged_policy
+
+
 def held(script: ModuleType):
     """The noise of acting is held for k steps, k ~ Zeta(2).
 
@@ -373,6 +410,9 @@ ARMS = {
         conservative,
         near,
         student,
+        straight,
+        gentle,
+        averaged,
         held,
     )
 }
