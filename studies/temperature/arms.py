@@ -371,6 +371,25 @@ def averaged(script: ModuleType):
     script.make_policy = make_averaged_policy
 
 
+def noise(script: ModuleType):
+    """alpha is 0.05 of the TD error's root mean square, of the last 1,000 updates.
+
+    No target of the entropy: a temperature far below the errors of Q follows noise.
+    """
+    square = torch.tensor(0.0, dtype=torch.float64)  # its running mean
+
+    def tune(alpha, log_prob, args):
+        frame = inspect.currentframe().f_back  # of `train`, which has the metrics
+        loss = frame.f_locals["values"][0]  # of both Q_k: their mean square error
+        first = not square
+        square.add_((loss - square) * (1.0 if first else 1e-3))
+        wanted = 0.05 * math.sqrt(square)
+        log_step = math.log(wanted / alpha)
+        alpha.mul_(math.exp(min(max(log_step, -1e-3), 1e-3)))
+
+    script.tune = tune
+
+
 def held(script: ModuleType):
     """The noise of acting is held for k steps, k ~ Zeta(2).
 
@@ -413,6 +432,7 @@ ARMS = {
         straight,
         gentle,
         averaged,
+        noise,
         held,
     )
 }
