@@ -371,23 +371,37 @@ def averaged(script: ModuleType):
     script.make_policy = make_averaged_policy
 
 
-def noise(script: ModuleType):
-    """alpha is 0.05 of the TD error's root mean square, of the last 1,000 updates.
+def temperature_of_errors(script: ModuleType, ratio: float):
+    """alpha is `ratio` of the TD error's root mean square, of about 1,000 updates.
 
     No target of the entropy: a temperature far below the errors of Q follows noise.
+    A resumed run forms the mean anew.
     """
     square = torch.tensor(0.0, dtype=torch.float64)  # its running mean
 
     def tune(alpha, log_prob, args):
         frame = inspect.currentframe().f_back  # of `train`, which has the metrics
         loss = frame.f_locals["values"][0]  # of both Q_k: their mean square error
-        first = not square
-        square.add_((loss - square) * (1.0 if first else 1e-3))
-        wanted = 0.05 * math.sqrt(square)
-        log_step = math.log(wanted / alpha)
+        square.add_((loss - square) * (1e-3 if square else 1.0))
+        log_step = math.log(ratio * math.sqrt(square) / alpha)
         alpha.mul_(math.exp(min(max(log_step, -1e-3), 1e-3)))
 
     script.tune = tune
+
+
+def noise(script: ModuleType):
+    """alpha is 0.05 of the TD error's root mean square."""
+    temperature_of_errors(script, 0.05)
+
+
+def noise02(script: ModuleType):
+    """alpha is 0.02 of the TD error's root mean square."""
+    temperature_of_errors(script, 0.02)
+
+
+def noise10(script: ModuleType):
+    """alpha is 0.1 of the TD error's root mean square."""
+    temperature_of_errors(script, 0.1)
 
 
 def held(script: ModuleType):
@@ -433,6 +447,8 @@ ARMS = {
         gentle,
         averaged,
         noise,
+        noise02,
+        noise10,
         held,
     )
 }
