@@ -380,7 +380,9 @@ def temperature_of_errors(script: ModuleType, ratio: float):
     square = torch.tensor(0.0, dtype=torch.float64)  # its running mean
 
     def tune(alpha, log_prob, args):
-        frame = inspect.currentframe().f_back  # of `train`, which has the metrics
+        frame = inspect.currentframe()
+        while "values" not in frame.f_locals:  # of `train`: METRICS
+            frame = frame.f_back
         loss = frame.f_locals["values"][0]  # of both Q_k: their mean square error
         square.add_((loss - square) * (1e-3 if square else 1.0))
         log_step = math.log(ratio * math.sqrt(square) / alpha)
@@ -402,6 +404,29 @@ def noise02(script: ModuleType):
 def noise10(script: ModuleType):
     """alpha is 0.1 of the TD error's root mean square."""
     temperature_of_errors(script, 0.1)
+
+
+def bound(script: ModuleType):
+    """With a `noise`: the entropy's target moves sigma_max, since alpha is taken.
+
+    log sigma_max <- log sigma_max + eta (H + log pi(a|s)), from 0.02 to 7.4. A resumed
+    run starts from --sigma-max.
+    """
+    tune_alpha = script.tune
+
+    class EnergyFlow(script.EnergyFlow):
+        def __init__(self, obs_dim, act_dim, args):
+            super().__init__(obs_dim, act_dim, args)
+            del self.sigma_max
+            self.register_buffer("sigma_max", torch.tensor(float(args.sigma_max)))
+
+    def tune(alpha, log_prob, args):
+        flow = inspect.currentframe().f_back.f_locals["flow"]  # of `train`
+        error = min(max(args.target_entropy + log_prob, -1.0), 1.0)
+        flow.sigma_max.mul_(math.exp(args.alpha_lr * error)).clamp_(0.02, 7.4)
+        tune_alpha(alpha, log_prob, args)
+
+    script.EnergyFlow, script.tune = EnergyFlow, tune
 
 
 def held(script: ModuleType):
@@ -449,6 +474,7 @@ ARMS = {
         noise,
         noise02,
         noise10,
+        bound,
         held,
     )
 }
