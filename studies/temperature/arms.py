@@ -406,8 +406,36 @@ def noise10(script: ModuleType):
     temperature_of_errors(script, 0.1)
 
 
+def errors(script: ModuleType):
+    """alpha is 0.1 of the mean size of the TD error of the actions just played.
+
+    delta = r + gamma V(s') - V(s) - alpha log pi(a|s), V = min_k V_k, of theta: Q is
+    V + alpha log pi. These actions lie near the policy, so that delta hardly grows with
+    alpha. A mean of about 1,000 steps; a resumed run forms it anew.
+    """
+    mean, before = [None], []
+
+    def tune(alpha, log_prob, args):
+        frame = inspect.currentframe()
+        while "learner" not in frame.f_locals:
+            frame = frame.f_back
+        now = frame.f_locals  # of `train`
+        v = float(now["flow"].soft_values(torch.from_numpy(now["obs"])[None]).min())
+        if before and not now["truncated"]:
+            q = before.pop()
+            # the transition before this one ended in this observation, or for good
+            v_next = 0.0 if now["terminated"] else v
+            size = abs(now["reward"] + args.gamma * v_next - q)
+            mean[0] = size if mean[0] is None else mean[0] + 1e-3 * (size - mean[0])
+            log_step = math.log(0.1 * mean[0] / alpha)
+            alpha.mul_(math.exp(min(max(log_step, -1e-3), 1e-3)))
+        before[:] = [v + float(alpha) * log_prob * now["flow"].act_dim]
+
+    script.tune = tune
+
+
 def bound(script: ModuleType):
-    """With a `noise`: the entropy's target moves sigma_max, since alpha is taken.
+    """With `noise` or `errors`: the entropy's target moves sigma_max, since alpha is taken.
 
     log sigma_max <- log sigma_max + eta (H + log pi(a|s)), from 0.02 to 7.4. A resumed
     run starts from --sigma-max.
@@ -474,6 +502,7 @@ ARMS = {
         noise,
         noise02,
         noise10,
+        errors,
         bound,
         held,
     )
