@@ -434,6 +434,28 @@ def errors(script: ModuleType):
     script.tune = tune
 
 
+def returns(script: ModuleType):
+    """alpha is 0.0005 of the largest size of a discounted return so far.
+
+    The sum of the rewards of the episode so far, each times gamma for each step since.
+    A resumed run forms it anew.
+    """
+    running = [0.0, 0.0]  # the sum, its largest size
+
+    def tune(alpha, log_prob, args):
+        frame = inspect.currentframe()
+        while "learner" not in frame.f_locals:
+            frame = frame.f_back
+        now = frame.f_locals  # of `train`, which has the last transition
+        total = now["reward"] + args.gamma * running[0]
+        running[1] = max(running[1], abs(total))
+        running[0] = 0.0 if now["terminated"] or now["truncated"] else total
+        log_step = math.log(0.0005 * running[1] / alpha)
+        alpha.mul_(math.exp(min(max(log_step, -1e-3), 1e-3)))
+
+    script.tune = tune
+
+
 def bound(script: ModuleType):
     """With `noise` or `errors`: the entropy's target moves sigma_max, since alpha is taken.
 
@@ -503,6 +525,7 @@ ARMS = {
         noise02,
         noise10,
         errors,
+        returns,
         bound,
         held,
     )
