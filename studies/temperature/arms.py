@@ -206,19 +206,6 @@ def straight(script: ModuleType):
     script.EnergyFlow = EnergyFlow
 
 
-def gentle(script: ModuleType):
-    """Translations that start near zero."""
-
-    class EnergyFlow(script.EnergyFlow):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            for t in self.t:
-                for parameter in t.layers[-1].parameters():
-                    parameter.data *= 0.01
-
-    script.EnergyFlow = EnergyFlow
-
-
 def trunk(script: ModuleType):
     """One network with two outputs, m_1 and m_2, which start a little apart."""
 
@@ -362,48 +349,41 @@ def averaged(script: ModuleType):
     """Acts and is evaluated with theta', the running average, instead of theta."""
     make_policy = script.make_policy
 
-    def make_averaged_policy(network, theta, n, run, name):
-        frame = inspect.currentframe()
-        while "learner" not in frame.f_locals:  # of `train`: theta, theta', ...
-            frame = frame.f_back
-        return make_policy(network, frame.f_locals["learner"][1], n, run, name)
+    def make_averaged_policy(network, _, *rest):
+        target_theta = locals_of_train()["learner"][1]
+        return make_policy(network, target_theta, *rest)
 
     script.make_policy = make_averaged_policy
 
 
-def temperature_of_errors(script: ModuleType, ratio: float):
-    """alpha is `ratio` of the TD error's root mean square, of about 1,000 updates.
+def locals_of_train() -> dict:
+    """The variables of the running `train`, by name."""
+    frame = inspect.currentframe()
+    while "learner" not in frame.f_locals:
+        frame = frame.f_back
+    return frame.f_locals
+
+
+def move(alpha: Tensor, wanted: float):
+    """Moves alpha towards `wanted`, by at most a thousandth, in place."""
+    log_step = math.log(wanted / alpha)
+    alpha.mul_(math.exp(min(max(log_step, -1e-3), 1e-3)))
+
+
+def noise(script: ModuleType):
+    """alpha is 0.05 of the TD error's root mean square, of about 1,000 updates.
 
     No target of the entropy: a temperature far below the errors of Q follows noise.
     A resumed run forms the mean anew.
     """
     square = torch.tensor(0.0, dtype=torch.float64)  # its running mean
 
-    def tune(alpha, log_prob, args):
-        frame = inspect.currentframe()
-        while "values" not in frame.f_locals:  # of `train`: METRICS
-            frame = frame.f_back
-        loss = frame.f_locals["values"][0]  # of both Q_k: their mean square error
+    def tune(alpha, *_):
+        loss = locals_of_train()["values"][0]  # of both Q_k: their mean square error
         square.add_((loss - square) * (1e-3 if square else 1.0))
-        log_step = math.log(ratio * math.sqrt(square) / alpha)
-        alpha.mul_(math.exp(min(max(log_step, -1e-3), 1e-3)))
+        move(alpha, 0.05 * math.sqrt(square))
 
     script.tune = tune
-
-
-def noise(script: ModuleType):
-    """alpha is 0.05 of the TD error's root mean square."""
-    temperature_of_errors(script, 0.05)
-
-
-def noise02(script: ModuleType):
-    """alpha is 0.02 of the TD error's root mean square."""
-    temperature_of_errors(script, 0.02)
-
-
-def noise10(script: ModuleType):
-    """alpha is 0.1 of the TD error's root mean square."""
-    temperature_of_errors(script, 0.1)
 
 
 def errors(script: ModuleType):
@@ -416,10 +396,7 @@ def errors(script: ModuleType):
     mean, before = [None], []
 
     def tune(alpha, log_prob, args):
-        frame = inspect.currentframe()
-        while "learner" not in frame.f_locals:
-            frame = frame.f_back
-        now = frame.f_locals  # of `train`
+        now = locals_of_train()
         v = float(now["flow"].soft_values(torch.from_numpy(now["obs"])[None]).min())
         if before and not now["truncated"]:
             q = before.pop()
@@ -427,8 +404,7 @@ def errors(script: ModuleType):
             v_next = 0.0 if now["terminated"] else v
             size = abs(now["reward"] + args.gamma * v_next - q)
             mean[0] = size if mean[0] is None else mean[0] + 1e-3 * (size - mean[0])
-            log_step = math.log(0.1 * mean[0] / alpha)
-            alpha.mul_(math.exp(min(max(log_step, -1e-3), 1e-3)))
+            move(alpha, 0.1 * mean[0])
         before[:] = [v + float(alpha) * log_prob * now["flow"].act_dim]
 
     script.tune = tune
@@ -442,22 +418,18 @@ def returns(script: ModuleType):
     """
     running = [0.0, 0.0]  # the sum, its largest size
 
-    def tune(alpha, log_prob, args):
-        frame = inspect.currentframe()
-        while "learner" not in frame.f_locals:
-            frame = frame.f_back
-        now = frame.f_locals  # of `train`, which has the last transition
+    def tune(alpha, _, args):
+        now = locals_of_train()  # with the last transition
         total = now["reward"] + args.gamma * running[0]
         running[1] = max(running[1], abs(total))
         running[0] = 0.0 if now["terminated"] or now["truncated"] else total
-        log_step = math.log(0.0005 * running[1] / alpha)
-        alpha.mul_(math.exp(min(max(log_step, -1e-3), 1e-3)))
+        move(alpha, 0.0005 * running[1])
 
     script.tune = tune
 
 
 def bound(script: ModuleType):
-    """With `noise` or `errors`: the entropy's target moves sigma_max, since alpha is taken.
+    """After `noise`, `errors` or `returns`: the entropy's target moves sigma_max.
 
     log sigma_max <- log sigma_max + eta (H + log pi(a|s)), from 0.02 to 7.4. A resumed
     run starts from --sigma-max.
@@ -471,7 +443,7 @@ def bound(script: ModuleType):
             self.register_buffer("sigma_max", torch.tensor(float(args.sigma_max)))
 
     def tune(alpha, log_prob, args):
-        flow = inspect.currentframe().f_back.f_locals["flow"]  # of `train`
+        flow = locals_of_train()["flow"]
         error = min(max(args.target_entropy + log_prob, -1.0), 1.0)
         flow.sigma_max.mul_(math.exp(args.alpha_lr * error)).clamp_(0.02, 7.4)
         tune_alpha(alpha, log_prob, args)
@@ -519,11 +491,8 @@ ARMS = {
         near,
         student,
         straight,
-        gentle,
         averaged,
         noise,
-        noise02,
-        noise10,
         errors,
         returns,
         bound,
