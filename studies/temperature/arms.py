@@ -370,18 +370,29 @@ def move(alpha: Tensor, wanted: float):
     alpha.mul_(math.exp(min(max(log_step, -1e-3), 1e-3)))
 
 
+def with_memory(script: ModuleType, size: int):
+    """Gives the flow `memory` (size,), zeros at first, kept in checkpoints."""
+
+    class EnergyFlow(script.EnergyFlow):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.register_buffer("memory", torch.zeros(size, dtype=torch.float64))
+
+    script.EnergyFlow = EnergyFlow
+
+
 def noise(script: ModuleType):
     """alpha is 0.05 of the TD error's root mean square, of about 1,000 updates.
 
     No target of the entropy: a temperature far below the errors of Q follows noise.
-    A resumed run forms the mean anew.
     """
-    square = torch.tensor(0.0, dtype=torch.float64)  # its running mean
+    with_memory(script, 1)  # the mean square
 
     def tune(alpha, *_):
-        loss = locals_of_train()["values"][0]  # of both Q_k: their mean square error
-        square.add_((loss - square) * (1e-3 if square else 1.0))
-        move(alpha, 0.05 * math.sqrt(square))
+        now = locals_of_train()
+        loss, memory = now["values"][0], now["flow"].memory
+        memory += (loss - memory) * (1e-3 if memory else 1.0)
+        move(alpha, 0.05 * math.sqrt(memory))
 
     script.tune = tune
 
@@ -390,22 +401,22 @@ def errors(script: ModuleType):
     """alpha is 0.1 of the mean size of the TD error of the actions just played.
 
     delta = r + gamma V(s') - V(s) - alpha log pi(a|s), V = min_k V_k, of theta: Q is
-    V + alpha log pi. These actions lie near the policy, so that delta hardly grows with
-    alpha. A mean of about 1,000 steps; a resumed run forms it anew.
+    V + alpha log pi. These actions lie near the policy. A mean of about 1,000 steps.
     """
-    mean, before = [None], []
+    with_memory(script, 3)  # the mean, Q of the last action, whether there is one
 
     def tune(alpha, log_prob, args):
         now = locals_of_train()
-        v = float(now["flow"].soft_values(torch.from_numpy(now["obs"])[None]).min())
-        if before and not now["truncated"]:
-            q = before.pop()
-            # the transition before this one ended in this observation, or for good
+        flow = now["flow"]
+        mean, q, started = flow.memory.tolist()
+        v = float(flow.soft_values(torch.from_numpy(now["obs"])[None]).min())
+        if started and not now["truncated"]:
             v_next = 0.0 if now["terminated"] else v
             size = abs(now["reward"] + args.gamma * v_next - q)
-            mean[0] = size if mean[0] is None else mean[0] + 1e-3 * (size - mean[0])
-            move(alpha, 0.1 * mean[0])
-        before[:] = [v + float(alpha) * log_prob * now["flow"].act_dim]
+            mean += (size - mean) * (1e-3 if mean else 1.0)
+            move(alpha, 0.1 * mean)
+        q = v + float(alpha) * log_prob * flow.act_dim
+        flow.memory.copy_(torch.tensor([mean, q, 1.0]))
 
     script.tune = tune
 
@@ -414,16 +425,18 @@ def returns(script: ModuleType):
     """alpha is 0.0005 of the largest size of a discounted return so far.
 
     The sum of the rewards of the episode so far, each times gamma for each step since.
-    A resumed run forms it anew.
     """
-    running = [0.0, 0.0]  # the sum, its largest size
+    with_memory(script, 2)  # the sum, its largest size
 
     def tune(alpha, _, args):
         now = locals_of_train()  # with the last transition
-        total = now["reward"] + args.gamma * running[0]
-        running[1] = max(running[1], abs(total))
-        running[0] = 0.0 if now["terminated"] or now["truncated"] else total
-        move(alpha, 0.0005 * running[1])
+        total, largest = now["flow"].memory.tolist()
+        total = now["reward"] + args.gamma * total
+        largest = max(largest, abs(total))
+        move(alpha, 0.0005 * largest)
+        if now["terminated"] or now["truncated"]:
+            total = 0.0
+        now["flow"].memory.copy_(torch.tensor([total, largest]))
 
     script.tune = tune
 
@@ -431,8 +444,7 @@ def returns(script: ModuleType):
 def bound(script: ModuleType):
     """After `noise`, `errors` or `returns`: the entropy's target moves sigma_max.
 
-    log sigma_max <- log sigma_max + eta (H + log pi(a|s)), from 0.02 to 7.4. A resumed
-    run starts from --sigma-max.
+    log sigma_max <- log sigma_max + eta (H + log pi(a|s)), from 0.02 to 7.4.
     """
     tune_alpha = script.tune
 
