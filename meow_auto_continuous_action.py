@@ -13,15 +13,15 @@
 #   "imageio[ffmpeg]>=2.34",
 # ]
 # ///
-"""MEow without tuning: a temperature that learns itself, one setting for every task.
+"""MEow without tuning: a temperature that sets itself, one setting for every task.
 
     python meow_auto_continuous_action.py --env-id Ant-v4            # any environment
     python meow_auto_continuous_action.py --resume runs/<run_name>   # go on exactly
     python meow_auto_continuous_action.py --evaluate runs/<run_name> --capture-video
 
 In MEow (meow_continuous_action.py; Chao et al., NeurIPS 2024) alpha multiplies the
-flow's whole log-density: Q moves with alpha, which can't be learned as in SAC. Here Q
-is written without it. For u = atanh(a), additive couplings x = g(u|s), of volume 1, and
+flow's whole log-density: Q moves with alpha, which has to stay as it is. Here Q is
+written without it. For u = atanh(a), additive couplings x = g(u|s), of volume 1, and
 networks m_k(s), kappa(s) > 0:
 
     Q_k(s,a) = m_k(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
@@ -35,23 +35,27 @@ Since da = prod_i (1 - tanh(u_i)^2) du and du = dx, the last term of Q cancels i
 which is a Gaussian integral: V is the soft value of Q, exactly, at EVERY alpha, and
 pi(a|s) = exp((Q_k - V_k)/alpha) is the density of tanh(u). (MEow's own form is the
 special case kappa = alpha/sigma^2.) When alpha moves, m, kappa and g stay; the policy
-widens or narrows. So the dual of SAC works: with the entropy's target H and the
-log-density of the action just played,
+widens or narrows. So alpha can follow the size of what there is to tell apart: it is a
+fixed part of the largest discounted return so far. (--temperature entropy is SAC's
+dual, log alpha <- log alpha + eta (H + log pi(a|s)), which learns worse here.)
 
-    log alpha <- log alpha + eta (H + log pi(a|s)),     clipped to eta per dimension
+Q is quadratic in the latent z = x / sigma, and no quadratic fits near and far actions
+together; the policy needs the near ones. So a transition counts less in the loss, the
+farther its action lies from the policy: with d = |z|^2 / A, by w(d) of `near_weight`.
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
 m_k       EnergyFlow.m       two networks, reward units; the smaller V_k counts
 kappa     EnergyFlow.kappa   curvature, reward units: exp(h(s)) + alpha / sigma_max^2
 alpha     EnergyFlow.alpha   temperature, reward units per nat; gets no gradient
+d         q_and_distance     mean square of z: about 1 for the policy's own actions
 theta     theta              all parameters in one vector; theta': target_theta
 y         target             r + gamma (1 - terminated) min_k V_k(s'), theta'
 Shapes: B batch, A action, S observation, K = 2 shifts, P parameters.
 
-What differs from meow_continuous_action.py besides: m and h have LayerNorm (hidden
-layers start orthogonal, the last one at zero), and the replay buffer keeps u, of
-which nothing is cut off.
+What differs from meow_continuous_action.py besides: observations are normalised, m and
+h have LayerNorm (hidden layers start orthogonal, the last one at zero), and the replay
+buffer keeps u, of which nothing is cut off.
 """
 
 import json
@@ -59,6 +63,7 @@ import math
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -106,11 +111,12 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
     alpha: float = 0.1  # temperature at the start: reward units per nat of entropy
-    autotune: bool = True  # learn the temperature
-    alpha_lr: float = 1e-3  # eta, the temperature's step size
-    target_entropy: float = -0.65  # of the policy, in nats per action dimension
+    temperature: Literal["returns", "entropy", "fixed"] = "returns"  # what moves alpha
+    alpha_lr: float = 1e-3  # eta, the largest step of log alpha
+    return_ratio: float = 5e-4  # "returns": alpha over the largest discounted return
+    target_entropy: float = -0.65  # "entropy": the target, nats per action dimension
     sigma_start: float = 0.22  # standard deviation of u at the start
-    sigma_max: float = 7.4  # upper bound of the standard deviation of u
+    sigma_max: float = 0.4  # upper bound of the standard deviation of u
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept in the replay buffer
     learning_starts: int = 5_000  # random steps before the first of one update per step
@@ -133,7 +139,8 @@ class Args(RunArgs):
         self.check("eval_episodes", lambda x: x >= 0, "at least 0")
         if self.max_episode_steps is not None:
             self.check("max_episode_steps", lambda x: x >= 1, "at least 1")
-        positive = "learning_rate alpha alpha_lr max_grad_norm sigma_start sigma_max"
+        positive = "learning_rate alpha alpha_lr return_ratio max_grad_norm"
+        positive += " sigma_start sigma_max"
         self.check(positive, lambda x: x > 0, "positive and finite")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
         self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
@@ -212,6 +219,42 @@ def evaluate(
                     if terminated or truncated:
                         del playing[i]
     return returns, lengths
+
+
+class ObservationNorm:
+    """Running mean and variance (S,) of all observations, each counted once."""
+
+    def __init__(self, obs_dim: int, device: torch.device | str = "cpu"):
+        zeros = torch.zeros(obs_dim, dtype=torch.float64, device=device)
+        self.mean, self.var, self.count = zeros, zeros + 1, zeros[:1].clone()
+
+    def update(self, obs: Tensor):
+        """Adds observations (N, S) (Chan et al., parallel variance)."""
+        n, obs = len(obs), obs.double()
+        delta, total = obs.mean(0) - self.mean, self.count + n
+        squares = self.count * self.var + n * obs.var(0, correction=0)
+        squares += delta.square() * self.count * n / total
+        self.mean += delta * n / total
+        self.var.copy_(squares / total)
+        self.count.copy_(total)
+
+    def __call__(self, obs: Tensor) -> Tensor:
+        """obs (..., S) with mean 0 and variance 1, clipped to +-5 as the authors do."""
+        scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
+        return scaled.clamp(-5, 5).to(obs.dtype)
+
+    def normalise(self, batch: Tensor, obs_dim: int, act_dim: int):
+        """Normalises both observations of each row of a batch (B, row), in place."""
+        obs, _, next_obs, _, _ = split_batch(batch, obs_dim, act_dim)
+        obs.copy_(self(obs))
+        next_obs.copy_(self(next_obs))
+
+    def state_dict(self) -> dict:
+        return {name: value.cpu() for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: dict):
+        for name, value in vars(self).items():
+            value.copy_(state[name])
 
 
 # --- Replay buffer --------------------------------------------------------------------
@@ -369,12 +412,17 @@ class EnergyFlow(nn.Module):
         """m_k(s). (B, S) -> (B, K), reward units."""
         return torch.cat([m(obs) for m in self.m], dim=-1)
 
-    def q_values(self, obs: Tensor, u: Tensor, kept: Tensor | None = None) -> Tensor:
+    def q_values(self, obs: Tensor, u: Tensor) -> Tensor:
         """Q_k = m_k - 1/2 sum kappa x^2 - alpha sum log(1 - tanh(u)^2). -> (B, K)."""
+        return self.q_and_distance(obs, u)[0]
+
+    def q_and_distance(self, obs: Tensor, u: Tensor, kept: Tensor | None = None):
+        """Q_k(s,a), and d = |z|^2 / A of the latent z = x / sigma. -> (B, K), (B,)."""
         x = self.to_x(u, obs, kept)
         energy = 0.5 * (self.kappa(obs) * x * x).sum(-1)
         squash = self.alpha * log_tanh_slope(u).sum(-1)
-        return self.shifts(obs) - (energy + squash)[:, None]
+        q = self.shifts(obs) - (energy + squash)[:, None]
+        return q, 2 * energy / (self.alpha * self.act_dim)
 
     def soft_values(self, obs: Tensor) -> Tensor:
         """V_k(s) = m_k(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s)). -> (B, K)."""
@@ -439,9 +487,14 @@ def soft_target(
     return reward + gamma * (1 - terminated) * v_next.min(-1).values
 
 
-def meow_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Batch mean of sum_k (Q_k - y)^2 / 2. q (B, K), target (B,) -> ()."""
-    return 0.5 * (q - target[:, None]).square().sum(-1).mean()
+def near_weight(d: Tensor) -> Tensor:
+    """w(d): 1 up to d = 4, then exp((4 - d) / 2), at least 0.02. d (B,) -> (B,)."""
+    return torch.exp((4 - d) / 2).clamp(0.02, 1)
+
+
+def meow_loss(q: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Batch mean of w sum_k (Q_k - y)^2 / 2. q (B, K), target, weight (B,) -> ()."""
+    return 0.5 * (weight * (q - target[:, None]).square().sum(-1)).mean()
 
 
 def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -469,7 +522,17 @@ def adam(
     return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
 
 
-def tune(alpha: Tensor, log_prob: float, args: Args):
+def follow_returns(alpha: Tensor, largest: float, args: Args):
+    """alpha () goes to --return-ratio times the largest |discounted return|, in place.
+
+    By at most a factor exp(eta) a step; it stays where no reward has come yet.
+    """
+    if largest > 0:
+        step = math.log(args.return_ratio * largest / alpha)
+        alpha.mul_(math.exp(min(max(step, -args.alpha_lr), args.alpha_lr)))
+
+
+def follow_entropy(alpha: Tensor, log_prob: float, args: Args):
     """log alpha <- log alpha + eta (H + log pi(a|s)): alpha (), moved in place.
 
     log_prob and the target H in nats per action dimension. alpha grows where the policy
@@ -478,6 +541,25 @@ def tune(alpha: Tensor, log_prob: float, args: Args):
     error = min(max(args.target_entropy + log_prob, -1.0), 1.0)
     log_alpha = math.log(alpha) + args.alpha_lr * error
     alpha.fill_(max(math.exp(log_alpha), 1e-6))
+
+
+class DiscountedReturn:
+    """Of the episode so far: sum_i gamma^(t-i) r_i at step t; `largest`: its record."""
+
+    def __init__(self, gamma: float):
+        self.gamma, self.total, self.largest = gamma, 0.0, 0.0
+
+    def add(self, reward: float, done: bool):
+        self.total = reward + self.gamma * self.total
+        self.largest = max(self.largest, abs(self.total))
+        if done:
+            self.total = 0.0
+
+    def state_dict(self) -> dict:
+        return {"total": self.total, "largest": self.largest}
+
+    def load_state_dict(self, state: dict):
+        self.total, self.largest = state["total"], state["largest"]
 
 
 METRICS = [
@@ -493,12 +575,12 @@ METRICS = [
 def make_update(flow: EnergyFlow, args: Args):
     """update(theta, theta', m, v, decay, batch, kept) -> METRICS (6,), a pure function
     but that it changes the first five in place; it is compiled as a whole."""
-    q_values = function_of_parameters(flow.q_values)
+    q_and_distance = function_of_parameters(flow.q_and_distance)
     soft_values = function_of_parameters(flow.soft_values)
 
     def loss_and_q(theta, obs, u, target, kept):
-        q = q_values(theta, obs, u, kept)  # Q_k(s,a)  (B, K)
-        return meow_loss(q, target), q
+        q, d = q_and_distance(theta, obs, u, kept)  # Q_k(s,a)  (B, K)
+        return meow_loss(q, target, near_weight(d.detach())), q
 
     def update(theta, target_theta, m, v, decay, batch, kept=None):
         parts = split_batch(batch, flow.obs_dim, flow.act_dim)
@@ -521,8 +603,11 @@ def make_update(flow: EnergyFlow, args: Args):
 
 
 # --- Training -------------------------------------------------------------------------
-def make_policy(network, theta: Tensor, n: int, run: Run, name: str):
-    """policy(obs (n, S), z (n, A)) -> u (n, A), log pi (n,): compiled `sample`."""
+def make_policy(network, norm, theta: Tensor, n: int, run: Run, name: str):
+    """policy(obs (n, S), z (n, A)) -> u (n, A), log pi (n,): compiled `sample`.
+
+    It normalises the observations by `norm`.
+    """
     widths = [network.obs_dim, network.act_dim]
     inputs = torch.zeros(n, sum(widths), device=run.device)
     obs_in, z_in = inputs.split(widths, dim=-1)
@@ -530,7 +615,7 @@ def make_policy(network, theta: Tensor, n: int, run: Run, name: str):
     draw = run.compile(name, sample, theta, obs_in, z_in)
 
     def policy(obs: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        obs_in.copy_(torch.from_numpy(obs))
+        obs_in.copy_(norm(torch.from_numpy(obs).to(run.device)))
         z_in.copy_(torch.from_numpy(z))
         u, log_prob = draw()
         return u.cpu().numpy(), log_prob.cpu().numpy()
@@ -545,6 +630,8 @@ def train(args: Args, run: Run):
     eval_envs = make_eval_envs(args, run)
     capacity = min(args.buffer_size, args.total_timesteps)
     replay = ReplayBuffer(capacity, *env.sizes, args.batch_size, run.device)
+    norm = ObservationNorm(env.sizes[0], run.device)
+    returns = DiscountedReturn(args.gamma)
     flow = make_flow(args, *env.sizes).to(run.device)
     theta = flatten_parameters(flow)  # the flow's parameters are views of it
     learner = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, decay
@@ -552,10 +639,11 @@ def train(args: Args, run: Run):
     kept = torch.ones(shape, dtype=torch.bool, device=run.device)
     update = make_update(flow, args)
     update = run.compile("the update", update, *learner, replay.batch, kept)
-    act = make_policy(flow, theta, 1, run, "acting")
-    play = make_policy(flow, theta, args.eval_episodes, run, "evaluation")
-    parts = {"env": env, "learner": learner, "replay": replay, "alpha": [flow.alpha]}
-    run.start({"flow": flow}, rng, env.sizes, **parts)
+    act = make_policy(flow, norm, theta, 1, run, "acting")
+    play = make_policy(flow, norm, theta, args.eval_episodes, run, "evaluation")
+    parts = {"env": env, "learner": learner, "replay": replay}
+    parts |= {"norm": norm, "returns": returns, "alpha": [flow.alpha]}
+    run.start({"flow": flow, "norm": norm}, rng, env.sizes, **parts)
 
     def eval_policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
         return np.tanh(play(obs, z)[0])
@@ -567,20 +655,24 @@ def train(args: Args, run: Run):
         if done:  # a resumed run is brought back to where its episode was
             seed = episode_seed(args.seed, TRAINING, env.episode_count)
             obs, _ = env.reset(seed=seed)
+        norm.update(torch.from_numpy(obs[None]).to(run.device))
         learning = step >= args.learning_starts
         if not learning:
             u = np.arctanh(rng.uniform(-1, 1, flow.act_dim)).astype(np.float32)
         else:
             z = rng.standard_normal((1, flow.act_dim), dtype=np.float32)
             (u,), (log_prob,) = act(obs[None], z)  # u = g^-1(sigma z|s), z ~ N(0, I)
-            replay.sample(rng)
+            norm.normalise(replay.sample(rng), *env.sizes)
             draw_dropout(kept, args.dropout, rng)
             values = update()
-            if args.autotune:
-                tune(flow.alpha, float(log_prob) / flow.act_dim, args)
+            if args.temperature == "returns":
+                follow_returns(flow.alpha, returns.largest, args)
+            if args.temperature == "entropy":
+                follow_entropy(flow.alpha, float(log_prob) / flow.act_dim, args)
         next_obs, reward, terminated, truncated, info = env.step(np.tanh(u))
         replay.add(obs, u, next_obs, reward, terminated)
         obs, done = next_obs, terminated or truncated
+        returns.add(float(reward), done)
         if done:
             run.log_episode(info["episode"])
         metrics = {}
@@ -600,9 +692,11 @@ def evaluate_saved(args: Args, saved: dict, session: Session):
     environments.check_sizes(saved, envs[0].sizes, args.env_id)
     flow = make_flow(args, *saved["sizes"])
     flow.load_state_dict(saved["flow"])
+    norm = ObservationNorm(envs[0].sizes[0])
+    norm.load_state_dict(saved["norm"])
 
     def policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
-        u, _ = flow.sample(torch.from_numpy(obs), torch.from_numpy(z))
+        u, _ = flow.sample(norm(torch.from_numpy(obs)), torch.from_numpy(z))
         return np.tanh(u.numpy())
 
     return evaluate(args, envs, policy, saved["step"], session)
