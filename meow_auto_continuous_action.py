@@ -113,8 +113,10 @@ class Args(RunArgs):
     alpha: float = 0.1  # temperature at the start: reward units per nat of entropy
     temperature: Literal["returns", "entropy", "fixed"] = "returns"  # what moves alpha
     alpha_lr: float = 1e-3  # eta, the largest step of log alpha
-    return_ratio: float = 5e-4  # "returns": alpha over the largest discounted return
-    target_entropy: float = -0.65  # "entropy": the target, nats per action dimension
+    return_ratio: float = 5e-4  # with returns: alpha over the largest discounted one
+    target_entropy: float = (
+        -0.65
+    )  # with entropy: the target, in nats per action dimension
     sigma_start: float = 0.22  # standard deviation of u at the start
     sigma_max: float = 0.4  # upper bound of the standard deviation of u
     batch_size: int = 256  # transitions per update

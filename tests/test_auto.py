@@ -1,4 +1,4 @@
-"""MEow without tuning: its identities at every temperature, its dual, its update."""
+"""MEow without tuning: its identities at every temperature, what moves it, updates."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def seed():
 
 def make_flow(obs_dim=3, act_dim=2, alpha=None, **settings):
     """A float64 flow whose every parameter is random; alpha: moved there afterwards."""
-    args = auto.Args(**settings)
+    args = auto.Args(**dict(sigma_max=7.4) | settings)
     flow = auto.make_flow(args, obs_dim, act_dim).double()
     for p in flow.parameters():
         p.add_(0.1 * torch.randn_like(p))
@@ -130,7 +130,7 @@ def test_samples_follow_the_density():
 
 
 def test_the_policy_starts_as_wide_as_asked():
-    for settings in ({}, {"alpha": 0.5, "sigma_start": 1.5}):
+    for settings in ({}, {"alpha": 0.5, "sigma_start": 1.5, "sigma_max": 7.4}):
         args = auto.Args(**settings)
         flow = auto.make_flow(args, 4, 3)
         sigma = torch.sqrt(flow.alpha / flow.kappa(torch.randn(9, 4)))
@@ -139,15 +139,63 @@ def test_the_policy_starts_as_wide_as_asked():
 
 
 # --- The temperature ------------------------------------------------------------------
+def test_alpha_comes_to_rest_at_its_part_of_the_largest_return():
+    """By at most eta a step, from both sides; without a reward it stays."""
+    args = auto.Args(alpha_lr=0.01, return_ratio=0.002)
+    for start in (0.05, 0.9):
+        alpha = torch.tensor(start, dtype=torch.float64)
+        auto.follow_returns(alpha, 0.0, args)
+        assert float(alpha) == start
+        auto.follow_returns(alpha, 100.0, args)
+        assert math.log(alpha / start) == pytest.approx(0.01 if start < 0.2 else -0.01)
+        for _ in range(200):
+            auto.follow_returns(alpha, 100.0, args)
+        assert float(alpha) == pytest.approx(0.2)
+
+
+def test_the_discounted_return_is_the_episodes():
+    """The largest size of sum_i gamma^(t-i) r_i of one episode."""
+    returns = auto.DiscountedReturn(0.5)
+    rewards, ends = [2.0, -8.0, 1.0, 3.0], [False, True, False, False]
+    totals = [2.0, -8.0 + 1.0, 1.0, 3.0 + 0.5]
+    for reward, done, total in zip(rewards, ends, totals, strict=True):
+        returns.add(reward, done)
+        assert returns.total == (0 if done else total)
+    assert returns.largest == 7
+    again = auto.DiscountedReturn(0.5)
+    again.load_state_dict(returns.state_dict())
+    assert (again.total, again.largest) == (3.5, 7)
+
+
+def test_the_policys_own_actions_are_at_distance_one():
+    """d is the mean square of the latent that the action was made of."""
+    flow, _ = make_flow(3, 4, alpha=0.03)
+    obs, z = torch.randn(500, 3).double(), torch.randn(500, 4).double()
+    q, d = flow.q_and_distance(obs, flow.sample(obs, z)[0])
+    torch.testing.assert_close(d, z.square().mean(-1))
+    assert float(d.mean()) == pytest.approx(1, abs=0.1)
+    torch.testing.assert_close(q, flow.q_values(obs, flow.sample(obs, z)[0]))
+
+
+def test_far_actions_weigh_less():
+    d = torch.tensor([0.0, 1, 4, 5, 8, 50]).double()
+    weight = torch.tensor([1, 1, 1, math.exp(-0.5), math.exp(-2), 0.02]).double()
+    torch.testing.assert_close(auto.near_weight(d), weight)
+    q, target = torch.randn(6, 2).double(), torch.randn(6).double()
+    errors = (q[:, 0] - target) ** 2 + (q[:, 1] - target) ** 2
+    expected = (0.5 * weight * errors).mean()
+    torch.testing.assert_close(auto.meow_loss(q, target, weight), expected)
+
+
 def test_alpha_grows_while_the_policy_is_narrow():
     """By at most eta; it stays where the entropy is the target's."""
     args = auto.Args(target_entropy=-0.5, alpha_lr=0.01)
     for log_prob, moved in ((0.5, 0), (0.8, 0.3), (9, 1), (0.2, -0.3), (-9, -1)):
         alpha = torch.tensor(0.1, dtype=torch.float64)
-        auto.tune(alpha, log_prob, args)
+        auto.follow_entropy(alpha, log_prob, args)
         assert math.log(alpha / 0.1) == pytest.approx(0.01 * moved)
     alpha = torch.tensor(1e-6)
-    auto.tune(alpha, -9, args)
+    auto.follow_entropy(alpha, -9, args)
     assert alpha > 0
 
 
@@ -158,7 +206,7 @@ def test_the_dual_comes_to_rest_at_the_target_entropy(start):
     obs = torch.randn(1, 3).double()
     for _ in range(4000):
         log_prob = float(flow.sample(obs)[1]) / 2
-        auto.tune(flow.alpha, log_prob, args)
+        auto.follow_entropy(flow.alpha, log_prob, args)
     log_probs = flow.sample(obs.expand(20_000, -1))[1] / 2
     assert abs(-log_probs.mean() + 0.4) < 0.1
 
@@ -169,7 +217,8 @@ def test_the_dual_comes_to_rest_at_the_target_entropy(start):
 )
 def test_update_against_autograd_and_torch_optim(compiled):
     """Updates equal ordinary PyTorch's while alpha moves; it gets no gradient."""
-    network, args = make_flow(5, 3, learning_rate=1e-2, tau=0.1, max_grad_norm=0.05)
+    settings = dict(learning_rate=1e-2, tau=0.1, max_grad_norm=0.05, sigma_start=0.9)
+    network, args = make_flow(5, 3, **settings)
     flow, target_flow = copy.deepcopy(network), copy.deepcopy(network)
     flow.requires_grad_(True)
     theta = flatten_parameters(network)
@@ -179,6 +228,7 @@ def test_update_against_autograd_and_torch_optim(compiled):
     function = auto.make_update(network, args)
     update = compiler("the update", function, *state, batch, kept)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    seen = []
     for alpha in (0.1, 0.1, 0.02, 0.5):
         for module in (network, flow, target_flow):
             module.alpha.fill_(alpha)
@@ -187,8 +237,10 @@ def test_update_against_autograd_and_torch_optim(compiled):
         obs, u, next_obs, reward, terminated = auto.split_batch(batch, 5, 3)
         v_next = target_flow.soft_values(next_obs)
         y = reward + 0.99 * (1 - terminated) * v_next.min(-1).values
-        q = flow.q_values(obs, u, kept)
-        loss = sum(0.5 * ((q[:, k] - y) ** 2).mean() for k in range(2))
+        q, d = flow.q_and_distance(obs, u, kept)
+        w = torch.exp((4 - d.detach()) / 2).clamp(0.02, 1)
+        seen += w.tolist()
+        loss = sum(0.5 * (w * (q[:, k] - y) ** 2).mean() for k in range(2))
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.05)
@@ -200,30 +252,61 @@ def test_update_against_autograd_and_torch_optim(compiled):
         for vector, module in zip(state, (flow, target_flow), strict=False):
             expected = torch.nn.utils.parameters_to_vector(module.parameters())
             torch.testing.assert_close(vector, expected.detach(), rtol=1e-6, atol=1e-8)
+    assert min(seen) < 1 == max(seen)
 
 
 def test_acting_stores_u_and_moves_alpha():
-    """The buffer has the policy's u, the environment gets tanh(u), alpha follows."""
-    flows = []
+    """The policy sees normalised observations, the buffer has its u, the environment
+    gets tanh(u), alpha follows."""
+    policies, largest = [], []
 
     def look(run):
-        flows.append(copy.deepcopy(run.policy["flow"]))
+        policies.append(copy.deepcopy(run.policy))
+        largest.append(run.parts["returns"].largest)
 
     run = trained(auto, 3, after=look)
     rng = np.random.default_rng(run.args.seed)
     rng.uniform(-1, 1, (RANDOM_STEPS, 3))
     z = torch.from_numpy(rng.standard_normal((1, 3), dtype=np.float32))
     obs, u = run.replay.rows[RANDOM_STEPS, None].split([5, 3, 7], -1)[:2]
-    before, after = flows[RANDOM_STEPS - 1 : RANDOM_STEPS + 1]
-    expected, log_prob = before.sample(obs, z)
+    before, after = policies[RANDOM_STEPS - 1 : RANDOM_STEPS + 1]
+    normal = after["norm"](obs)  # it has this observation
+    expected, _ = before["flow"].sample(normal, z)
     torch.testing.assert_close(u, expected, rtol=1e-5, atol=1e-6)
     played = torch.from_numpy(run.env.current.actions[0])
     torch.testing.assert_close(played, torch.tanh(u[0]), rtol=1e-5, atol=1e-6)
-    alpha = before.alpha.clone()
-    auto.tune(alpha, float(log_prob) / 3, run.args)
-    torch.testing.assert_close(after.alpha, alpha)
-    fixed = trained(auto, 3, autotune=False)
-    assert fixed.policy["flow"].alpha == np.float32(fixed.args.alpha)
+    alpha = before["flow"].alpha.clone()
+    auto.follow_returns(alpha, largest[RANDOM_STEPS - 1], run.args)
+    assert alpha != before["flow"].alpha
+    torch.testing.assert_close(after["flow"].alpha, alpha)
+
+
+@pytest.mark.parametrize("temperature", ["entropy", "fixed"])
+def test_other_ways_to_set_the_temperature(temperature):
+    flows, settings = [], dict(temperature=temperature, alpha_lr=0.1)
+    look = lambda run: flows.append(copy.deepcopy(run.policy["flow"]))  # noqa: E731
+    run = trained(auto, 1, after=look, **settings)
+    log_prob = -run.metrics[-1]["flow/entropy"] / 3
+    alpha = torch.tensor(run.args.alpha)
+    if temperature == "entropy":
+        auto.follow_entropy(alpha, log_prob, run.args)
+        assert alpha != np.float32(run.args.alpha)
+    torch.testing.assert_close(flows[-1].alpha, alpha)
+
+
+def test_batches_are_normalised_and_the_buffer_is_not():
+    """Each observation that was acted on counts once, clipped to 5 deviations."""
+    run = trained(auto, 1)
+    rows, norm = run.replay.rows, run.policy["norm"]
+    obs = rows[: RANDOM_STEPS + 1, :5]
+    torch.testing.assert_close(norm.mean, obs.double().mean(0))
+    assert float(norm.count) == RANDOM_STEPS + 1
+    for part in (slice(0, 5), slice(8, 13)):
+        stored = norm(rows[: RANDOM_STEPS + 1, part])
+        for row in run.replay.batch[:, part]:
+            assert (row - stored).abs().sum(-1).min() < 1e-5
+    far = 1e6 * torch.ones(1, 5)
+    assert (norm(far) == 5).all()
 
 
 def test_a_restored_run_goes_on_exactly():

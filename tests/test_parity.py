@@ -34,10 +34,12 @@ ENVIRONMENT = OWN | set("evaluate make_eval_envs make_policy".split())
 MEOW, SAC, SQL, AUTO = GYMNASIUM
 # What a temperature that moves changes in MEow's script.
 MOVING = OWN | set("MLP EnergyFlow make_flow make_policy make_update".split())
+MOVING |= {"meow_loss"}
 PAIRS = {
     (MEOW, SAC): ALGORITHM,
     (MEOW, SQL): ALGORITHM,
     (MEOW, AUTO): MOVING,
+    (AUTO, ISAAC[0]): MOVING | ENVIRONMENT,
     (SAC, SQL): ALGORITHM,
     (MEOW, "sb3_baselines.py"): OWN,
     tuple(ISAAC): ALGORITHM,
@@ -48,7 +50,8 @@ PAIRS = {
 SHARED = {
     (MEOW, SAC): "make_env episode_seed evaluate ReplayBuffer split_batch adam",
     (MEOW, SQL): "make_env episode_seed evaluate ReplayBuffer split_batch adam",
-    (MEOW, AUTO): "make_env evaluate ReplayBuffer Swish soft_target meow_loss METRICS",
+    (MEOW, AUTO): "make_env evaluate ReplayBuffer Swish soft_target METRICS",
+    (AUTO, ISAAC[0]): "ObservationNorm Swish soft_target adam METRICS",
     (SAC, SQL): "make_policy make_eval_envs adam_moments evaluate make_env",
     (MEOW, "sb3_baselines.py"): "make_env episode_seed evaluate make_eval_envs",
     tuple(ISAAC): "VectorReplayBuffer ObservationNorm evaluate make_policy adam",

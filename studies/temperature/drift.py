@@ -40,10 +40,12 @@ def latents_and_errors(saved: dict) -> tuple[torch.Tensor, torch.Tensor, float]:
     flow.alpha.copy_(saved["alpha"][0])
     parts = script.split_batch(saved["replay"]["rows"], *saved["sizes"])
     obs, u, next_obs, reward, terminated = parts
+    norm = script.ObservationNorm(obs.shape[-1])
+    norm.load_state_dict(saved["norm"])
+    obs, next_obs = norm(obs), norm(next_obs)
     torch.nn.utils.vector_to_parameters(theta, flow.parameters())
-    x = flow.to_x(u, obs)
-    d = (x * x * flow.kappa(obs) / flow.alpha).mean(-1)
-    q = flow.q_values(obs, u).mean(-1)
+    q, d = flow.q_and_distance(obs, u)
+    q = q.mean(-1)
     torch.nn.utils.vector_to_parameters(target_theta, flow.parameters())
     v_next = flow.soft_values(next_obs)
     error = script.soft_target(reward, terminated, v_next, args.gamma) - q

@@ -36,13 +36,15 @@ class Options:
     """states at which actions are tried"""
 
 
-def flow_of(saved: dict) -> tuple[script.EnergyFlow, script.Args]:
-    """The flow of a checkpoint at its temperature."""
+def parts_of(saved: dict):
+    """Of a checkpoint: its flow at its temperature, its normalisation, its settings."""
     args = script.Args(**saved["args"])
+    norm = script.ObservationNorm(saved["sizes"][0])
+    norm.load_state_dict(saved["norm"])
     flow = script.make_flow(args, *saved["sizes"])
     torch.nn.utils.vector_to_parameters(saved["learner"][0], flow.parameters())
     flow.alpha.copy_(saved["alpha"][0])
-    return flow, args
+    return flow, norm, args
 
 
 def simulator_state(env) -> tuple[np.ndarray, ...]:
@@ -55,7 +57,7 @@ def restore(env, state: tuple[np.ndarray, ...]):
     env.unwrapped.data.qacc_warmstart[:] = state[2]
 
 
-def worth(flow, env, state, u: Tensor, gamma: float) -> Tensor:
+def worth(flow, norm, env, state, u: Tensor, gamma: float) -> Tensor:
     """y of actions u (n, A), each from this state, with each V_k. -> (n, K)."""
     outcomes = []
     for action in np.tanh(u.numpy()):
@@ -64,24 +66,24 @@ def worth(flow, env, state, u: Tensor, gamma: float) -> Tensor:
         outcomes.append((*next_obs, reward, terminated))
     outcomes = torch.from_numpy(np.array(outcomes, np.float32))
     next_obs, reward, terminated = outcomes.tensor_split([-2, -1], dim=-1)
-    return reward + gamma * (1 - terminated) * flow.soft_values(next_obs)
+    return reward + gamma * (1 - terminated) * flow.soft_values(norm(next_obs))
 
 
 @torch.no_grad()
 def values_of_actions(saved: dict, states: int) -> tuple[Tensor, Tensor]:
     """y and Q, (states, ACTIONS, K) each, less their means at each state."""
     torch.manual_seed(0)
-    flow, args = flow_of(saved)
+    flow, norm, args = parts_of(saved)
     env = script.make_env(args).env  # its rescaling: env.action(a)
     obs, _ = env.reset(seed=0)
     y, q = [], []
     for step in range(EVERY * states):
-        here = torch.from_numpy(obs).float()[None]
+        here = norm(torch.from_numpy(obs).float()[None])
         if step % EVERY == 0:
             state = simulator_state(env)
             many = here.expand(ACTIONS, -1)
             u, _ = flow.sample(many)
-            y.append(worth(flow, env, state, u, args.gamma))
+            y.append(worth(flow, norm, env, state, u, args.gamma))
             q.append(flow.q_values(many, u))
             restore(env, state)
         u, _ = flow.sample(here)
