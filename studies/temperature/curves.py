@@ -22,11 +22,12 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
 """with their numbers of action dimensions"""
 SETTINGS = {  # experiment: label, colour
     "meow_auto_continuous_action": ("MEow without tuning", "tab:blue"),
-    "auto_fixed_alpha": ("the same, alpha fixed at 0.1", "tab:green"),
-    "auto_near": ("near: far actions weigh less", "tab:purple"),
+    "auto_returns_normal_near": ("its settings, as an arm", "tab:cyan"),
+    "auto_returns_normal": ("the same, all actions weigh alike", "tab:green"),
+    "auto_dual": ("before: SAC's dual moves alpha", "tab:purple"),
     "sac_continuous_action": ("SAC", "tab:orange"),
 }
-TARGETS = {"tab:blue": -0.65, "tab:orange": -1.0}
+TARGETS = {"tab:purple": -0.65, "tab:orange": -1.0}
 """of the entropy"""
 STEPS = 90_000
 ROWS = ("return", "temperature", "nats per action dimension")
