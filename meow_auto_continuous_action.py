@@ -114,9 +114,7 @@ class Args(RunArgs):
     temperature: Literal["returns", "entropy", "fixed"] = "returns"  # what moves alpha
     alpha_lr: float = 1e-3  # eta, the largest step of log alpha
     return_ratio: float = 5e-4  # with returns: alpha over the largest discounted one
-    target_entropy: float = (
-        -0.65
-    )  # with entropy: the target, in nats per action dimension
+    target_entropy: float = -0.65  # with entropy: its target, nats per action dimension
     sigma_start: float = 0.22  # standard deviation of u at the start
     sigma_max: float = 0.4  # upper bound of the standard deviation of u
     batch_size: int = 256  # transitions per update

@@ -132,6 +132,8 @@ def test_another_seed_gives_another_run(finished, tmp_path, script):
     assert launch(script, quick(seed=2), tmp_path).returncode == 0
     other, rows = by_name(only_run(tmp_path)), by_name(finished(script)[0])
     for name in LOSSES[script.stem] | {"charts/episodic_return", "eval/return_0"}:
+        if name == "flow/alpha":
+            continue  # at first it falls at its pace, whatever the returns
         assert other[name] != rows[name], name
 
 
