@@ -35,13 +35,18 @@ Since da = prod_i (1 - tanh(u_i)^2) du and du = dx, the last term of Q cancels i
 which is a Gaussian integral: V is the soft value of Q, exactly, at EVERY alpha, and
 pi(a|s) = exp((Q_k - V_k)/alpha) is the density of tanh(u). (MEow's own form is the
 special case kappa = alpha/sigma^2.) When alpha moves, m, kappa and g stay; the policy
-widens or narrows. So alpha can follow the size of what there is to tell apart: it is a
-fixed part of the largest discounted return so far. (--temperature entropy is SAC's
-dual, log alpha <- log alpha + eta (H + log pi(a|s)), which learns worse here.)
+widens or narrows. So alpha can follow the size of the values, by at most eta a step:
 
-Q is quadratic in the latent z = x / sigma, and no quadratic fits near and far actions
-together; the policy needs the near ones. So a transition counts less in the loss, the
-farther its action lies from the policy: with d = |z|^2 / A, by w(d) of `near_weight`.
+    log alpha -> log(rho max_t |G_t|),   G_t = r_t + gamma G_{t-1} within an episode
+
+(--temperature entropy: SAC's dual, log alpha <- log alpha + eta (H + log pi(a|s)).) One
+loss trains everything, the batch mean of
+
+    w(d) sum_k (Q_k - y)^2 / 2,   y = r + gamma (1 - terminated) min_k V_k(s')
+    w(d) = exp((4 - d) / 2) between 0.02 and 1,   d = |z|^2 / A,   z = x / sigma
+
+Q is quadratic in z: one that fit far actions too would be wrong near the policy, so the
+farther an action is from the policy, the less it weighs.
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
@@ -49,8 +54,10 @@ m_k       EnergyFlow.m       two networks, reward units; the smaller V_k counts
 kappa     EnergyFlow.kappa   curvature, reward units: exp(h(s)) + alpha / sigma_max^2
 alpha     EnergyFlow.alpha   temperature, reward units per nat; gets no gradient
 d         q_and_distance     mean square of z: about 1 for the policy's own actions
+w(d)      near_weight        a transition's weight; gets no gradient
+G         DiscountedReturn   of the episode so far, reward units; rho: return_ratio
 theta     theta              all parameters in one vector; theta': target_theta
-y         target             r + gamma (1 - terminated) min_k V_k(s'), theta'
+y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, K = 2 shifts, P parameters.
 
 What differs from meow_continuous_action.py besides: observations are normalised, m and
@@ -113,7 +120,7 @@ class Args(RunArgs):
     alpha: float = 0.1  # temperature at the start: reward units per nat of entropy
     temperature: Literal["returns", "entropy", "fixed"] = "returns"  # what moves alpha
     alpha_lr: float = 1e-3  # eta, the largest step of log alpha
-    return_ratio: float = 5e-4  # with returns: alpha over the largest discounted one
+    return_ratio: float = 5e-4  # rho, with returns: alpha over the largest of them
     target_entropy: float = -0.65  # with entropy: its target, nats per action dimension
     sigma_start: float = 0.22  # standard deviation of u at the start
     sigma_max: float = 0.4  # upper bound of the standard deviation of u
@@ -523,9 +530,9 @@ def adam(
 
 
 def follow_returns(alpha: Tensor, largest: float, args: Args):
-    """alpha () goes to --return-ratio times the largest |discounted return|, in place.
+    """log alpha -> log(rho max |G|), at most eta a step: alpha (), moved in place.
 
-    By at most a factor exp(eta) a step; it stays where no reward has come yet.
+    It stays as long as no reward has come.
     """
     if largest > 0:
         step = math.log(args.return_ratio * largest / alpha)
@@ -544,7 +551,7 @@ def follow_entropy(alpha: Tensor, log_prob: float, args: Args):
 
 
 class DiscountedReturn:
-    """Of the episode so far: sum_i gamma^(t-i) r_i at step t; `largest`: its record."""
+    """G_t = r_t + gamma G_{t-1}, from 0 in each episode; largest: max |G| so far."""
 
     def __init__(self, gamma: float):
         self.gamma, self.total, self.largest = gamma, 0.0, 0.0
@@ -672,7 +679,7 @@ def train(args: Args, run: Run):
         next_obs, reward, terminated, truncated, info = env.step(np.tanh(u))
         replay.add(obs, u, next_obs, reward, terminated)
         obs, done = next_obs, terminated or truncated
-        returns.add(float(reward), done)
+        returns.add(reward, done)
         if done:
             run.log_episode(info["episode"])
         metrics = {}

@@ -183,8 +183,8 @@ def width(space: spaces.Box) -> np.ndarray:
 def flat_size(space: spaces.Space) -> int:
     """Numbers in the vector that --flatten makes of an observation, 0 if it can't."""
     try:
-        return spaces.flatdim(space)
-    except (NotImplementedError, ValueError):  # how Gymnasium says that it can't
+        return spaces.flatdim(space) if space.is_np_flattenable else 0
+    except NotImplementedError:  # Gymnasium's answer for a space of one's own
         return 0
 
 

@@ -279,19 +279,23 @@ def test_acting_stores_u_and_moves_alpha():
     auto.follow_returns(alpha, largest[RANDOM_STEPS - 1], run.args)
     assert alpha != before["flow"].alpha
     torch.testing.assert_close(after["flow"].alpha, alpha)
+    total, record = 0.0, 0.0  # by hand, of what the buffer has
+    for reward, terminated in run.replay.rows[:RANDOM_STEPS, -2:].tolist():
+        total = reward + 0.99 * total
+        record = max(record, abs(total))
+        total *= 1 - terminated
+    assert largest[RANDOM_STEPS - 1] == pytest.approx(record)
 
 
 @pytest.mark.parametrize("temperature", ["entropy", "fixed"])
 def test_other_ways_to_set_the_temperature(temperature):
-    flows, settings = [], dict(temperature=temperature, alpha_lr=0.1)
-    look = lambda run: flows.append(copy.deepcopy(run.policy["flow"]))  # noqa: E731
-    run = trained(auto, 1, after=look, **settings)
+    run = trained(auto, 1, temperature=temperature, alpha_lr=0.1)
     log_prob = -run.metrics[-1]["flow/entropy"] / 3
     alpha = torch.tensor(run.args.alpha)
     if temperature == "entropy":
         auto.follow_entropy(alpha, log_prob, run.args)
         assert alpha != np.float32(run.args.alpha)
-    torch.testing.assert_close(flows[-1].alpha, alpha)
+    torch.testing.assert_close(run.policy["flow"].alpha, alpha)
 
 
 def test_batches_are_normalised_and_the_buffer_is_not():
@@ -317,3 +321,6 @@ def test_a_restored_run_goes_on_exactly():
     assert rest.metrics == whole.metrics[-3:]
     assert len({m["flow/alpha"] for m in rest.metrics}) == 3
     assert rest.policy["flow"].alpha == whole.policy["flow"].alpha
+    for name in ("returns", "norm"):
+        states = [run.parts[name].state_dict() for run in (rest, whole)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)

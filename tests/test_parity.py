@@ -33,8 +33,7 @@ ALGORITHM |= set("soft_target critic_loss MULTI_GOAL".split())
 ENVIRONMENT = OWN | set("evaluate make_eval_envs make_policy".split())
 MEOW, SAC, SQL, AUTO = GYMNASIUM
 # What a temperature that moves changes in MEow's script.
-MOVING = OWN | set("MLP EnergyFlow make_flow make_policy make_update".split())
-MOVING |= {"meow_loss"}
+MOVING = OWN | set("MLP EnergyFlow make_flow make_policy make_update meow_loss".split())
 PAIRS = {
     (MEOW, SAC): ALGORITHM,
     (MEOW, SQL): ALGORITHM,

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import signal
 import sys
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT / "studies/temperature"))
 import arms
 import drift
 import slopes
+import table
 
 MEOW = "scaled recent plain bounded trunk conservative evenly raw held".split()
 KEEPING_THE_IDENTITY = "base plain bounded trunk".split()
@@ -241,6 +243,27 @@ def test_drift_of_a_run(tmp_path, capsys, monkeypatch):
     assert "recent actions: median d" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["drift.py", str(tmp_path / "nothing")])
     assert drift.main() == 2
+
+
+def test_the_page_has_the_table(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["table.py"])
+    assert table.main() == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) > 10
+    assert printed in (ROOT / "studies/temperature/README.md").read_text()
+
+
+def test_a_line_of_the_table(tmp_path):
+    run = tmp_path / "Hopper-v4__auto_evenly_raw__3__abc"
+    run.mkdir()
+    command = "python x.py --seed 3 --dropout 0 --no-compile --torch-threads 1"
+    about = {"command": command, "git_commit": "0123456789"}
+    (run / "args.json").write_text(json.dumps(about))
+    rows = "10,0.1,eval/return_mean,4.6", "10,0.1,eval/return_0,9"
+    (run / "metrics.csv").write_text("\n".join(["step,seconds,name,value", *rows]))
+    wanted = "| Hopper-v4 | evenly+raw --dropout 0 --no-compile | 3 | 0123456 | 5 |  |"
+    assert table.line(run, (10, 20)) == wanted
+    assert table.line(run, (20,)) == ""
 
 
 def test_slopes_are_of_the_true_simulator(tmp_path, capsys, monkeypatch):

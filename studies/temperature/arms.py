@@ -20,8 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from meow_auto_continuous_action import ObservationNorm
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 
 # --- For SAC, and for both ------------------------------------------------------------
@@ -47,30 +50,25 @@ def normal(script: ModuleType):
     class ReplayBuffer(script.ReplayBuffer):
         def __init__(self, capacity: int, obs_dim: int, *rest):
             super().__init__(capacity, obs_dim, *rest)
-            self.count, self.moments = 0, np.zeros((2, obs_dim))
+            self.norm = ObservationNorm(obs_dim)
 
         def add(self, obs: np.ndarray, *rest):
             super().add(obs, *rest)
-            self.count += 1
-            before = obs - self.moments[0]  # Welford's mean and sum of squares
-            self.moments[0] += before / self.count
-            self.moments[1] += before * (obs - self.moments[0])
+            self.norm.update(torch.from_numpy(obs[None]))
             self.tell()
 
         def tell(self):
-            mean, squares = torch.from_numpy(self.moments)
-            scale = 1 / torch.sqrt(squares / self.count + 1e-8)
+            scale = torch.rsqrt(self.norm.var + 1e-8)
             for network in networks:
-                network.mean.copy_(mean)
+                network.mean.copy_(self.norm.mean)
                 network.scale.copy_(scale)
 
         def state_dict(self) -> dict:
-            moments = torch.from_numpy(self.moments.copy())
-            return super().state_dict() | {"count": self.count, "moments": moments}
+            return super().state_dict() | {"norm": self.norm.state_dict()}
 
         def load_state_dict(self, state: dict):
             super().load_state_dict(state)
-            self.count, self.moments = state["count"], state["moments"].numpy()
+            self.norm.load_state_dict(state["norm"])
             self.tell()
 
     script.ReplayBuffer = ReplayBuffer
@@ -267,6 +265,7 @@ def held(script: ModuleType):
 
 
 FOR_SAC = ("normal", "scaled", "recent", "layers")
+FOR_SAC_ALONE = ("normal", "layers")
 ARMS = {
     function.__name__: function
     for function in (
@@ -299,7 +298,7 @@ def changed_script(arm: str) -> ModuleType:
         if word not in ARMS:
             known = ", ".join(ARMS)
             sys.exit(f"error: {word} is not one of base, sac, {known}")
-        if (sac and word not in FOR_SAC) or (not sac and word in ("normal", "layers")):
+        if (word not in FOR_SAC) if sac else (word in FOR_SAC_ALONE):
             sys.exit(f"error: {word} is no change of {name}.py")
         ARMS[word](script)
     script.label = "_".join(["sac" if sac else "auto", *changes])

@@ -2,8 +2,9 @@
 
     python studies/temperature/curves.py
 
-From the runs in results/ and in thinned/ beside this file. Entropies of MEow are means
-of 10 numbers of entropy.csv, each -log pi of one action; SAC's are means over a batch.
+From the runs in results/ and in thinned/ beside this file, and from entropy.csv, which
+has each 1,000th step of MEow's runs. Entropies of MEow are means of 10 of its numbers,
+each -log pi of one action; SAC's are means over a batch.
 """
 
 from dataclasses import dataclass

@@ -18,6 +18,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from slopes import parts_of
+
 import meow_auto_continuous_action as script
 from harness.files import load_file
 from harness.runs import explain
@@ -34,19 +36,15 @@ class Options:
 @torch.no_grad()
 def latents_and_errors(saved: dict) -> tuple[torch.Tensor, torch.Tensor, float]:
     """d (N,) and error (N,) of a checkpoint's transitions, oldest first; alpha."""
-    args = script.Args(**saved["args"])
-    flow = script.make_flow(args, *saved["sizes"])
-    theta, target_theta = saved["learner"][:2]
-    flow.alpha.copy_(saved["alpha"][0])
+    flow, norm, args = parts_of(saved)
     parts = script.split_batch(saved["replay"]["rows"], *saved["sizes"])
     obs, u, next_obs, reward, terminated = parts
-    norm = script.ObservationNorm(obs.shape[-1])
-    norm.load_state_dict(saved["norm"])
     obs, next_obs = norm(obs), norm(next_obs)
-    torch.nn.utils.vector_to_parameters(theta, flow.parameters())
     q, d = flow.q_and_distance(obs, u)
     q = q.mean(-1)
-    torch.nn.utils.vector_to_parameters(target_theta, flow.parameters())
+    torch.nn.utils.vector_to_parameters(
+        saved["learner"][1], flow.parameters()
+    )  # theta'
     v_next = flow.soft_values(next_obs)
     error = script.soft_target(reward, terminated, v_next, args.gamma) - q
     return d, error, float(flow.alpha)
