@@ -272,21 +272,38 @@ def test_slopes_are_of_the_true_simulator(tmp_path, capsys, monkeypatch):
     assert launch(["base", *words], tmp_path)[0] == 0
     folder = only_run(tmp_path)
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    y, q = slopes.values_of_actions(saved, 3)
+    tried, worth = [], slopes.worth
+    with monkeypatch.context() as patch:
+        patch.setattr(slopes, "worth", lambda *x: tried.append(x[3]) or worth(*x))
+        y, q = slopes.values_of_actions(saved, 3)
     assert y.shape == q.shape == (3, 32, 2)
     assert y.mean(1).abs().max() < 1e-5
     assert (y.std(1) > 0).all()
     assert slopes.correlation(y, 3 * y) == pytest.approx(1)
-    # y of an action by hand, with values of the next state
+    # the same episode without trials: the same states, and Q of the same actions
+    torch.manual_seed(0)
     flow, norm, args = slopes.parts_of(saved)
     env = slopes.script.make_env(args).env
+    obs, _ = env.reset(seed=0)
+    for step in range(9):
+        here = norm(torch.from_numpy(obs).float()[None])
+        if step % 3 == 0:
+            now, then = slopes.simulator_state(env), tried[step // 3]
+            for mine, theirs in zip(now, then, strict=True):
+                np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-12)
+            many = here.expand(32, -1)
+            expected = flow.q_values(many, flow.sample(many)[0])
+            expected = expected - expected.mean(0)
+            torch.testing.assert_close(q[step // 3], expected)
+        obs, *_ = env.step(np.tanh(flow.sample(here)[0][0].numpy()))
+    # y of an action by hand, with values of the next state
     env.reset(seed=0)
     state, u = slopes.simulator_state(env), torch.tensor([[0.3, -0.2, 0.1]])
     next_obs, reward, terminated, _, _ = env.step(np.tanh(u[0].numpy()))
-    worth = slopes.worth(flow, norm, env, state, u, 0.9)
+    y = worth(flow, norm, env, state, u, 0.9)
     v = flow.soft_values(norm(torch.from_numpy(next_obs).float()[None]))
     assert not terminated
-    torch.testing.assert_close(worth, reward + 0.9 * v)
+    torch.testing.assert_close(y, reward + 0.9 * v)
     monkeypatch.setattr(sys, "argv", ["slopes.py", str(folder), "--states", "2"])
     assert slopes.main() == 0
     assert "correlation of Q and y" in capsys.readouterr().out
