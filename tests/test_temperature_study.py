@@ -19,8 +19,8 @@ import drift
 import slopes
 import table
 
-MEOW = "scaled recent plain bounded trunk conservative evenly raw held".split()
-KEEPING_THE_IDENTITY = "base plain bounded trunk".split()
+MEOW = "scaled recent plain bounded trunk single conservative evenly raw held".split()
+KEEPING_THE_IDENTITY = "base plain bounded trunk single".split()
 
 
 def flow_of(arm, obs_dim=3, act_dim=1, **options):

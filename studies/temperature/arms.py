@@ -192,6 +192,17 @@ def trunk(script: ModuleType):
     script.EnergyFlow = EnergyFlow
 
 
+def single(script: ModuleType):
+    """m_1 alone: nothing to take the smaller of."""
+
+    class EnergyFlow(script.EnergyFlow):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.m = self.m[:1]
+
+    script.EnergyFlow = EnergyFlow
+
+
 def conservative(script: ModuleType):
     """The loss and lambda (V - Q), that is -lambda alpha log pi(a|s), of the batch.
 
@@ -276,6 +287,7 @@ ARMS = {
         plain,
         bounded,
         trunk,
+        single,
         conservative,
         evenly,
         raw,
