@@ -521,6 +521,31 @@ def test_figures_have_a_panel_for_each_environment(tmp_path):
     ]
 
 
+def test_figures_show_stopped_runs_of_algorithms_without_a_finished_one(tmp_path):
+    for env in ("Ant-v4", "Hopper-v4", "Walker2d-v4"):
+        write_run(tmp_path, env=env, eval_frequency=50_000, total_timesteps=10**6)
+    write_run(tmp_path, env="Hopper-v4", seed=2, eval_frequency=50_000)
+    write_run(tmp_path, env="Walker2d-v4", seed=3, returns=(), total_timesteps=10**6)
+    write_run(tmp_path, env="HalfCheetah-v4", returns=(1, math.nan))
+    runs = run_table.find_runs((tmp_path,))
+    table = run_table.number_rows(runs, algos=("SAC",))
+    figure = compare.draw_curves(table)
+    shown = {
+        ax.get_title(): [line.get_label() for line in ax.lines] for ax in figure.axes
+    }
+    theirs = ["MEow in the paper", "SAC published by SimbaV2"]
+    stopped = "MEow, stopped (1 seed)"
+    assert shown == {
+        "Hopper-v4": ["MEow (1 seed)", *theirs],
+        "Walker2d-v4": [stopped, theirs[1]],  # the paper's begins later
+        "Ant-v4": [stopped, *theirs],
+    }
+    for ax in figure.axes:
+        ours = ax.lines[0]
+        assert (ours.get_marker() == "x") == (ours.get_label() == stopped)
+        assert max(line.get_xdata()[-1] for line in ax.lines) == 150_000
+
+
 @pytest.mark.parametrize("folder", ["results", "results/isaac"])
 def test_the_committed_runs_give_the_committed_report(folder, run_compare):
     assert (

@@ -240,19 +240,19 @@ def iqm_table(
     return f"{markdown('algorithm | seeds | IQM | 95 % interval', lines)}\n\n{text}"
 
 
-def published(table: pd.DataFrame) -> pd.DataFrame:
-    """Published returns on the environments of finished runs, up to their last step."""
+def published(env: str, last: float) -> pd.DataFrame:
+    """Published returns on this environment up to step `last`."""
     known = pd.read_csv(Path(__file__).with_name("published_curves.csv"), comment="#")
-    last = known.env.map(table[table.status == ""].groupby("env").steps.max())
-    return known[known.step <= last]
+    return known[(known.env == env) & (known.step <= last)]
 
 
 def published_table(table: pd.DataFrame) -> str:
     """The last return of each source that our runs got as far as; "" without any."""
     lines = []
     for env in table.env.unique():
-        own = published(table[table.env == env])
-        for source, rows in own.groupby("source", sort=False):
+        finished = table[(table.env == env) & (table.status == "")]
+        known = published(env, finished.steps.max())
+        for source, rows in known.groupby("source", sort=False):
             last = rows.iloc[-1]
             spread = "-" if math.isnan(last.sd) else f"{last.sd:.0f}"
             value = f"{last.return_mean:.0f}"
@@ -301,7 +301,7 @@ def report(
         "# Comparison of runs",
         f"Written by `python tools/compare.py RUNS --out OUT{asked}`.",
         returns_table(table),
-        "![Learning curves](learning_curves.png)" if (table.status == "").any() else "",
+        "![Learning curves](learning_curves.png)" if len(drawn(table)) else "",
         published_table(table),
         "## Interquartile mean over environments",
         iqm_table(table, scored, results),
@@ -326,10 +326,19 @@ def colours(table: pd.DataFrame) -> dict[str, str]:
     return result
 
 
+def drawn(table: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs, and of algorithms without one the stopped ones."""
+    runs = table[table.status != "not run"]
+    sound = [len(evals) > 0 and np.isfinite(evals.value).all() for evals in runs.evals]
+    runs = runs[np.array(sound, bool)]
+    finished = runs.groupby(["env", "exp_name"]).status.transform("min") == ""
+    return runs[(runs.status == "") | ~finished]
+
+
 def draw_curves(table: pd.DataFrame) -> Figure:
     """One panel per environment; one legend for all of them."""
-    finished = table[table.status == ""]
-    panels = finished.groupby("env", sort=False)
+    runs = drawn(table)
+    panels = runs.groupby("env", sort=False)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     fig = Figure((3.6 * columns, 2.8 * lines + 1.2), layout="constrained")
@@ -339,6 +348,8 @@ def draw_curves(table: pd.DataFrame) -> Figure:
         draw_panel(ax, own, colour)
         shown |= dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
     text = "Mean over seeds, 95 % bootstrap interval"
+    if (runs.status != "").any():
+        text += "; x: stopped there"
     if set(DRAWN) & set(shown):
         text += "; thin: published, another evaluation and MuJoCo"
     fig.suptitle(text, fontsize=9)
@@ -358,13 +369,15 @@ def draw_panel(ax, own: pd.DataFrame, colour: dict[str, str]):
         style = LINE_STYLES[drawn.count(first.exp_name) % len(LINE_STYLES)]
         drawn.append(first.exp_name)
         look = dict(color=colour[first.exp_name], linestyle=style)
+        if first.status:
+            look |= dict(marker="x", markevery=[-1])
         values = [evals.set_index("step").value for evals in runs.evals]
         curves = pd.concat(values, axis=1, join="inner")
         ax.plot(curves.index, curves.mean(axis=1), label=curve_name(runs, own), **look)
         if interval := bootstrap([curves.to_numpy().T]):
             area = dict(color=colour[first.exp_name], alpha=0.18, linewidth=0)
             ax.fill_between(curves.index, *interval, **area)
-    known = published(own)
+    known = published(own.env.iloc[0], ax.dataLim.xmax)
     for source, exp_name in DRAWN.items():
         rows = known[known.source == source]
         if len(rows):
@@ -378,6 +391,8 @@ def curve_name(runs: pd.DataFrame, own: pd.DataFrame) -> str:
     """The label of a row, with whatever else sets it apart from others in its panel."""
     first = runs.iloc[0]
     parts = [first.label]
+    if first.status:
+        parts.append("stopped")
     same = own[own.label == first.label]
     if same.steps.nunique() > 1:
         parts.append(f"{thousands(first.steps)} steps")
@@ -457,7 +472,7 @@ def compare(options: Options):
     (out / "comparison.md").write_text(text)
     # whatever the user's own style is
     with matplotlib.style.context(["default", STYLE]):
-        if (table.status == "").any():
+        if len(drawn(table)):
             save(draw_curves(table), out / "learning_curves")
         if len(scored):
             save(draw_iqm(scored, results, colours(table)), out / "iqm")
