@@ -29,6 +29,7 @@ experiments=(
 
   # Robots, each in an environment of its own:
   # "meow_isaacgym.py --env-id Ant"
+  # "meow_auto_isaacgym.py --env-id Ant"
   # "sac_isaacgym.py --env-id Ant"
 )
 

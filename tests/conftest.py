@@ -27,7 +27,7 @@ import harness.environments  # noqa: E402
 NAMES = ("meow", "sac", "sql", "meow_auto")
 SCRIPTS = [ROOT / f"{name}_continuous_action.py" for name in NAMES]
 SCRIPT = SCRIPTS[0]
-ISAAC_SCRIPTS = [ROOT / f"{name}_isaacgym.py" for name in ("meow", "sac")]
+ISAAC_SCRIPTS = [ROOT / f"{name}_isaacgym.py" for name in ("meow", "meow_auto", "sac")]
 QUICK = dict(
     env_id="InvertedPendulum-v4",
     total_timesteps=60,

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import imageio
@@ -23,6 +24,7 @@ from conftest import ISAAC_SCRIPTS, ROOT
 from stepped_run import SteppedRun, adam_steps
 from test_isaac_simulators import HOW, stand_ins, timeline  # noqa: F401 (a fixture)
 
+import meow_auto_isaacgym as auto
 import meow_isaacgym as meow
 import sac_isaacgym as sac
 from harness.errors import UsageError
@@ -30,10 +32,11 @@ from harness.runs import main
 from isaac_tasks import TASKS, SimulatorError, make_simulator
 from isaac_tasks.ingenuity import Ingenuity
 from isaac_tasks.mujoco_simulator import MujocoSimulator
+from meow_auto_continuous_action import DiscountedReturn
 from meow_isaacgym import EpisodeStatistics, ObservationNorm, VectorReplayBuffer
 
-BOTH = [meow, sac]
-both_scripts = pytest.mark.parametrize("script", BOTH, ids=lambda s: s.__name__)
+ALL = [meow, auto, sac]
+all_scripts = pytest.mark.parametrize("script", ALL, ids=lambda s: s.__name__)
 QUICK = {
     "--env-id": "Ingenuity", "--num-envs": "4", "--total-timesteps": "60",
     "--learning-starts": "10", "--batch-size": "16", "--eval-frequency": "40",
@@ -218,11 +221,17 @@ def stepped(script, after=None, total=9, **options):
 
 def updates_made(script, run):
     """Steps of Adam for the networks: of the flow, or of critics and actor."""
-    decays = [4] if script is meow else [4, 8]  # of the learner's tensors
+    decays = [4, 8] if script is sac else [4]  # of the learner's tensors
     return [adam_steps(run.parts["learner"][i]) for i in decays]
 
 
-@both_scripts
+def action_of(script, network, obs, z):
+    """An action of the policy; MEow without tuning gives it before tanh."""
+    action = network.sample(obs, z)[0]
+    return torch.tanh(action) if script is auto else action
+
+
+@all_scripts
 @pytest.mark.parametrize("per_step", [1, 3])
 def test_updates_per_vector_step(script, per_step):
     """None while acting at random, then as many as asked for, actor included."""
@@ -232,7 +241,7 @@ def test_updates_per_vector_step(script, per_step):
         lambda run: seen.append(updates_made(script, run)),
         updates_per_step=per_step,
     )
-    networks = 1 if script is meow else 2
+    networks = 2 if script is sac else 1
     assert seen == [
         [per_step * max(0, step - STARTS)] * networks for step in range(1, 10)
     ]
@@ -270,7 +279,53 @@ def recorded_steps(monkeypatch, num_envs, before=lambda _simulator: None):
     return steps
 
 
-@both_scripts
+def test_discounted_returns_are_those_of_each_environment():
+    """As many of meow_auto_continuous_action.py's, and the largest of them."""
+    rng = np.random.default_rng(0)
+    many = auto.DiscountedReturns(3, 0.9)
+    one = [DiscountedReturn(0.9) for _ in range(3)]
+    for _ in range(20):
+        reward, new = rng.normal(size=3), rng.random(3) < 0.2
+        many.add(torch.from_numpy(reward).float(), torch.from_numpy(new))
+        for each, r, n in zip(one, reward, new, strict=True):
+            each.add(float(r), bool(n))
+    totals = torch.tensor([each.total for each in one])
+    torch.testing.assert_close(many.totals, totals)
+    assert float(many.largest) == pytest.approx(max(each.largest for each in one))
+    again = auto.DiscountedReturns(3, 0.9)
+    again.load_state_dict(many.state_dict())
+    assert torch.equal(again.totals, many.totals)
+    assert again.largest == many.largest
+
+
+@pytest.mark.parametrize("temperature", ["returns", "entropy", "fixed"])
+def test_robots_act_by_tanh_of_what_is_stored_and_alpha_moves(temperature, monkeypatch):
+    """Once an update: by the largest return of all, or by the mean density."""
+    steps, alphas, records = recorded_steps(monkeypatch, num_envs=4), [0.1], [0.0]
+
+    def after(run):
+        alphas.append(float(run.policy["flow"].alpha))
+        records.append(float(run.parts["returns"].largest))
+
+    rates = dict(alpha_lr=0.1, updates_per_step=2)
+    run = stepped(auto, after, temperature=temperature, **rates)
+    played = torch.stack([action for _, action in steps])
+    stored = run.parts["replay"].rows[:9, :, :6]
+    torch.testing.assert_close(played, torch.tanh(stored))
+    assert stored.abs().max() > 1
+    for i in range(9):
+        alpha = torch.tensor(alphas[i])
+        density = -run.metrics[i].get("flow/entropy", 0.0) / 6
+        for _ in range(2 if i >= STARTS else 0):
+            if temperature == "returns":
+                auto.follow_returns(alpha, records[i], run.args)
+            if temperature == "entropy":
+                auto.follow_entropy(alpha, density, run.args)
+        assert alphas[i + 1] == pytest.approx(float(alpha))
+    assert (alphas[-1] != pytest.approx(0.1)) == (temperature != "fixed")
+
+
+@all_scripts
 def test_networks_see_observations_normalised_by_all_before(script, monkeypatch):
     """Acting, and batches: observations only, by the statistics at that step."""
     raw, norms, acted, batches = [], [], [], []
@@ -291,7 +346,7 @@ def test_networks_see_observations_normalised_by_all_before(script, monkeypatch)
     steps = recorded_steps(monkeypatch, num_envs=4)
 
     def after(run):
-        network = run.policy["flow" if script is meow else "actor"]
+        network = run.policy["actor" if script is sac else "flow"]
         acted.append(copy.deepcopy(network))
         batches.append(run.parts["replay"].batch.clone())
 
@@ -302,7 +357,7 @@ def test_networks_see_observations_normalised_by_all_before(script, monkeypatch)
         assert norms[i].count.item() == len(so_far)
         torch.testing.assert_close(norms[i].mean, so_far.mean(0))
         torch.testing.assert_close(norms[i].var, so_far.var(0, correction=0))
-        expected = acted[i - 1].sample(norms[i](seen[i]), noise)[0]
+        expected = action_of(script, acted[i - 1], norms[i](seen[i]), noise)
         torch.testing.assert_close(actions[i], expected)
         batch, expected = batches[i], raw[i - STARTS].clone()
         for part in (expected[:, :13], expected[:, 19:32]):  # obs and next_obs
@@ -314,27 +369,27 @@ def test_networks_see_observations_normalised_by_all_before(script, monkeypatch)
 
 def evaluated(script, run, step):
     """Returns and lengths of an evaluation of a run's networks as they are."""
-    network = run.policy["flow" if script is meow else "actor"]
+    network = run.policy["actor" if script is sac else "flow"]
     envs = script.make_eval_envs(run.args, run.parts["simulator"])
     norm = run.policy["norm"]
-    policy = lambda obs, z: network.sample(obs, z)[0]  # noqa: E731
+    policy = partial(action_of, script, network)
     return script.evaluate(run.args, envs, policy, norm, step, run)
 
 
-@both_scripts
+@all_scripts
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_evaluation_plays_the_policy_on_normalised_observations(
     script, deterministic, monkeypatch
 ):
     """Without noise, or with normal noise; the same each time, as while training."""
     run = stepped(script, deterministic_eval=deterministic)
-    network = run.policy["flow" if script is meow else "actor"]
+    network = run.policy["actor" if script is sac else "flow"]
     norm = run.policy["norm"]
     steps = recorded_steps(monkeypatch, num_envs=2)
     count, state = norm.count.item(), torch.get_rng_state()
     returns, lengths = evaluated(script, run, 9)
     obs, played = map(torch.cat, zip(*steps, strict=True))
-    modes = network.sample(norm(obs), torch.zeros(len(obs), 6))[0]
+    modes = action_of(script, network, norm(obs), torch.zeros(len(obs), 6))
     equal = torch.isclose(played, modes, atol=1e-6)
     assert equal.all() if deterministic else not equal.any(0).all()
     assert max(lengths) == len(steps)
@@ -345,7 +400,7 @@ def test_evaluation_plays_the_policy_on_normalised_observations(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@both_scripts
+@all_scripts
 def test_no_episodes_no_evaluation(script):
     assert stepped(script, eval_episodes=0).evaluations == [(9, [])]
 
@@ -408,7 +463,7 @@ def load(run, name="checkpoint.pt"):
     return content
 
 
-@pytest.fixture(scope="module", params=BOTH, ids=lambda s: s.__name__)
+@pytest.fixture(scope="module", params=ALL, ids=lambda s: s.__name__)
 def finished(request, tmp_path_factory):
     """A script and the folder of an uninterrupted quick run of it."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
@@ -536,7 +591,7 @@ renders = pytest.mark.skipif(
 
 @renders
 @pytest.mark.slow
-@pytest.mark.parametrize("finished", BOTH[:1], indirect=True)
+@pytest.mark.parametrize("finished", ALL[:1], indirect=True)
 def test_video_shows_the_robot(finished, tmp_path):
     """On a machine without a screen: one frame per step, and the robot moves in it."""
     _, run = finished
@@ -576,7 +631,7 @@ BAD = [
 ]
 
 
-@both_scripts
+@all_scripts
 @pytest.mark.parametrize(("options", "code", "needle"), BAD, ids=lambda x: str(x)[:40])
 def test_bad_input_is_one_sentence(script, options, code, needle, tmp_path, capsys):
     one_sentence(command(script, quick(**options), tmp_path), code, needle, capsys)
@@ -590,7 +645,7 @@ def one_sentence(code, expected_code, needle, capsys):
     assert needle in error
 
 
-@both_scripts
+@all_scripts
 @pytest.mark.parametrize("name", ["num_envs", "updates_per_step", "sim_threads"])
 def test_counts_are_positive(script, name, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -610,18 +665,18 @@ def test_a_policy_of_another_task_is_refused(finished, tmp_path, capsys):
 
 def test_runs_of_the_other_script_are_refused(finished, tmp_path, capsys):
     script, run = finished
-    (other,) = set(BOTH) - {script}
+    other = next(other for other in ALL if other is not script)
     needle = f"was not written by this version of {other.__name__}.py"
     one_sentence(command(other, ["--resume", run], tmp_path), 1, needle, capsys)
 
 
-@both_scripts
+@all_scripts
 def test_a_diverging_update_stops_the_run(script, tmp_path, capsys):
-    rate = dict(learning_rate=1e30) if script is meow else dict(q_lr=1e30)
+    rate = dict(q_lr=1e30) if script is sac else dict(learning_rate=1e30)
     one_sentence(command(script, quick(**rate), tmp_path), 1, "at step 1", capsys)
 
 
-@both_scripts
+@all_scripts
 def test_a_diverged_environment_is_counted_and_never_learned_from(
     script, monkeypatch, tmp_path
 ):
@@ -674,7 +729,7 @@ def stored(run):
 
 
 @pytest.mark.slow
-@both_scripts
+@all_scripts
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(("simulator", "env_id"), NVIDIA)
 def test_nvidias_simulators(script, simulator, env_id, tmp_path, capsys):
@@ -704,7 +759,7 @@ def test_nvidias_simulators(script, simulator, env_id, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [meow.__name__, sac.__name__])
+@pytest.mark.parametrize("name", [script.__name__ for script in ALL])
 def test_the_scripts_import_isaac_gym_before_torch(name):
     """As the real one demands; the stand-in does so here."""
     code = f"import {name}; from isaac_tasks import make_simulator as make\n"

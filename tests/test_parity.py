@@ -12,7 +12,7 @@ from conftest import ROOT
 GYMNASIUM = [
     f"{name}_continuous_action.py" for name in ("meow", "sac", "sql", "meow_auto")
 ]
-ISAAC = [f"{name}_isaacgym.py" for name in ("meow", "sac")]
+ISAAC = [f"{name}_isaacgym.py" for name in ("meow", "meow_auto", "sac")]
 SCRIPTS = GYMNASIUM + ISAAC
 
 
@@ -32,30 +32,38 @@ ALGORITHM = OWN | set("MLP METRICS HIDDEN make_update make_networks".split())
 ALGORITHM |= set("soft_target critic_loss MULTI_GOAL".split())
 ENVIRONMENT = OWN | set("evaluate make_eval_envs make_policy".split())
 MEOW, SAC, SQL, AUTO = GYMNASIUM
+ROBOTS, AUTO_ROBOTS, SAC_ROBOTS = ISAAC
 # What a temperature that moves changes in MEow's script.
 MOVING = OWN | set("MLP EnergyFlow make_flow make_policy make_update meow_loss".split())
 PAIRS = {
     (MEOW, SAC): ALGORITHM,
     (MEOW, SQL): ALGORITHM,
     (MEOW, AUTO): MOVING,
-    (AUTO, ISAAC[0]): MOVING | ENVIRONMENT,
+    (AUTO, ROBOTS): MOVING | ENVIRONMENT,
+    (AUTO, AUTO_ROBOTS): ENVIRONMENT,
+    (ROBOTS, AUTO_ROBOTS): MOVING,
     (SAC, SQL): ALGORITHM,
     (MEOW, "sb3_baselines.py"): OWN,
-    tuple(ISAAC): ALGORITHM,
-    (MEOW, ISAAC[0]): ENVIRONMENT,
-    (SAC, ISAAC[1]): ENVIRONMENT | {"HIDDEN"},
+    (ROBOTS, SAC_ROBOTS): ALGORITHM,
+    (MEOW, ROBOTS): ENVIRONMENT,
+    (SAC, SAC_ROBOTS): ENVIRONMENT | {"HIDDEN"},
 }
 # So that these blocks can't vanish from the comparison by another name.
 SHARED = {
     (MEOW, SAC): "make_env episode_seed evaluate ReplayBuffer split_batch adam",
     (MEOW, SQL): "make_env episode_seed evaluate ReplayBuffer split_batch adam",
     (MEOW, AUTO): "make_env evaluate ReplayBuffer Swish soft_target METRICS",
-    (AUTO, ISAAC[0]): "ObservationNorm Swish soft_target adam METRICS",
+    (AUTO, AUTO_ROBOTS): "EnergyFlow MLP make_update near_weight follow_returns",
+    (ROBOTS, AUTO_ROBOTS): "evaluate VectorReplayBuffer first_observations adam",
+    (AUTO, ROBOTS): "ObservationNorm Swish soft_target adam METRICS",
     (SAC, SQL): "make_policy make_eval_envs adam_moments evaluate make_env",
     (MEOW, "sb3_baselines.py"): "make_env episode_seed evaluate make_eval_envs",
-    tuple(ISAAC): "VectorReplayBuffer ObservationNorm evaluate make_policy adam",
-    (MEOW, ISAAC[0]): "EnergyFlow AffineEnergyFlow make_update meow_loss draw_dropout",
-    (SAC, ISAAC[1]): "Actor Critics make_critic_update make_actor_update actor_loss",
+    (
+        ROBOTS,
+        SAC_ROBOTS,
+    ): "VectorReplayBuffer ObservationNorm evaluate make_policy adam",
+    (MEOW, ROBOTS): "EnergyFlow AffineEnergyFlow make_update meow_loss draw_dropout",
+    (SAC, SAC_ROBOTS): "Actor Critics make_critic_update make_actor_update actor_loss",
 }
 
 

@@ -83,7 +83,7 @@ def means_of_measures(rows: list[dict], lengths: list[int]) -> dict[str, float]:
 @dataclass
 class Options:
     run: Annotated[Path, tyro.conf.Positional]
-    """folder of a run of meow_isaacgym.py or sac_isaacgym.py"""
+    """folder of a run of one of the scripts for robots"""
     episodes: int = 32
     """episodes, one environment each"""
 

@@ -30,6 +30,7 @@ ALGORITHMS = {  # by exp_name: label and colour
     "sb3_sac": ("SAC (SB3)", "#8c510a"),
     "meow_isaacgym": ("MEow", "#0072b2"),
     "meow_isaacgym_larger_tau": ("MEow, larger tau", "#56b4e9"),
+    "meow_auto_isaacgym": ("MEow without tuning", "#e7298a"),
     "sac_isaacgym": ("SAC", "#d55e00"),
 }
 SAC = ("sac_continuous_action", "sac_isaacgym")  # what all are compared with
