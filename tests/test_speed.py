@@ -127,7 +127,8 @@ def test_the_table_of_one_environment(tmp_path):
     """Every row beside Stable-Baselines3's SAC, which learns after 10,000 steps."""
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "speed.py").write_text(SPEED.read_text())
-    for name, value in (("meow", "150"), ("sac", "80"), ("sql", "60")):
+    speeds = {"meow": "150", "meow_auto": "125", "sac": "80", "sql": "60"}
+    for name, value in speeds.items():
         script = FAKE.replace("SPEED", value)
         (tmp_path / f"{name}_continuous_action.py").write_text(script)
     script = FAKE.replace("SPEED", "50").replace("= dict(zip", "= {ZOO} | dict(zip")
@@ -139,6 +140,7 @@ def test_the_table_of_one_environment(tmp_path):
     rows = dict(re.findall(r"\| (.*) \| 1 \| .* \| ([\d.]+) \|", done.stdout))
     assert rows["SB3 SAC"] == "1.00"
     assert rows["MEow eager"] == rows["MEow compiled"] == "3.00"
+    assert rows["MEow without tuning compiled"] == "2.50"
     assert (rows["SAC compiled"], rows["SQL compiled"]) == ("1.60", "1.20")
 
 
@@ -149,7 +151,8 @@ def test_the_table_of_a_robot():
     done = speed("--env-id", "Ingenuity", *words, "--flags=--no-compile")
     rows = re.findall(r"\| (.*) \| 1 \| [\d,]+ \([\d,]+ to [\d,]+\) \|", done.stdout)
     here = [row for row in rows if "GPU" not in row]
-    assert here == ["simulator alone", "MEow training", "SAC training"], done.stderr
+    robots = ["MEow training", "MEow without tuning, training", "SAC training"]
+    assert here == ["simulator alone", *robots], done.stderr
     done = speed("--env-id", "Ingenuity", *words, "--algo", "simulator")
     rows = re.findall(r"\| (.*) \| 1 \| [\d,]+ \([\d,]+ to [\d,]+\) \|", done.stdout)
     assert [row for row in rows if "GPU" not in row] == ["simulator alone"], done.stderr

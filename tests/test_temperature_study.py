@@ -258,9 +258,24 @@ def test_drift_of_a_run(tmp_path, capsys, monkeypatch):
 def test_the_page_has_the_table(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["table.py"])
     assert table.main() == 0
-    printed = capsys.readouterr().out
-    assert len(printed.splitlines()) > 10
-    assert printed in (ROOT / "studies/temperature/README.md").read_text()
+    page = (ROOT / "studies/temperature/README.md").read_text()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert [len(text.splitlines()) > 6 for text in tables] == [True, True]
+    for text in tables:
+        assert text in page
+
+
+def test_returns_of_a_task_stand_beside_each_other(tmp_path):
+    names = "meow_auto_continuous_action__1 meow_auto_continuous_action__2"
+    names += " sac_continuous_action__1 sac_continuous_action_longer__1"
+    for i, name in enumerate(names.split()):
+        run = tmp_path / f"Ant-v4__{name}__abc"
+        run.mkdir()
+        rows = ["step,seconds,name,value", "10,1,eval/return_mean,1.0"]
+        rows += [f"20,2,eval/return_mean,{i}.6", "20,2,eval/return_std,9.0"]
+        (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    assert table.beside(tmp_path, "Ant-v4", 20) == "| Ant-v4 | 1: 1, 2 | 3 |  |"
+    assert table.beside(tmp_path, "Ant-v4", 15) == "| Ant-v4 |  |  |  |"
 
 
 def test_a_line_of_the_table(tmp_path):

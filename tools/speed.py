@@ -34,22 +34,34 @@ sys.path.insert(0, str(ROOT))
 ROBOTS = ("Ant", "Humanoid", "Ingenuity", "Anymal", "AllegroHand", "FrankaCabinet")
 SCRIPTS = {"meow": "meow_continuous_action.py", "sac": "sac_continuous_action.py"}
 SCRIPTS |= {"sql": "sql_continuous_action.py", "sb3": "sb3_baselines.py"}
+SCRIPTS |= {"auto": "meow_auto_continuous_action.py"}
 ROBOT_SCRIPTS = {"meow": "meow_isaacgym.py", "sac": "sac_isaacgym.py"}
+ROBOT_SCRIPTS |= {"auto": "meow_auto_isaacgym.py"}
 SB3 = "SB3 SAC"
 CPU_ROWS = {
     "MEow eager": "meow --no-cuda --no-compile",
     "MEow compiled": "meow --no-cuda",
+    "MEow without tuning compiled": "auto --no-cuda",
     "SAC compiled": "sac --no-cuda",
     "SQL compiled": "sql --no-cuda",
     SB3: "sb3 --algo sac --no-cuda",
 }
 GPU_ROWS = {
     "MEow compiled, GPU": "meow",
+    "MEow without tuning compiled, GPU": "auto",
     "SAC compiled, GPU": "sac",
     "SQL compiled, GPU": "sql",
 }
-ROBOT_CPU_ROWS = {"MEow training": "meow --no-cuda", "SAC training": "sac --no-cuda"}
-ROBOT_GPU_ROWS = {"MEow training, GPU": "meow", "SAC training, GPU": "sac"}
+ROBOT_CPU_ROWS = {
+    "MEow training": "meow --no-cuda",
+    "MEow without tuning, training": "auto --no-cuda",
+    "SAC training": "sac --no-cuda",
+}
+ROBOT_GPU_ROWS = {
+    "MEow training, GPU": "meow",
+    "MEow without tuning, training, GPU": "auto",
+    "SAC training, GPU": "sac",
+}
 SB3_LEARNING_STARTS = 10_000  # the Zoo's, not an option there
 LEARNING_STARTS = 1_000  # of our scripts: steps with random actions
 ROBOT_LEARNING_STARTS = 100  # vector steps
@@ -65,7 +77,7 @@ class Options:
     """Gymnasium environment, or a robot of isaac_tasks"""
     tree: tuple[Path, Path] | None = None
     """two checkouts, old and new, to compare instead of the table"""
-    algo: Literal["meow", "sac", "sql", "simulator"] = "meow"
+    algo: Literal["meow", "auto", "sac", "sql", "simulator"] = "meow"
     """whose script --tree compares; simulator: a robot's alone, with --tree or not"""
     flags: str = ""
     """more options for our scripts, in one word, e.g. --flags=--no-compile"""

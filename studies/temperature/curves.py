@@ -23,8 +23,8 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
 """with their numbers of action dimensions"""
 SETTINGS = {  # experiment: label, colour
     "meow_auto_continuous_action": ("MEow without tuning", "tab:blue"),
-    "auto_returns_normal_near": ("its settings, as an arm", "tab:cyan"),
-    "auto_returns_normal": ("the same, all actions weigh alike", "tab:green"),
+    "auto_single": ("the same with other first weights", "tab:cyan"),
+    "auto_two": ("the smaller of two values counts", "tab:green"),
     "auto_dual": ("before: SAC's dual moves alpha", "tab:purple"),
     "sac_continuous_action": ("SAC", "tab:orange"),
 }
