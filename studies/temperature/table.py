@@ -2,11 +2,13 @@
 
     python studies/temperature/table.py
 
-First the returns of each task's runs at --at steps, then a line per run of the study
-with its returns on the way.
+First each task's runs beside SAC's and MEow's: a run's number is the mean of its
+evaluations at the steps of --late. Then a line per run of the study, with its returns
+on the way.
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +40,8 @@ class Options:
     thinned: Path = HERE / "thinned"
     """folder of runs of the study alone"""
 
-    at: int = 90_000
-    """steps of the first table"""
+    late: tuple[int, ...] = (70_000, 80_000, 90_000)
+    """steps whose evaluations the first table averages"""
 
     steps: tuple[int, ...] = (20_000, 40_000, 60_000, 90_000)
     """steps of the evaluations to show"""
@@ -64,12 +66,13 @@ def returns_of(run: Path) -> pd.Series:
     return rows[rows.name == "eval/return_mean"].set_index("step").value
 
 
-def beside(results: Path, task: str, at: int) -> str:
-    """One task: for each of `COLUMNS` the mean and each run's return at step `at`."""
+def beside(results: Path, task: str, late: tuple[int, ...]) -> str:
+    """One task: the mean and each run's number for each of `COLUMNS`."""
     cells = [task]
     for experiment in COLUMNS.values():
         runs = map(returns_of, sorted(results.glob(f"{task}__{experiment}__[0-9]*")))
-        values = [returns[at] for returns in runs if at in returns]
+        values = [run.reindex(late).mean(skipna=False) for run in runs]
+        values = [value for value in values if not math.isnan(value)]
         each = ", ".join(f"{value:.0f}" for value in values)
         mean = sum(values) / max(len(values), 1)
         cells.append(f"{mean:.0f}: {each}" if len(values) > 1 else each)
@@ -95,7 +98,7 @@ def main() -> int:
     print("| task | " + " | ".join(COLUMNS) + " |")
     print("|---" * (1 + len(COLUMNS)) + "|")
     for task in TASKS:
-        print(beside(options.results, task, options.at))
+        print(beside(options.results, task, options.late))
     print()
     header = ["task", "arm", "seed", "commit"]
     header += [f"{step:,}" for step in options.steps]
