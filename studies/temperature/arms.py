@@ -11,6 +11,7 @@ script's. The run is named after the arm (auto_evenly_scaled, sac_normal).
 """
 
 import importlib.util
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -162,7 +163,7 @@ def plain(script: ModuleType):
     class EnergyFlow(script.EnergyFlow):
         def __init__(self, *sizes):
             super().__init__(*sizes)
-            for network in (self.m, self.h):
+            for network in (*self.m, self.h):
                 network.norms = nn.ModuleList(nn.Identity() for _ in network.norms)
 
     script.EnergyFlow = EnergyFlow
@@ -178,42 +179,139 @@ def bounded(script: ModuleType):
     script.EnergyFlow = EnergyFlow
 
 
-def two(script: ModuleType):
-    """Two networks m_k, and so two Q_k and V_k, of which the smaller one counts."""
+def trunk(script: ModuleType):
+    """One network with two outputs, m_1 and m_2, which start a little apart."""
 
     class EnergyFlow(script.EnergyFlow):
         def __init__(self, obs_dim, act_dim, args):
             super().__init__(obs_dim, act_dim, args)
-            self.m_2 = script.MLP([obs_dim, 256, 256, 1], zero=True)
-
-        def with_second(self, first: Tensor, obs: Tensor) -> Tensor:  # (B,) -> (B, 2)
-            difference = (self.m_2(obs) - self.m(obs))[:, 0]
-            return torch.stack([first, first + difference], dim=-1)
-
-        def q_and_distance(self, obs, u, kept=None):
-            q, d = super().q_and_distance(obs, u, kept)
-            return self.with_second(q, obs), d
-
-        def soft_values(self, obs):
-            return self.with_second(super().soft_values(obs), obs)
-
-    target_of_one, loss_of_one = script.soft_target, script.meow_loss
-
-    def soft_target(reward, terminated, v_next, gamma):
-        return target_of_one(reward, terminated, v_next.min(-1).values, gamma)
-
-    def meow_loss(q, target, weight):
-        return sum(loss_of_one(q[:, k], target, weight) for k in range(2))
+            shared = script.MLP([obs_dim, 256, 256, 2])
+            for parameter in shared.layers[-1].parameters():
+                parameter.data *= 0.01
+            self.m = nn.ModuleList([shared])
 
     script.EnergyFlow = EnergyFlow
-    script.soft_target, script.meow_loss = soft_target, meow_loss
+
+
+def single(script: ModuleType):
+    """m_1 alone: nothing to take the smaller of."""
+
+    class EnergyFlow(script.EnergyFlow):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.m = self.m[:1]
+
+    script.EnergyFlow = EnergyFlow
+
+
+def batch(script: ModuleType):
+    """BatchNorm for LayerNorm in m and h, s and s' in one pass, as CrossQ does.
+
+    theta' is theta, whatever --tau. Acting takes running means of the statistics, which
+    move by 0.01 a step and which a resumed run begins anew.
+    """
+
+    class BatchNorm(nn.Module):
+        """x (B, D) less its mean, over its deviation, times weight, plus bias."""
+
+        def __init__(self, dim: int):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(dim))
+            self.bias = nn.Parameter(torch.zeros(dim))
+            self.register_buffer("mean", torch.zeros(dim))
+            self.register_buffer("var", torch.ones(dim))
+
+        def normal(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+            return (x - mean) * torch.rsqrt(var + 1e-5) * self.weight + self.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.normal(x, self.mean, self.var)
+
+        def both(self, x: Tensor, next_x: Tensor, seen: list):
+            both = torch.cat([x, next_x])
+            mean, var = both.mean(0), both.var(0, correction=0)
+            seen += [mean.detach(), var.detach()]
+            return self.normal(x, mean, var), self.normal(next_x, mean, var).detach()
+
+    class EnergyFlow(script.EnergyFlow):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            for network in (*self.m, self.h):
+                dims = [norm.normalized_shape[0] for norm in network.norms]
+                network.norms = nn.ModuleList(BatchNorm(dim) for dim in dims)
+
+        def running(self) -> list[Tensor]:
+            norms = [norm for net in (*self.m, self.h) for norm in net.norms]
+            return [tensor for norm in norms for tensor in (norm.mean, norm.var)]
+
+        def q_and_distance_and_v(self, obs, u, next_obs, kept):
+            """Q_k(s,a), d, V_k(s') without gradient, and the batch's statistics."""
+            seen = []
+
+            def both(network):
+                x, next_x = obs, next_obs
+                layers = zip(network.norms, network.swishes, strict=True)
+                for i, (norm, swish) in enumerate(layers):
+                    x, next_x = network.layers[i](x), network.layers[i](next_x)
+                    x, next_x = norm.both(x, next_x.detach(), seen)
+                    x, next_x = swish(x), swish(next_x)
+                last = network.layers[-1]
+                return last(x), last(next_x).detach()
+
+            shifts = [both(network) for network in self.m]
+            kappas = []
+            for h in both(self.h):
+                log_kappa = self.log_kappa_start + 10 * torch.tanh(h / 10)
+                kappas.append(torch.exp(log_kappa) + self.alpha / self.sigma_max**2)
+            m, next_m = (torch.cat(pair, dim=-1) for pair in zip(*shifts, strict=True))
+            x = self.to_x(u, obs, kept)
+            energy = 0.5 * (kappas[0] * x * x).sum(-1)
+            squash = self.alpha * script.log_tanh_slope(u).sum(-1)
+            q = m - (energy + squash)[:, None]
+            log_z = 0.5 * torch.log(2 * math.pi * self.alpha / kappas[1]).sum(-1)
+            v = next_m + self.alpha * log_z[:, None]
+            return q, 2 * energy / (self.alpha * self.act_dim), v, seen
+
+    def make_update(flow, args):
+        forward = script.function_of_parameters(flow.q_and_distance_and_v)
+
+        def loss_and_rest(theta, obs, u, next_obs, reward, terminated, kept):
+            q, d, v_next, seen = forward(theta, obs, u, next_obs, kept)
+            v_next = v_next.detach()
+            target = script.soft_target(reward, terminated, v_next, args.gamma)
+            weight = script.near_weight(d.detach())
+            loss = script.meow_loss(q, target, weight)
+            return loss, (q, v_next, target, seen)
+
+        def update(theta, target_theta, m, v, decay, batch, kept=None):
+            parts = script.split_batch(batch, flow.obs_dim, flow.act_dim)
+            gradient = torch.func.grad_and_value(loss_and_rest, has_aux=True)
+            obs, u, next_obs, reward, terminated = parts
+            inputs = obs, u, next_obs, reward, terminated, kept
+            grad, (loss, (q, v_next, target, seen)) = gradient(theta, *inputs)
+            grad, grad_norm = script.clip_gradient(grad, args.max_grad_norm)
+            moments = theta, m, v, decay
+            new_theta, *new = script.adam(*moments, grad, args.learning_rate)
+            new = (new_theta, new_theta, *new)
+            old = (theta, target_theta, m, v, decay)
+            for tensor, value in zip(old, new, strict=True):
+                tensor.copy_(value)
+            for tensor, value in zip(flow.running(), seen, strict=True):
+                tensor.copy_(0.99 * tensor + 0.01 * value)
+            shift_gap = (q[:, 0] - q[:, -1]).abs().mean()
+            means = q.mean(), v_next.mean(), target.mean(), shift_gap
+            return torch.stack([loss, grad_norm, *means])
+
+        return update
+
+    script.EnergyFlow, script.make_update = EnergyFlow, make_update
 
 
 def conservative(script: ModuleType):
     """The loss and lambda (V - Q), that is -lambda alpha log pi(a|s), of the batch.
 
-    lambda falls from 0.05 to 0 over the first 90,000 steps. flow/q is not the script's
-    here.
+    lambda falls from 0.05 to 0 over the first 90,000 steps. flow/q and flow/shift_gap
+    are not the script's here.
     """
     flows, loss_of_td = [], script.meow_loss
 
@@ -223,10 +321,10 @@ def conservative(script: ModuleType):
             self.register_buffer("weight", torch.tensor(0.0))  # lambda
             flows.append(self)
 
-        def q_and_distance(self, obs, u, kept=None):  # (B, 2), (B,)
+        def q_and_distance(self, obs, u, kept=None):  # (B, K + 1), (B,)
             q, d = super().q_and_distance(obs, u, kept)
-            gap = self.soft_values(obs) - q
-            return torch.stack([q, self.weight * gap], dim=-1), d
+            gap = (self.soft_values(obs) - q)[:, :1]
+            return torch.cat([q, self.weight * gap], dim=-1), d
 
     class ReplayBuffer(script.ReplayBuffer):
         def sample(self, rng):
@@ -235,7 +333,7 @@ def conservative(script: ModuleType):
             return super().sample(rng)
 
     def meow_loss(q: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        return loss_of_td(q[:, 0], target, weight) + q[:, 1].mean()
+        return loss_of_td(q[:, :-1], target, weight) + q[:, -1].mean()
 
     script.EnergyFlow, script.ReplayBuffer = EnergyFlow, ReplayBuffer
     script.meow_loss = meow_loss
@@ -292,7 +390,9 @@ ARMS = {
         layers,
         plain,
         bounded,
-        two,
+        trunk,
+        single,
+        batch,
         conservative,
         evenly,
         raw,
