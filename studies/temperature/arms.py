@@ -11,7 +11,6 @@ script's. The run is named after the arm (auto_evenly_scaled, sac_normal).
 """
 
 import importlib.util
-import math
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -204,109 +203,6 @@ def single(script: ModuleType):
     script.EnergyFlow = EnergyFlow
 
 
-def batch(script: ModuleType):
-    """BatchNorm for LayerNorm in m and h, s and s' in one pass, as CrossQ does.
-
-    theta' is theta, whatever --tau. Acting takes running means of the statistics, which
-    move by 0.01 a step and which a resumed run begins anew.
-    """
-
-    class BatchNorm(nn.Module):
-        """x (B, D) less its mean, over its deviation, times weight, plus bias."""
-
-        def __init__(self, dim: int):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(dim))
-            self.bias = nn.Parameter(torch.zeros(dim))
-            self.register_buffer("mean", torch.zeros(dim))
-            self.register_buffer("var", torch.ones(dim))
-
-        def normal(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-            return (x - mean) * torch.rsqrt(var + 1e-5) * self.weight + self.bias
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.normal(x, self.mean, self.var)
-
-        def both(self, x: Tensor, next_x: Tensor, seen: list):
-            both = torch.cat([x, next_x])
-            mean, var = both.mean(0), both.var(0, correction=0)
-            seen += [mean.detach(), var.detach()]
-            return self.normal(x, mean, var), self.normal(next_x, mean, var).detach()
-
-    class EnergyFlow(script.EnergyFlow):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            for network in (*self.m, self.h):
-                dims = [norm.normalized_shape[0] for norm in network.norms]
-                network.norms = nn.ModuleList(BatchNorm(dim) for dim in dims)
-
-        def running(self) -> list[Tensor]:
-            norms = [norm for net in (*self.m, self.h) for norm in net.norms]
-            return [tensor for norm in norms for tensor in (norm.mean, norm.var)]
-
-        def q_and_distance_and_v(self, obs, u, next_obs, kept):
-            """Q_k(s,a), d, V_k(s') without gradient, and the batch's statistics."""
-            seen = []
-
-            def both(network):
-                x, next_x = obs, next_obs
-                layers = zip(network.norms, network.swishes, strict=True)
-                for i, (norm, swish) in enumerate(layers):
-                    x, next_x = network.layers[i](x), network.layers[i](next_x)
-                    x, next_x = norm.both(x, next_x.detach(), seen)
-                    x, next_x = swish(x), swish(next_x)
-                last = network.layers[-1]
-                return last(x), last(next_x).detach()
-
-            shifts = [both(network) for network in self.m]
-            kappas = []
-            for h in both(self.h):
-                log_kappa = self.log_kappa_start + 10 * torch.tanh(h / 10)
-                kappas.append(torch.exp(log_kappa) + self.alpha / self.sigma_max**2)
-            m, next_m = (torch.cat(pair, dim=-1) for pair in zip(*shifts, strict=True))
-            x = self.to_x(u, obs, kept)
-            energy = 0.5 * (kappas[0] * x * x).sum(-1)
-            squash = self.alpha * script.log_tanh_slope(u).sum(-1)
-            q = m - (energy + squash)[:, None]
-            log_z = 0.5 * torch.log(2 * math.pi * self.alpha / kappas[1]).sum(-1)
-            v = next_m + self.alpha * log_z[:, None]
-            return q, 2 * energy / (self.alpha * self.act_dim), v, seen
-
-    def make_update(flow, args):
-        forward = script.function_of_parameters(flow.q_and_distance_and_v)
-
-        def loss_and_rest(theta, obs, u, next_obs, reward, terminated, kept):
-            q, d, v_next, seen = forward(theta, obs, u, next_obs, kept)
-            v_next = v_next.detach()
-            target = script.soft_target(reward, terminated, v_next, args.gamma)
-            weight = script.near_weight(d.detach())
-            loss = script.meow_loss(q, target, weight)
-            return loss, (q, v_next, target, seen)
-
-        def update(theta, target_theta, m, v, decay, batch, kept=None):
-            parts = script.split_batch(batch, flow.obs_dim, flow.act_dim)
-            gradient = torch.func.grad_and_value(loss_and_rest, has_aux=True)
-            obs, u, next_obs, reward, terminated = parts
-            inputs = obs, u, next_obs, reward, terminated, kept
-            grad, (loss, (q, v_next, target, seen)) = gradient(theta, *inputs)
-            grad, grad_norm = script.clip_gradient(grad, args.max_grad_norm)
-            moments = theta, m, v, decay
-            new_theta, *new = script.adam(*moments, grad, args.learning_rate)
-            new = (new_theta, new_theta, *new)
-            old = (theta, target_theta, m, v, decay)
-            for tensor, value in zip(old, new, strict=True):
-                tensor.copy_(value)
-            for tensor, value in zip(flow.running(), seen, strict=True):
-                tensor.copy_(0.99 * tensor + 0.01 * value)
-            shift_gap = (q[:, 0] - q[:, -1]).abs().mean()
-            means = q.mean(), v_next.mean(), target.mean(), shift_gap
-            return torch.stack([loss, grad_norm, *means])
-
-        return update
-
-    script.EnergyFlow, script.make_update = EnergyFlow, make_update
-
-
 def conservative(script: ModuleType):
     """The loss and lambda (V - Q), that is -lambda alpha log pi(a|s), of the batch.
 
@@ -392,7 +288,6 @@ ARMS = {
         bounded,
         trunk,
         single,
-        batch,
         conservative,
         evenly,
         raw,

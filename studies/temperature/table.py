@@ -23,7 +23,7 @@ SAME = (
 """options of every run, which have their own columns or change no number"""
 
 SCRIPT = "meow_auto_continuous_action"
-NAMES = {SCRIPT: "the script"}
+NAMES = {SCRIPT: "the script", "auto": "dual"}
 COLUMNS = {
     "the script": SCRIPT,
     "SAC": "sac_continuous_action",
