@@ -22,18 +22,18 @@
 In MEow (meow_continuous_action.py; Chao et al., NeurIPS 2024) alpha multiplies the
 flow's whole log-density: Q moves with alpha, which has to stay as it is. Here Q is
 written without it. For u = atanh(a), additive couplings x = g(u|s), of volume 1, and
-networks m_k(s), kappa(s) > 0:
+networks m(s), kappa(s) > 0:
 
-    Q_k(s,a) = m_k(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
-    V_k(s)   = m_k(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s))
-    policy:    u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
+    Q(s,a) = m(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
+    V(s)   = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s))
+    policy:  u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
 
 Since da = prod_i (1 - tanh(u_i)^2) du and du = dx, the last term of Q cancels in
 
-    alpha log int exp(Q_k/alpha) da = m_k + alpha log int exp(-kappa x^2 / (2 alpha)) dx
+    alpha log int exp(Q/alpha) da = m + alpha log int exp(-kappa x^2 / (2 alpha)) dx
 
 which is a Gaussian integral: V is the soft value of Q, exactly, at EVERY alpha, and
-pi(a|s) = exp((Q_k - V_k)/alpha) is the density of tanh(u). (MEow's own form is the
+pi(a|s) = exp((Q - V)/alpha) is the density of tanh(u). (MEow's own form is the
 special case kappa = alpha/sigma^2.) When alpha moves, m, kappa and g stay; the policy
 widens or narrows. So alpha can follow the size of the values, by at most eta a step:
 
@@ -42,7 +42,7 @@ widens or narrows. So alpha can follow the size of the values, by at most eta a 
 (--temperature entropy: SAC's dual, log alpha <- log alpha + eta (H + log pi(a|s)).) One
 loss trains everything, the batch mean of
 
-    w(d) sum_k (Q_k - y)^2 / 2,   y = r + gamma (1 - terminated) min_k V_k(s')
+    w(d) (Q - y)^2 / 2,   y = r + gamma (1 - terminated) V(s')
     w(d) = exp((4 - d) / 2) between 0.02 and 1,   d = |z|^2 / A,   z = x / sigma
 
 Q is quadratic in z: one that fit far actions too would be wrong near the policy, so the
@@ -50,7 +50,7 @@ farther an action is from the policy, the less it weighs.
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
-m_k       EnergyFlow.m       two networks, reward units; the smaller V_k counts
+m         EnergyFlow.m       reward units; one network: no action maximises its errors
 kappa     EnergyFlow.kappa   curvature, reward units: exp(h(s)) + alpha / sigma_max^2
 alpha     EnergyFlow.alpha   temperature, reward units per nat; gets no gradient
 d         q_and_distance     mean square of z: about 1 for the policy's own actions
@@ -58,7 +58,7 @@ w(d)      near_weight        a transition's weight; gets no gradient
 G         DiscountedReturn   of the episode so far, reward units; rho: return_ratio
 theta     theta              all parameters in one vector; theta': target_theta
 y         target             soft target, with theta'
-Shapes: B batch, A action, S observation, K = 2 shifts, P parameters.
+Shapes: B batch, A action, S observation, P parameters.
 
 What differs from meow_continuous_action.py besides: observations are normalised, m and
 h have LayerNorm (hidden layers start orthogonal, the last one at zero), and the replay
@@ -375,7 +375,7 @@ class EnergyFlow(nn.Module):
         self.t = nn.ModuleList(
             MLP(dims, dropout=args.dropout) for _ in range(self.n_couplings)
         )
-        self.m = nn.ModuleList(MLP([obs_dim, 256, 256, 1], zero=True) for _ in range(2))
+        self.m = MLP([obs_dim, 256, 256, 1], zero=True)
         self.h = MLP([obs_dim, *hidden, act_dim], zero=True)
         self.sigma_max = args.sigma_max
         # kappa at the start, so that sigma = sqrt(alpha / kappa) is --sigma-start
@@ -415,26 +415,22 @@ class EnergyFlow(nn.Module):
         return u
 
     # soft Q, soft value and policy
-    def shifts(self, obs: Tensor) -> Tensor:
-        """m_k(s). (B, S) -> (B, K), reward units."""
-        return torch.cat([m(obs) for m in self.m], dim=-1)
-
     def q_values(self, obs: Tensor, u: Tensor) -> Tensor:
-        """Q_k = m_k - 1/2 sum kappa x^2 - alpha sum log(1 - tanh(u)^2). -> (B, K)."""
+        """Q = m - 1/2 sum kappa x^2 - alpha sum log(1 - tanh(u)^2). -> (B,)."""
         return self.q_and_distance(obs, u)[0]
 
     def q_and_distance(self, obs: Tensor, u: Tensor, kept: Tensor | None = None):
-        """Q_k(s,a), and d = |z|^2 / A of the latent z = x / sigma. -> (B, K), (B,)."""
+        """Q(s,a), and d = |z|^2 / A of the latent z = x / sigma. -> (B,), (B,)."""
         x = self.to_x(u, obs, kept)
         energy = 0.5 * (self.kappa(obs) * x * x).sum(-1)
         squash = self.alpha * log_tanh_slope(u).sum(-1)
-        q = self.shifts(obs) - (energy + squash)[:, None]
+        q = self.m(obs)[:, 0] - energy - squash
         return q, 2 * energy / (self.alpha * self.act_dim)
 
     def soft_values(self, obs: Tensor) -> Tensor:
-        """V_k(s) = m_k(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s)). -> (B, K)."""
+        """V(s) = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s)). -> (B,)."""
         log_z = 0.5 * torch.log(2 * math.pi * self.alpha / self.kappa(obs)).sum(-1)
-        return self.shifts(obs) + self.alpha * log_z[:, None]
+        return self.m(obs)[:, 0] + self.alpha * log_z
 
     def log_prob(self, obs: Tensor, u: Tensor) -> Tensor:
         """log pi(a|s) = log N(x; 0, sigma^2) - sum log(1 - tanh(u)^2). -> (B,)."""
@@ -490,8 +486,8 @@ def draw_dropout(kept: Tensor, dropout: float, rng: np.random.Generator):
 def soft_target(
     reward: Tensor, terminated: Tensor, v_next: Tensor, gamma: float
 ) -> Tensor:
-    """y = r + gamma (1 - terminated) min_k V_k(s'). (B,), (B,), (B, K) -> (B,)."""
-    return reward + gamma * (1 - terminated) * v_next.min(-1).values
+    """y = r + gamma (1 - terminated) V(s'). (B,), (B,), (B,) -> (B,)."""
+    return reward + gamma * (1 - terminated) * v_next
 
 
 def near_weight(d: Tensor) -> Tensor:
@@ -500,8 +496,8 @@ def near_weight(d: Tensor) -> Tensor:
 
 
 def meow_loss(q: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Batch mean of w sum_k (Q_k - y)^2 / 2. q (B, K), target, weight (B,) -> ()."""
-    return 0.5 * (weight * (q - target[:, None]).square().sum(-1)).mean()
+    """Batch mean of w (Q - y)^2 / 2. q, target, weight (B,) -> ()."""
+    return 0.5 * (weight * (q - target).square()).mean()
 
 
 def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -575,24 +571,23 @@ METRICS = [
     "flow/q",
     "flow/v_next",
     "flow/target",
-    "flow/shift_gap",
 ]
 
 
 def make_update(flow: EnergyFlow, args: Args):
-    """update(theta, theta', m, v, decay, batch, kept) -> METRICS (6,), a pure function
+    """update(theta, theta', m, v, decay, batch, kept) -> METRICS (5,), a pure function
     but that it changes the first five in place; it is compiled as a whole."""
     q_and_distance = function_of_parameters(flow.q_and_distance)
     soft_values = function_of_parameters(flow.soft_values)
 
     def loss_and_q(theta, obs, u, target, kept):
-        q, d = q_and_distance(theta, obs, u, kept)  # Q_k(s,a)  (B, K)
+        q, d = q_and_distance(theta, obs, u, kept)  # Q(s,a)  (B,)
         return meow_loss(q, target, near_weight(d.detach())), q
 
     def update(theta, target_theta, m, v, decay, batch, kept=None):
         parts = split_batch(batch, flow.obs_dim, flow.act_dim)
         obs, u, next_obs, reward, terminated = parts
-        v_next = soft_values(target_theta, next_obs)  # V_k(s'), theta'  (B, K)
+        v_next = soft_values(target_theta, next_obs)  # V(s'), theta'  (B,)
         target = soft_target(reward, terminated, v_next, args.gamma)  # y  (B,)
         gradient = torch.func.grad_and_value(loss_and_q, has_aux=True)
         grad, (loss, q) = gradient(theta, obs, u, target, kept)
@@ -602,8 +597,7 @@ def make_update(flow: EnergyFlow, args: Args):
         new = (new_theta, averaged, *moments)
         for tensor, value in zip((theta, target_theta, m, v, decay), new, strict=True):
             tensor.copy_(value)
-        shift_gap = (q[:, 0] - q[:, -1]).abs().mean()  # |m_1 - m_2|
-        means = q.mean(), v_next.mean(), target.mean(), shift_gap
+        means = q.mean(), v_next.mean(), target.mean()
         return torch.stack([loss, grad_norm, *means])
 
     return update

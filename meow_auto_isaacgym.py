@@ -25,14 +25,14 @@ environments once, all counts of steps are vector steps, and the temperature fol
 largest discounted return of any of them (D and I are explained in the MEow scripts
 with the paper's temperature). With u = atanh(a), x = g(u|s):
 
-    Q_k(s,a) = m_k(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
-    V_k(s)   = m_k(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s))
-    policy:    u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
+    Q(s,a) = m(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
+    V(s)   = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s))
+    policy:  u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
     log alpha -> log(rho max |G_t|),  G_t = r_t + gamma G_{t-1} within an episode
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
 which are the paper's. Shapes: N environments, B batch, A action, S observation,
-K = 2 shifts, P parameters, T vector steps.
+P parameters, T vector steps.
 """
 
 import contextlib
@@ -513,7 +513,7 @@ class EnergyFlow(nn.Module):
         self.t = nn.ModuleList(
             MLP(dims, dropout=args.dropout) for _ in range(self.n_couplings)
         )
-        self.m = nn.ModuleList(MLP([obs_dim, 256, 256, 1], zero=True) for _ in range(2))
+        self.m = MLP([obs_dim, 256, 256, 1], zero=True)
         self.h = MLP([obs_dim, *hidden, act_dim], zero=True)
         self.sigma_max = args.sigma_max
         # kappa at the start, so that sigma = sqrt(alpha / kappa) is --sigma-start
@@ -553,26 +553,22 @@ class EnergyFlow(nn.Module):
         return u
 
     # soft Q, soft value and policy
-    def shifts(self, obs: Tensor) -> Tensor:
-        """m_k(s). (B, S) -> (B, K), reward units."""
-        return torch.cat([m(obs) for m in self.m], dim=-1)
-
     def q_values(self, obs: Tensor, u: Tensor) -> Tensor:
-        """Q_k = m_k - 1/2 sum kappa x^2 - alpha sum log(1 - tanh(u)^2). -> (B, K)."""
+        """Q = m - 1/2 sum kappa x^2 - alpha sum log(1 - tanh(u)^2). -> (B,)."""
         return self.q_and_distance(obs, u)[0]
 
     def q_and_distance(self, obs: Tensor, u: Tensor, kept: Tensor | None = None):
-        """Q_k(s,a), and d = |z|^2 / A of the latent z = x / sigma. -> (B, K), (B,)."""
+        """Q(s,a), and d = |z|^2 / A of the latent z = x / sigma. -> (B,), (B,)."""
         x = self.to_x(u, obs, kept)
         energy = 0.5 * (self.kappa(obs) * x * x).sum(-1)
         squash = self.alpha * log_tanh_slope(u).sum(-1)
-        q = self.shifts(obs) - (energy + squash)[:, None]
+        q = self.m(obs)[:, 0] - energy - squash
         return q, 2 * energy / (self.alpha * self.act_dim)
 
     def soft_values(self, obs: Tensor) -> Tensor:
-        """V_k(s) = m_k(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s)). -> (B, K)."""
+        """V(s) = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s)). -> (B,)."""
         log_z = 0.5 * torch.log(2 * math.pi * self.alpha / self.kappa(obs)).sum(-1)
-        return self.shifts(obs) + self.alpha * log_z[:, None]
+        return self.m(obs)[:, 0] + self.alpha * log_z
 
     def log_prob(self, obs: Tensor, u: Tensor) -> Tensor:
         """log pi(a|s) = log N(x; 0, sigma^2) - sum log(1 - tanh(u)^2). -> (B,)."""
@@ -628,8 +624,8 @@ def draw_dropout(kept: Tensor, dropout: float, rng: np.random.Generator):
 def soft_target(
     reward: Tensor, terminated: Tensor, v_next: Tensor, gamma: float
 ) -> Tensor:
-    """y = r + gamma (1 - terminated) min_k V_k(s'). (B,), (B,), (B, K) -> (B,)."""
-    return reward + gamma * (1 - terminated) * v_next.min(-1).values
+    """y = r + gamma (1 - terminated) V(s'). (B,), (B,), (B,) -> (B,)."""
+    return reward + gamma * (1 - terminated) * v_next
 
 
 def near_weight(d: Tensor) -> Tensor:
@@ -638,8 +634,8 @@ def near_weight(d: Tensor) -> Tensor:
 
 
 def meow_loss(q: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Batch mean of w sum_k (Q_k - y)^2 / 2. q (B, K), target, weight (B,) -> ()."""
-    return 0.5 * (weight * (q - target[:, None]).square().sum(-1)).mean()
+    """Batch mean of w (Q - y)^2 / 2. q, target, weight (B,) -> ()."""
+    return 0.5 * (weight * (q - target).square()).mean()
 
 
 def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -716,24 +712,23 @@ METRICS = [
     "flow/q",
     "flow/v_next",
     "flow/target",
-    "flow/shift_gap",
 ]
 
 
 def make_update(flow: EnergyFlow, args: Args):
-    """update(theta, theta', m, v, decay, batch, kept) -> METRICS (6,), a pure function
+    """update(theta, theta', m, v, decay, batch, kept) -> METRICS (5,), a pure function
     but that it changes the first five in place; it is compiled as a whole."""
     q_and_distance = function_of_parameters(flow.q_and_distance)
     soft_values = function_of_parameters(flow.soft_values)
 
     def loss_and_q(theta, obs, u, target, kept):
-        q, d = q_and_distance(theta, obs, u, kept)  # Q_k(s,a)  (B, K)
+        q, d = q_and_distance(theta, obs, u, kept)  # Q(s,a)  (B,)
         return meow_loss(q, target, near_weight(d.detach())), q
 
     def update(theta, target_theta, m, v, decay, batch, kept=None):
         parts = split_batch(batch, flow.obs_dim, flow.act_dim)
         obs, u, next_obs, reward, terminated = parts
-        v_next = soft_values(target_theta, next_obs)  # V_k(s'), theta'  (B, K)
+        v_next = soft_values(target_theta, next_obs)  # V(s'), theta'  (B,)
         target = soft_target(reward, terminated, v_next, args.gamma)  # y  (B,)
         gradient = torch.func.grad_and_value(loss_and_q, has_aux=True)
         grad, (loss, q) = gradient(theta, obs, u, target, kept)
@@ -743,8 +738,7 @@ def make_update(flow: EnergyFlow, args: Args):
         new = (new_theta, averaged, *moments)
         for tensor, value in zip((theta, target_theta, m, v, decay), new, strict=True):
             tensor.copy_(value)
-        shift_gap = (q[:, 0] - q[:, -1]).abs().mean()  # |m_1 - m_2|
-        means = q.mean(), v_next.mean(), target.mean(), shift_gap
+        means = q.mean(), v_next.mean(), target.mean()
         return torch.stack([loss, grad_norm, *means])
 
     return update

@@ -34,7 +34,8 @@ ENVIRONMENT = OWN | set("evaluate make_eval_envs make_policy".split())
 MEOW, SAC, SQL, AUTO = GYMNASIUM
 ROBOTS, AUTO_ROBOTS, SAC_ROBOTS = ISAAC
 # What a temperature that moves changes in MEow's script.
-MOVING = OWN | set("MLP EnergyFlow make_flow make_policy make_update meow_loss".split())
+MOVING = OWN | set("MLP EnergyFlow make_flow make_policy make_update".split())
+MOVING |= set("soft_target meow_loss METRICS".split())
 PAIRS = {
     (MEOW, SAC): ALGORITHM,
     (MEOW, SQL): ALGORITHM,
@@ -52,10 +53,10 @@ PAIRS = {
 SHARED = {
     (MEOW, SAC): "make_env episode_seed evaluate ReplayBuffer split_batch adam",
     (MEOW, SQL): "make_env episode_seed evaluate ReplayBuffer split_batch adam",
-    (MEOW, AUTO): "make_env evaluate ReplayBuffer Swish soft_target METRICS",
-    (AUTO, AUTO_ROBOTS): "EnergyFlow MLP make_update near_weight follow_returns",
+    (MEOW, AUTO): "make_env evaluate ReplayBuffer Swish log_prior adam",
+    (AUTO, AUTO_ROBOTS): "EnergyFlow MLP make_update soft_target meow_loss METRICS",
     (ROBOTS, AUTO_ROBOTS): "evaluate VectorReplayBuffer first_observations adam",
-    (AUTO, ROBOTS): "ObservationNorm Swish soft_target adam METRICS",
+    (AUTO, ROBOTS): "ObservationNorm Swish log_prior adam",
     (SAC, SQL): "make_policy make_eval_envs adam_moments evaluate make_env",
     (MEOW, "sb3_baselines.py"): "make_env episode_seed evaluate make_eval_envs",
     (

@@ -162,7 +162,7 @@ def plain(script: ModuleType):
     class EnergyFlow(script.EnergyFlow):
         def __init__(self, *sizes):
             super().__init__(*sizes)
-            for network in (*self.m, self.h):
+            for network in (self.m, self.h):
                 network.norms = nn.ModuleList(nn.Identity() for _ in network.norms)
 
     script.EnergyFlow = EnergyFlow
@@ -178,36 +178,42 @@ def bounded(script: ModuleType):
     script.EnergyFlow = EnergyFlow
 
 
-def trunk(script: ModuleType):
-    """One network with two outputs, m_1 and m_2, which start a little apart."""
+def two(script: ModuleType):
+    """Two networks m_k, and so two Q_k and V_k, of which the smaller one counts."""
 
     class EnergyFlow(script.EnergyFlow):
         def __init__(self, obs_dim, act_dim, args):
             super().__init__(obs_dim, act_dim, args)
-            shared = script.MLP([obs_dim, 256, 256, 2])
-            for parameter in shared.layers[-1].parameters():
-                parameter.data *= 0.01
-            self.m = nn.ModuleList([shared])
+            self.m_2 = script.MLP([obs_dim, 256, 256, 1], zero=True)
+
+        def with_second(self, first: Tensor, obs: Tensor) -> Tensor:  # (B,) -> (B, 2)
+            difference = (self.m_2(obs) - self.m(obs))[:, 0]
+            return torch.stack([first, first + difference], dim=-1)
+
+        def q_and_distance(self, obs, u, kept=None):
+            q, d = super().q_and_distance(obs, u, kept)
+            return self.with_second(q, obs), d
+
+        def soft_values(self, obs):
+            return self.with_second(super().soft_values(obs), obs)
+
+    target_of_one, loss_of_one = script.soft_target, script.meow_loss
+
+    def soft_target(reward, terminated, v_next, gamma):
+        return target_of_one(reward, terminated, v_next.min(-1).values, gamma)
+
+    def meow_loss(q, target, weight):
+        return sum(loss_of_one(q[:, k], target, weight) for k in range(2))
 
     script.EnergyFlow = EnergyFlow
-
-
-def single(script: ModuleType):
-    """m_1 alone: nothing to take the smaller of."""
-
-    class EnergyFlow(script.EnergyFlow):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            self.m = self.m[:1]
-
-    script.EnergyFlow = EnergyFlow
+    script.soft_target, script.meow_loss = soft_target, meow_loss
 
 
 def conservative(script: ModuleType):
     """The loss and lambda (V - Q), that is -lambda alpha log pi(a|s), of the batch.
 
-    lambda falls from 0.05 to 0 over the first 90,000 steps. flow/q and flow/shift_gap
-    are not the script's here.
+    lambda falls from 0.05 to 0 over the first 90,000 steps. flow/q is not the script's
+    here.
     """
     flows, loss_of_td = [], script.meow_loss
 
@@ -217,10 +223,10 @@ def conservative(script: ModuleType):
             self.register_buffer("weight", torch.tensor(0.0))  # lambda
             flows.append(self)
 
-        def q_and_distance(self, obs, u, kept=None):  # (B, K + 1), (B,)
+        def q_and_distance(self, obs, u, kept=None):  # (B, 2), (B,)
             q, d = super().q_and_distance(obs, u, kept)
-            gap = (self.soft_values(obs) - q)[:, :1]
-            return torch.cat([q, self.weight * gap], dim=-1), d
+            gap = self.soft_values(obs) - q
+            return torch.stack([q, self.weight * gap], dim=-1), d
 
     class ReplayBuffer(script.ReplayBuffer):
         def sample(self, rng):
@@ -229,7 +235,7 @@ def conservative(script: ModuleType):
             return super().sample(rng)
 
     def meow_loss(q: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        return loss_of_td(q[:, :-1], target, weight) + q[:, -1].mean()
+        return loss_of_td(q[:, 0], target, weight) + q[:, 1].mean()
 
     script.EnergyFlow, script.ReplayBuffer = EnergyFlow, ReplayBuffer
     script.meow_loss = meow_loss
@@ -286,8 +292,7 @@ ARMS = {
         layers,
         plain,
         bounded,
-        trunk,
-        single,
+        two,
         conservative,
         evenly,
         raw,

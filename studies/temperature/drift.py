@@ -41,7 +41,6 @@ def latents_and_errors(saved: dict) -> tuple[torch.Tensor, torch.Tensor, float]:
     obs, u, next_obs, reward, terminated = parts
     obs, next_obs = norm(obs), norm(next_obs)
     q, d = flow.q_and_distance(obs, u)
-    q = q.mean(-1)
     torch.nn.utils.vector_to_parameters(
         saved["learner"][1], flow.parameters()
     )  # theta'

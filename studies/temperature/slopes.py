@@ -3,9 +3,9 @@
     python studies/temperature/slopes.py runs/RUN_NAME
 
 At states of the final policy's own episodes, 32 actions of the policy are tried in the
-simulator, each from the same state: y = r + gamma (1 - terminated) min_k V_k(s') says
-what each is worth, Q_k(s,a) what the critic believes. For runs of
-meow_auto_continuous_action.py and its arms on Gymnasium's MuJoCo tasks.
+simulator, each from the same state: y = r + gamma (1 - terminated) V(s') says what each
+is worth, Q(s,a) what the critic believes. For runs of meow_auto_continuous_action.py
+and its arms on Gymnasium's MuJoCo tasks.
 """
 
 import sys
@@ -58,20 +58,21 @@ def restore(env, state: tuple[np.ndarray, ...]):
 
 
 def worth(flow, norm, env, state, u: Tensor, gamma: float) -> Tensor:
-    """y of actions u (n, A), each from this state, with each V_k. -> (n, K)."""
+    """y of actions u (n, A), each from this state. -> (n,)."""
     outcomes = []
     for action in np.tanh(u.numpy()):
         restore(env, state)
         next_obs, reward, terminated, _, _ = env.unwrapped.step(env.action(action))
         outcomes.append((*next_obs, reward, terminated))
     outcomes = torch.from_numpy(np.array(outcomes, np.float32))
-    next_obs, reward, terminated = outcomes.tensor_split([-2, -1], dim=-1)
-    return reward + gamma * (1 - terminated) * flow.soft_values(norm(next_obs))
+    next_obs, reward, terminated = outcomes[:, :-2], outcomes[:, -2], outcomes[:, -1]
+    v_next = flow.soft_values(norm(next_obs))
+    return script.soft_target(reward, terminated, v_next, gamma)
 
 
 @torch.no_grad()
 def values_of_actions(saved: dict, states: int) -> tuple[Tensor, Tensor]:
-    """y and Q, (states, ACTIONS, K) each, less their means at each state."""
+    """y and Q, (states, ACTIONS) each, less their means at each state."""
     torch.manual_seed(0)
     flow, norm, args = parts_of(saved)
     env = script.make_env(args).env  # its rescaling: env.action(a)
@@ -106,10 +107,9 @@ def main() -> int:
     except Exception as error:
         return explain(error)
     print(f"step {saved['step']}, alpha = {float(saved['alpha'][0]):.2g}")
-    print(f"y: standard deviation at a state {y[..., 0].std(1).mean():.2g}")
-    print(f"Q: standard deviation at a state {q[..., 0].std(1).mean():.2g}")
-    print(f"correlation of Q and y {correlation(q.mean(-1), y.mean(-1)):.2f}")
-    print(f"of y by V_1 and y by V_2 {correlation(y[..., 0], y[..., 1]):.2f}")
+    print(f"y: standard deviation at a state {y.std(1).mean():.2g}")
+    print(f"Q: standard deviation at a state {q.std(1).mean():.2g}")
+    print(f"correlation of Q and y {correlation(q, y):.2f}")
     return 0
 
 
