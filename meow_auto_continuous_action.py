@@ -42,19 +42,13 @@ widens or narrows. So alpha can follow the size of the values, by at most eta a 
 (--temperature entropy: SAC's dual, log alpha <- log alpha + eta (H + log pi(a|s)).) One
 loss trains everything, the batch mean of
 
-    w(d) (Q - y)^2 / 2,   y = r + gamma (1 - terminated) V(s')
-    w(d) = exp((4 - d) / 2) between 0.02 and 1,   d = |z|^2 / A,   z = x / sigma
-
-Q is quadratic in z: one that fit far actions too would be wrong near the policy, so the
-farther an action is from the policy, the less it weighs.
+    (Q - y)^2 / 2,   y = r + gamma (1 - terminated) V(s')
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
 m         EnergyFlow.m       reward units; one network: no action maximises its errors
 kappa     EnergyFlow.kappa   curvature, reward units: exp(h(s)) + alpha / sigma_max^2
 alpha     EnergyFlow.alpha   temperature, reward units per nat; gets no gradient
-d         q_and_distance     mean square of z: about 1 for the policy's own actions
-w(d)      near_weight        a transition's weight; gets no gradient
 G         DiscountedReturn   of the episode so far, reward units; rho: return_ratio
 theta     theta              all parameters in one vector; theta': target_theta
 y         target             soft target, with theta'
@@ -415,17 +409,12 @@ class EnergyFlow(nn.Module):
         return u
 
     # soft Q, soft value and policy
-    def q_values(self, obs: Tensor, u: Tensor) -> Tensor:
+    def q_values(self, obs: Tensor, u: Tensor, kept: Tensor | None = None) -> Tensor:
         """Q = m - 1/2 sum kappa x^2 - alpha sum log(1 - tanh(u)^2). -> (B,)."""
-        return self.q_and_distance(obs, u)[0]
-
-    def q_and_distance(self, obs: Tensor, u: Tensor, kept: Tensor | None = None):
-        """Q(s,a), and d = |z|^2 / A of the latent z = x / sigma. -> (B,), (B,)."""
         x = self.to_x(u, obs, kept)
         energy = 0.5 * (self.kappa(obs) * x * x).sum(-1)
         squash = self.alpha * log_tanh_slope(u).sum(-1)
-        q = self.m(obs)[:, 0] - energy - squash
-        return q, 2 * energy / (self.alpha * self.act_dim)
+        return self.m(obs)[:, 0] - energy - squash
 
     def soft_values(self, obs: Tensor) -> Tensor:
         """V(s) = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s)). -> (B,)."""
@@ -490,14 +479,9 @@ def soft_target(
     return reward + gamma * (1 - terminated) * v_next
 
 
-def near_weight(d: Tensor) -> Tensor:
-    """w(d): 1 up to d = 4, then exp((4 - d) / 2), at least 0.02. d (B,) -> (B,)."""
-    return torch.exp((4 - d) / 2).clamp(0.02, 1)
-
-
-def meow_loss(q: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Batch mean of w (Q - y)^2 / 2. q, target, weight (B,) -> ()."""
-    return 0.5 * (weight * (q - target).square()).mean()
+def meow_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Batch mean of (Q - y)^2 / 2. q, target (B,) -> ()."""
+    return 0.5 * (q - target).square().mean()
 
 
 def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -577,12 +561,12 @@ METRICS = [
 def make_update(flow: EnergyFlow, args: Args):
     """update(theta, theta', m, v, decay, batch, kept) -> METRICS (5,), a pure function
     but that it changes the first five in place; it is compiled as a whole."""
-    q_and_distance = function_of_parameters(flow.q_and_distance)
+    q_values = function_of_parameters(flow.q_values)
     soft_values = function_of_parameters(flow.soft_values)
 
     def loss_and_q(theta, obs, u, target, kept):
-        q, d = q_and_distance(theta, obs, u, kept)  # Q(s,a)  (B,)
-        return meow_loss(q, target, near_weight(d.detach())), q
+        q = q_values(theta, obs, u, kept)  # Q(s,a)  (B,)
+        return meow_loss(q, target), q
 
     def update(theta, target_theta, m, v, decay, batch, kept=None):
         parts = split_batch(batch, flow.obs_dim, flow.act_dim)

@@ -165,25 +165,6 @@ def test_the_discounted_return_is_the_episodes():
     assert (again.total, again.largest) == (3.5, 7)
 
 
-def test_the_policys_own_actions_are_at_distance_one():
-    """d is the mean square of the latent that the action was made of."""
-    flow, _ = make_flow(3, 4, alpha=0.03)
-    obs, z = torch.randn(500, 3).double(), torch.randn(500, 4).double()
-    q, d = flow.q_and_distance(obs, flow.sample(obs, z)[0])
-    torch.testing.assert_close(d, z.square().mean(-1))
-    assert float(d.mean()) == pytest.approx(1, abs=0.1)
-    torch.testing.assert_close(q, flow.q_values(obs, flow.sample(obs, z)[0]))
-
-
-def test_far_actions_weigh_less():
-    d = torch.tensor([0.0, 1, 4, 5, 8, 50]).double()
-    weight = torch.tensor([1, 1, 1, math.exp(-0.5), math.exp(-2), 0.02]).double()
-    torch.testing.assert_close(auto.near_weight(d), weight)
-    q, target = torch.randn(6).double(), torch.randn(6).double()
-    expected = (0.5 * weight * (q - target) ** 2).mean()
-    torch.testing.assert_close(auto.meow_loss(q, target, weight), expected)
-
-
 def test_alpha_grows_while_the_policy_is_narrow():
     """By at most eta; it stays where the entropy is the target's."""
     args = auto.Args(target_entropy=-0.5, alpha_lr=0.01)
@@ -225,7 +206,6 @@ def test_update_against_autograd_and_torch_optim(compiled):
     function = auto.make_update(network, args)
     update = compiler("the update", function, *state, batch, kept)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
-    seen = []
     for alpha in (0.1, 0.1, 0.02, 0.5):
         for module in (network, flow, target_flow):
             module.alpha.fill_(alpha)
@@ -234,10 +214,7 @@ def test_update_against_autograd_and_torch_optim(compiled):
         obs, u, next_obs, reward, terminated = auto.split_batch(batch, 5, 3)
         v_next = target_flow.soft_values(next_obs)
         y = reward + 0.99 * (1 - terminated) * v_next
-        q, d = flow.q_and_distance(obs, u, kept)
-        w = torch.exp((4 - d.detach()) / 2).clamp(0.02, 1)
-        seen += w.tolist()
-        loss = 0.5 * (w * (q - y) ** 2).mean()
+        loss = 0.5 * ((flow.q_values(obs, u, kept) - y) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.05)
@@ -249,7 +226,6 @@ def test_update_against_autograd_and_torch_optim(compiled):
         for vector, module in zip(state, (flow, target_flow), strict=False):
             expected = torch.nn.utils.parameters_to_vector(module.parameters())
             torch.testing.assert_close(vector, expected.detach(), rtol=1e-6, atol=1e-8)
-    assert min(seen) < 1 == max(seen)
 
 
 def test_acting_stores_u_and_moves_alpha():

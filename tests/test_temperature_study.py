@@ -19,7 +19,7 @@ import drift
 import slopes
 import table
 
-MEOW = "scaled recent plain bounded two conservative evenly raw held".split()
+MEOW = "scaled recent plain bounded two conservative near raw held".split()
 KEEPING_THE_IDENTITY = "base plain bounded two".split()
 
 
@@ -123,24 +123,38 @@ def test_conservative_adds_the_gap_of_v_and_q():
     flow, script = flow_of("conservative")
     flow.weight.fill_(0.05)
     obs, u = torch.randn(8, 3).double(), torch.randn(8, 1).double()
-    q, _ = flow.q_and_distance(obs, u)
+    q = flow.q_values(obs, u)
     log_prob = flow.log_prob(obs, u)
     gap = -0.05 * flow.alpha * log_prob
     torch.testing.assert_close(q[:, 1], gap)
     target = torch.randn(8).double()
     td = 0.5 * (q[:, 0] - target).square().mean()
-    even = torch.ones(8).double()
-    torch.testing.assert_close(script.meow_loss(q, target, even), td + gap.mean())
+    torch.testing.assert_close(script.meow_loss(q, target), td + gap.mean())
     replay = script.ReplayBuffer(50, 3, 1, 4, "cpu")
     replay.added = 45_000
     replay.sample(np.random.default_rng(0))
     assert float(flow.weight) == pytest.approx(0.025)
 
 
-def test_evenly_and_raw_leave_out_what_the_script_does():
-    d = torch.tensor([0.5, 5.0, 40.0])
-    assert (arms.changed_script("base").near_weight(d) < 1).any()
-    assert (arms.changed_script("evenly").near_weight(d) == 1).all()
+def test_near_weighs_far_actions_less():
+    """By the mean square of the latent that the action was made of."""
+    torch.manual_seed(0)
+    flow, script = flow_of("near", act_dim=2)
+    obs, z = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    z *= torch.tensor([0.1, 1, 2, 3, 4, 20]).double()[:, None]
+    u = flow.sample(obs, z)[0]
+    weight = torch.exp((4 - z.square().mean(-1)) / 2).clamp(0.02, 1)
+    assert weight.min() < weight.median() < weight.max()
+    q, target = flow.q_values(obs, u), torch.randn(6).double()
+    torch.testing.assert_close(
+        q[:, 0] - flow.soft_values(obs), flow.alpha * flow.log_prob(obs, u)
+    )
+    torch.testing.assert_close(q[:, 1], weight)
+    expected = (0.5 * weight * (q[:, 0] - target) ** 2).mean()
+    torch.testing.assert_close(script.meow_loss(q, target), expected)
+
+
+def test_raw_leaves_out_what_the_script_does():
     obs = 9 + torch.randn(20, 3)
     for arm in ("base", "raw"):
         norm = arms.changed_script(arm).ObservationNorm(3)
@@ -192,9 +206,8 @@ def test_of_two_values_the_smaller_one_counts():
     reward, terminated = torch.randn(8).double(), torch.zeros(8).double()
     y = script.soft_target(reward, terminated, v, 0.9)
     torch.testing.assert_close(y, reward + 0.9 * v.amin(-1))
-    weight = torch.rand(8).double()
-    expected = (weight * 0.5 * ((q - y[:, None]) ** 2).sum(-1)).mean()
-    torch.testing.assert_close(script.meow_loss(q, y, weight), expected)
+    expected = (0.5 * ((q - y[:, None]) ** 2).sum(-1)).mean()
+    torch.testing.assert_close(script.meow_loss(q, y), expected)
 
 
 def test_held_noise_lasts_some_steps():

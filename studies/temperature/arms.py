@@ -1,13 +1,13 @@
 """One change to a script, or several: the arms of this study.
 
     python studies/temperature/arms.py base --env-id Ant-v4 --total-timesteps 90000
-    python studies/temperature/arms.py evenly+scaled --env-id Ant-v4 --seed 2
+    python studies/temperature/arms.py near+scaled --env-id Ant-v4 --seed 2
     python studies/temperature/arms.py sac+normal --env-id Ant-v4      # the control
 
 The words before the options are changes of `ARMS`, joined by +; with `sac` they change
 sac_continuous_action.py instead of meow_auto_continuous_action.py, where only those of
 `FOR_SAC` make sense; `normal` and `layers` are for SAC alone. All options are the
-script's. The run is named after the arm (auto_evenly_scaled, sac_normal).
+script's. The run is named after the arm (auto_near_scaled, sac_normal).
 """
 
 import importlib.util
@@ -190,9 +190,8 @@ def two(script: ModuleType):
             difference = (self.m_2(obs) - self.m(obs))[:, 0]
             return torch.stack([first, first + difference], dim=-1)
 
-        def q_and_distance(self, obs, u, kept=None):
-            q, d = super().q_and_distance(obs, u, kept)
-            return self.with_second(q, obs), d
+        def q_values(self, obs, u, kept=None):
+            return self.with_second(super().q_values(obs, u, kept), obs)
 
         def soft_values(self, obs):
             return self.with_second(super().soft_values(obs), obs)
@@ -202,8 +201,8 @@ def two(script: ModuleType):
     def soft_target(reward, terminated, v_next, gamma):
         return target_of_one(reward, terminated, v_next.min(-1).values, gamma)
 
-    def meow_loss(q, target, weight):
-        return sum(loss_of_one(q[:, k], target, weight) for k in range(2))
+    def meow_loss(q, target):
+        return sum(loss_of_one(q[:, k], target) for k in range(2))
 
     script.EnergyFlow = EnergyFlow
     script.soft_target, script.meow_loss = soft_target, meow_loss
@@ -223,10 +222,10 @@ def conservative(script: ModuleType):
             self.register_buffer("weight", torch.tensor(0.0))  # lambda
             flows.append(self)
 
-        def q_and_distance(self, obs, u, kept=None):  # (B, 2), (B,)
-            q, d = super().q_and_distance(obs, u, kept)
+        def q_values(self, obs, u, kept=None):  # (B, 2)
+            q = super().q_values(obs, u, kept)
             gap = self.soft_values(obs) - q
-            return torch.stack([q, self.weight * gap], dim=-1), d
+            return torch.stack([q, self.weight * gap], dim=-1)
 
     class ReplayBuffer(script.ReplayBuffer):
         def sample(self, rng):
@@ -234,16 +233,29 @@ def conservative(script: ModuleType):
                 flow.weight.fill_(0.05 * max(0.0, 1 - self.added / 90_000))
             return super().sample(rng)
 
-    def meow_loss(q: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        return loss_of_td(q[:, 0], target, weight) + q[:, 1].mean()
+    def meow_loss(q: Tensor, target: Tensor) -> Tensor:
+        return loss_of_td(q[:, 0], target) + q[:, 1].mean()
 
     script.EnergyFlow, script.ReplayBuffer = EnergyFlow, ReplayBuffer
     script.meow_loss = meow_loss
 
 
-def evenly(script: ModuleType):
-    """All transitions weigh the same, however far their actions are."""
-    script.near_weight = torch.ones_like
+def near(script: ModuleType):
+    """A transition weighs less, the farther its action is from the policy.
+
+    By exp((4 - d) / 2) between 0.02 and 1, d = |z|^2 / A of the latent z = x / sigma.
+    """
+
+    class EnergyFlow(script.EnergyFlow):
+        def q_values(self, obs, u, kept=None):  # (B, 2): Q and its weight
+            q, x = super().q_values(obs, u, kept), self.to_x(u, obs, kept)
+            d = (self.kappa(obs) * x * x / self.alpha).mean(-1).detach()
+            return torch.stack([q, torch.exp((4 - d) / 2).clamp(0.02, 1)], dim=-1)
+
+    def meow_loss(q: Tensor, target: Tensor) -> Tensor:
+        return 0.5 * (q[:, 1] * (q[:, 0] - target).square()).mean()
+
+    script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
 
 
 def raw(script: ModuleType):
@@ -294,7 +306,7 @@ ARMS = {
         bounded,
         two,
         conservative,
-        evenly,
+        near,
         raw,
         held,
     )

@@ -40,7 +40,8 @@ def latents_and_errors(saved: dict) -> tuple[torch.Tensor, torch.Tensor, float]:
     parts = script.split_batch(saved["replay"]["rows"], *saved["sizes"])
     obs, u, next_obs, reward, terminated = parts
     obs, next_obs = norm(obs), norm(next_obs)
-    q, d = flow.q_and_distance(obs, u)
+    q, x = flow.q_values(obs, u), flow.to_x(u, obs)
+    d = (flow.kappa(obs) * x * x / flow.alpha).mean(-1)
     torch.nn.utils.vector_to_parameters(
         saved["learner"][1], flow.parameters()
     )  # theta'
