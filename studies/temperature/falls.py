@@ -1,0 +1,70 @@
+"""What V says of states before a fall, and what came of them.
+
+    python studies/temperature/falls.py runs/RUN_NAME
+
+Of the newest 10,000 transitions of a run that is shorter than its replay buffer: the
+states 1, 10 and 40 steps before an episode terminated. A state from which the policy
+falls whatever it does should be worth what still comes.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from slopes import parts_of
+
+import meow_auto_continuous_action as script
+from harness.files import load_file
+from harness.runs import explain
+
+RECENT, STEPS = 10_000, (1, 10, 40)
+
+
+@dataclass
+class Options:
+    run: Annotated[Path, tyro.conf.Positional]
+    """folder of a run"""
+
+
+@torch.no_grad()
+def before_falls(saved: dict, steps: int) -> tuple[Tensor, Tensor]:
+    """V(s) and the discounted return to the end, of states `steps` before. (N,) each.
+
+    The end's own state is 1 step before it. Episodes that are shorter are left out.
+    """
+    flow, norm, args = parts_of(saved)
+    parts = script.split_batch(saved["replay"]["rows"], *saved["sizes"])
+    obs, _, next_obs, reward, terminated = parts
+    ends = terminated.nonzero()[:, 0]
+    ends = ends[(ends >= len(obs) - RECENT) & (ends >= steps - 1)]
+    window = ends[:, None] + torch.arange(1 - steps, 1)  # rows to the end, (N, steps)
+    begins = torch.ones(len(obs), dtype=torch.bool)  # rows that begin an episode
+    begins[1:] = (obs[1:] != next_obs[:-1]).any(-1)
+    window = window[~begins[window[:, 1:]].any(-1)]
+    discounts = args.gamma ** torch.arange(steps)
+    values = flow.soft_values(norm(obs[window[:, 0]]))
+    return values, (discounts * reward[window]).sum(-1)
+
+
+def main() -> int:
+    options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
+    try:
+        saved = load_file("run", options.run, script.__name__)
+        for steps in STEPS:
+            values, returns = before_falls(saved, steps)
+            text = f"V {values.mean():.3g}, what came {returns.mean():.3g}"
+            print(f"{steps} before a fall: {text} (of {len(values)})")
+    except Exception as error:
+        return explain(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
