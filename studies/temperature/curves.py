@@ -23,8 +23,7 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
 """with their numbers of action dimensions"""
 SETTINGS = {  # experiment: label, colour
     "meow_auto_continuous_action": ("MEow without tuning", "tab:blue"),
-    "auto_single": ("the same with other first weights", "tab:cyan"),
-    "auto_two": ("the smaller of two values counts", "tab:green"),
+    "auto_two_near": ("two values, far actions weigh less", "tab:green"),
     "auto_dual": ("before: SAC's dual moves alpha", "tab:purple"),
     "sac_continuous_action": ("SAC", "tab:orange"),
 }
