@@ -344,6 +344,11 @@ def evenly(script: ModuleType):
     script.near_weight = torch.ones_like
 
 
+def floor(script: ModuleType):
+    """Far transitions weigh 0.2 at least, not 0.02."""
+    script.near_weight = lambda d: torch.exp((4 - d) / 2).clamp(0.2, 1)
+
+
 def raw(script: ModuleType):
     """Observations as they are."""
 
@@ -395,6 +400,7 @@ ARMS = {
         batch,
         conservative,
         evenly,
+        floor,
         raw,
         held,
     )
