@@ -20,7 +20,7 @@ import falls
 import slopes
 import table
 
-MEOW = "scaled recent plain bounded two conservative near raw held".split()
+MEOW = "scaled recent plain bounded two conservative near floor raw held".split()
 KEEPING_THE_IDENTITY = "base plain bounded two".split()
 
 
@@ -137,14 +137,15 @@ def test_conservative_adds_the_gap_of_v_and_q():
     assert float(flow.weight) == pytest.approx(0.025)
 
 
-def test_near_weighs_far_actions_less():
+@pytest.mark.parametrize(("arm", "least"), [("near", 0.02), ("floor", 0.2)])
+def test_near_weighs_far_actions_less(arm, least):
     """By the mean square of the latent that the action was made of."""
     torch.manual_seed(0)
-    flow, script = flow_of("near", act_dim=2)
+    flow, script = flow_of(arm, act_dim=2)
     obs, z = torch.randn(6, 3).double(), torch.randn(6, 2).double()
     z *= torch.tensor([0.1, 1, 2, 3, 4, 20]).double()[:, None]
     u = flow.sample(obs, z)[0]
-    weight = torch.exp((4 - z.square().mean(-1)) / 2).clamp(0.02, 1)
+    weight = torch.exp((4 - z.square().mean(-1)) / 2).clamp(least, 1)
     assert len(set(weight.tolist())) > 2
     q, target = flow.q_values(obs, u), torch.randn(6).double()
     torch.testing.assert_close(

@@ -240,22 +240,29 @@ def conservative(script: ModuleType):
     script.meow_loss = meow_loss
 
 
-def near(script: ModuleType):
-    """A transition weighs less, the farther its action is from the policy.
-
-    By exp((4 - d) / 2) between 0.02 and 1, d = |z|^2 / A of the latent z = x / sigma.
-    """
+def weighted(script: ModuleType, least: float):
+    """Weights exp((4 - d) / 2) between `least` and 1, d = |z|^2 / A of z = x / sigma."""
 
     class EnergyFlow(script.EnergyFlow):
         def q_values(self, obs, u, kept=None):  # (B, 2): Q and its weight
             q, x = super().q_values(obs, u, kept), self.to_x(u, obs, kept)
             d = (self.kappa(obs) * x * x / self.alpha).mean(-1).detach()
-            return torch.stack([q, torch.exp((4 - d) / 2).clamp(0.02, 1)], dim=-1)
+            return torch.stack([q, torch.exp((4 - d) / 2).clamp(least, 1)], dim=-1)
 
     def meow_loss(q: Tensor, target: Tensor) -> Tensor:
         return 0.5 * (q[:, 1] * (q[:, 0] - target).square()).mean()
 
     script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
+
+
+def near(script: ModuleType):
+    """A transition weighs less, the farther its action is from the policy."""
+    weighted(script, least=0.02)
+
+
+def floor(script: ModuleType):
+    """The same, but a far transition still weighs 0.2."""
+    weighted(script, least=0.2)
 
 
 def raw(script: ModuleType):
@@ -307,6 +314,7 @@ ARMS = {
         two,
         conservative,
         near,
+        floor,
         raw,
         held,
     )
