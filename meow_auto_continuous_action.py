@@ -46,7 +46,7 @@ loss trains everything, the batch mean of
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
-m         EnergyFlow.m       reward units; one network: no action maximises its errors
+m         EnergyFlow.m       the value without its entropy, reward units
 kappa     EnergyFlow.kappa   curvature, reward units: exp(h(s)) + alpha / sigma_max^2
 alpha     EnergyFlow.alpha   temperature, reward units per nat; gets no gradient
 G         DiscountedReturn   of the episode so far, reward units; rho: return_ratio
@@ -54,9 +54,10 @@ theta     theta              all parameters in one vector; theta': target_theta
 y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, P parameters.
 
-What differs from meow_continuous_action.py besides: observations are normalised, m and
-h have LayerNorm (hidden layers start orthogonal, the last one at zero), and the replay
-buffer keeps u, of which nothing is cut off.
+What differs from meow_continuous_action.py besides: one m, where MEow takes the smaller
+of two V_k; observations are normalised, m and h have LayerNorm (hidden layers start
+orthogonal, the last one at zero), and the replay buffer keeps u, of which nothing is
+cut off.
 """
 
 import json

@@ -19,16 +19,19 @@
     python meow_auto_isaacgym.py --resume runs/<run_name> # go on exactly
     python meow_auto_isaacgym.py --evaluate runs/<run_name> --capture-video
 
-The algorithm of meow_auto_continuous_action.py (see there for its form and symbols) on
-the environments of meow_isaacgym.py, word for word: a vector step steps each of N
-environments once, all counts of steps are vector steps, and the temperature follows the
-largest discounted return of any of them (D and I are explained in the MEow scripts
-with the paper's temperature). With u = atanh(a), x = g(u|s):
+The algorithm of meow_auto_continuous_action.py (see there for its form and symbols), on
+the simulators and with the replay buffer of meow_isaacgym.py: blocks are copies. A
+vector step steps each of N environments once; all counts of steps are vector steps.
+With u = atanh(a), x = g(u|s):
 
     Q(s,a) = m(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
     V(s)   = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s))
     policy:  u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
     log alpha -> log(rho max |G_t|),  G_t = r_t + gamma G_{t-1} within an episode
+
+where the largest return is that of any environment and log alpha moves by at most eta
+an update. The loss is the batch mean of (Q - y)^2 / 2 with
+y = r + gamma (1 - terminated) V(s').
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
 which are the paper's. Shapes: N environments, B batch, A action, S observation,
@@ -192,7 +195,7 @@ def make_eval_envs(args: Args, training: Simulator) -> Simulator | None:
 
 
 class ObservationNorm:
-    """Running mean and variance (S,) of all observations, each counted once.  # I4"""
+    """Running mean and variance (S,) of all observations, each counted once."""
 
     def __init__(self, obs_dim: int, device: torch.device | str = "cpu"):
         zeros = torch.zeros(obs_dim, dtype=torch.float64, device=device)
@@ -386,15 +389,15 @@ class VectorReplayBuffer:
         self.rows[slot] = torch.cat([action, flags], -1)
         block = self.added // self.max_steps % len(self.final_obs)
         old = self.final_obs[block]
-        self.final_obs[block] = torch.where(truncated[:, None], final_obs, old)  # I1
-        self.invalid[slot] = False if valid is None else ~valid.cpu().numpy()  # I2
+        self.final_obs[block] = torch.where(truncated[:, None], final_obs, old)
+        self.invalid[slot] = False if valid is None else ~valid.cpu().numpy()
         self.added += 1
         self.obs[self.added % len(self.obs)] = next_obs
 
     def sample(self, rng: np.random.Generator) -> Tensor:
-        """`batch` (B, row), drawn over all environments and steps.  # I5"""
+        """`batch` (B, row), drawn over all environments and steps."""
         self.index.numpy()[:] = self.draw(rng, self.index.shape[1])
-        self.device_index.copy_(self.index, non_blocking=True)
+        self.device_index.copy_(self.index)
         return self.gather(self.device_index)
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
@@ -830,7 +833,7 @@ def train(args: Args, run: Run):
             for _ in range(args.updates_per_step):
                 norm.normalise(replay.sample(rng), *sizes)
                 draw_dropout(kept, args.dropout, rng)
-                values = update()  # D8
+                values = update()
                 if args.temperature == "returns":
                     follow_returns(flow.alpha, float(returns.largest), args)
                 if args.temperature == "entropy":

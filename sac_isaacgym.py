@@ -393,7 +393,7 @@ class VectorReplayBuffer:
     def sample(self, rng: np.random.Generator) -> Tensor:
         """`batch` (B, row), drawn over all environments and steps.  # I5"""
         self.index.numpy()[:] = self.draw(rng, self.index.shape[1])
-        self.device_index.copy_(self.index, non_blocking=True)
+        self.device_index.copy_(self.index)
         return self.gather(self.device_index)
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:

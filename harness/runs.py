@@ -195,8 +195,9 @@ class Run(Session):
         if len(content["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(content["cuda_rng"])
         # last: a part may go back to an earlier moment
-        for name, part in self.parts.items():
-            set_state(part, content[name])
+        with files_of_this_version(content):
+            for name, part in self.parts.items():
+                set_state(part, content[name])
 
     # --- Each step --------------------------------------------------------------------
     def steps(self):
@@ -360,9 +361,23 @@ def set_state(part, state):
     """The reverse of `get_state`."""
     if isinstance(part, list):
         for tensor, value in zip(part, state, strict=True):
+            if tensor.shape != value.shape:
+                raise RuntimeError("loading state_dict: another shape")
             tensor.copy_(value)
     else:
         part.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def files_of_this_version(content: dict):
+    """Raises: RunError where networks don't have the shapes of the file's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):  # as PyTorch says it
+            raise
+        text = f"was not written by this version of {content['format']}.py"
+        raise RunError(f"{content['path']} {text}") from None
 
 
 # --- Folders and locks ----------------------------------------------------------------
@@ -397,7 +412,10 @@ def evaluate_policy(args: RunArgs, saved: dict, evaluate_saved):
         raise UsageError("--evaluate: no episode to play: give --eval-episodes")
     file, step = saved["path"], saved["step"]
     video = file.parent / "videos" / f"evaluate-{file.stem}-seed{args.seed}.mp4"
-    with Session(args, choose_device(args.cuda), video_file=video) as session:
+    with (
+        Session(args, choose_device(args.cuda), video_file=video) as session,
+        files_of_this_version(saved),
+    ):
         returns, lengths = evaluate_saved(args, saved, session)
     for i, (total, length) in enumerate(zip(returns, lengths, strict=True)):
         print(f"episode {i}: return {total:.2f}, length {length}")

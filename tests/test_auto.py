@@ -70,9 +70,9 @@ def test_the_critic_stays_when_alpha_moves():
     """m and kappa don't see it: Q moves by the tanh term and kappa's floor."""
     flow, args = make_flow(alpha=0.1)
     obs, u = torch.randn(16, 3).double(), torch.randn(16, 2).double()
-    q, shifts, kappa = flow.q_values(obs, u), flow.m(obs), flow.kappa(obs)
+    q, m, kappa = flow.q_values(obs, u), flow.m(obs), flow.kappa(obs)
     flow.alpha.fill_(0.3)
-    torch.testing.assert_close(flow.m(obs), shifts, **EXACT)
+    torch.testing.assert_close(flow.m(obs), m, **EXACT)
     floor = 0.2 / args.sigma_max**2
     torch.testing.assert_close(flow.kappa(obs), kappa + floor, **EXACT)
     x = flow.to_x(u, obs)

@@ -298,6 +298,13 @@ def test_discounted_returns_are_those_of_each_environment():
     assert again.largest == many.largest
 
 
+def test_robots_without_tuning_have_the_papers_sizes():
+    assert set(auto.SIZES) == set(meow.PAPER_SETTINGS)
+    for task, sizes in auto.SIZES.items():
+        assert set(sizes) == {"total_timesteps", "num_envs", "batch_size"}
+        assert sizes.items() <= meow.PAPER_SETTINGS[task].items()
+
+
 @pytest.mark.parametrize("temperature", ["returns", "entropy", "fixed"])
 def test_robots_act_by_tanh_of_what_is_stored_and_alpha_moves(temperature, monkeypatch):
     """Once an update: by the largest return of all, or by the mean density."""

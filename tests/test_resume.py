@@ -299,7 +299,7 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("how", [*DAMAGED, "foreign", "code"])
+@pytest.mark.parametrize("how", [*DAMAGED, "foreign", "code", "other networks"])
 def test_damaged_checkpoints(stopped, tmp_path, how):
     path, message = tmp_path / "checkpoint.pt", "is damaged or not a checkpoint"
     if how == "foreign":
@@ -307,6 +307,12 @@ def test_damaged_checkpoints(stopped, tmp_path, how):
         message = "was not written by this version of meow_continuous_action.py"
     elif how == "code":  # unpickling it would run something
         torch.save({"format": SCRIPT.stem, "args": {}, "run": launch}, path)
+    elif how == "other networks":  # as after a change of the script
+        saved = torch.load(stopped / "checkpoint.pt", weights_only=True)
+        saved["learner"] = [tensor[:-1] for tensor in saved["learner"]]
+        saved["flow"].popitem()
+        torch.save(saved, path)
+        message = "was not written by this version of meow_continuous_action.py"
     else:
         path.write_bytes(DAMAGED[how]((stopped / "checkpoint.pt").read_bytes()))
     for option in ("--resume", "--evaluate"):

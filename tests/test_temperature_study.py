@@ -138,21 +138,23 @@ def test_conservative_adds_the_gap_of_v_and_q():
 
 
 @pytest.mark.parametrize(("arm", "least"), [("near", 0.02), ("floor", 0.2)])
-def test_near_weighs_far_actions_less(arm, least):
+@pytest.mark.parametrize("two", ["", "two+"])
+def test_near_weighs_far_actions_less(arm, least, two):
     """By the mean square of the latent that the action was made of."""
     torch.manual_seed(0)
-    flow, script = flow_of(arm, act_dim=2)
+    flow, script = flow_of(two + arm, act_dim=2)
     obs, z = torch.randn(6, 3).double(), torch.randn(6, 2).double()
     z *= torch.tensor([0.1, 1, 2, 3, 4, 20]).double()[:, None]
     u = flow.sample(obs, z)[0]
     weight = torch.exp((4 - z.square().mean(-1)) / 2).clamp(least, 1)
     assert len(set(weight.tolist())) > 2
     q, target = flow.q_values(obs, u), torch.randn(6).double()
-    torch.testing.assert_close(
-        q[:, 0] - flow.soft_values(obs), flow.alpha * flow.log_prob(obs, u)
-    )
-    torch.testing.assert_close(q[:, 1], weight)
-    expected = (0.5 * weight * (q[:, 0] - target) ** 2).mean()
+    difference = q[:, :-1] - flow.soft_values(obs).view(6, -1)
+    expected = (flow.alpha * flow.log_prob(obs, u))[:, None].expand_as(difference)
+    torch.testing.assert_close(difference, expected)
+    torch.testing.assert_close(q[:, -1], weight)
+    errors = ((q[:, :-1] - target[:, None]) ** 2).sum(-1)
+    expected = (0.5 * weight * errors).mean()
     torch.testing.assert_close(script.meow_loss(q, target), expected)
 
 
@@ -313,8 +315,8 @@ def test_the_page_has_the_table(capsys, monkeypatch):
 def test_returns_of_a_task_stand_beside_each_other(tmp_path):
     names = "meow_auto_continuous_action__1 meow_auto_continuous_action__2"
     names += " sac_continuous_action__1 sac_continuous_action_longer__1"
-    for i, name in enumerate(names.split()):
-        run = tmp_path / f"Ant-v4__{name}__abc"
+    for i, name in enumerate([*names.split(), "sac_continuous_action__1"]):
+        run = tmp_path / f"Ant-v4__{name}__{i}"
         run.mkdir()
         rows = ["step,seconds,name,value", "10,1,eval/return_mean,1.0"]
         rows += [f"20,2,eval/return_mean,{i}.6", "20,2,eval/return_std,9.0"]
@@ -385,6 +387,8 @@ def test_slopes_are_of_the_true_simulator(tmp_path, capsys, monkeypatch):
 def test_a_wrong_word_says_which_there_are(tmp_path):
     code, _ = launch(["nonsense"], tmp_path)
     assert "nonsense is not one of base, sac, normal" in code
+    code, _ = launch(["near+two", *quick()], tmp_path)
+    assert "near+two can't be joined" in code
     for arm in ("layers", "normal", "sac+near"):
         code, _ = launch([arm, *quick()], tmp_path)
         assert "is no change of" in code

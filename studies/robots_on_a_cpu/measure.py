@@ -2,11 +2,11 @@
 
     python studies/robots_on_a_cpu/measure.py --env-id Ant
 
-Times the parts of meow_isaacgym.py's step with the task's own settings, without files
-and evaluation: acting, drawing a batch, the update, the simulator. Then whole steps, in
-turns: as in the script on one and on two threads of PyTorch or of the simulator, and
-with the simulator in a thread of its own beside the update, which needs nothing of the
-step that it runs beside: the results are the same.
+Times the parts of meow_isaacgym.py's step with the task's own settings, without checks,
+files and evaluation: acting, drawing a batch, the update, the simulator. Then whole
+steps, in turns: as in the script on one and on two threads of PyTorch or of the
+simulator, and with the simulator in a thread of its own beside the update, which needs
+nothing of the step that it runs beside: the results are the same.
 """
 
 import statistics
@@ -121,10 +121,13 @@ def milliseconds(function, times: int) -> float:
 def main():
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     configure_process(torch_threads=1)
-    training = Training(script.Args.for_env(options.env_id))
-    for _ in range(20):
-        training.step()
-    action = training.act()
+    made = {}  # by the threads that it was compiled for
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        made[threads] = Training(script.Args.for_env(options.env_id))
+        for _ in range(20):
+            made[threads].step()
+    training, action = made[1], made[1].act()
     parts = {
         "acting": training.act,
         "drawing a batch": training.draw_batch,
@@ -132,27 +135,30 @@ def main():
         "the simulator": lambda: training.simulate(action),
     }
     ways = {  # threads of PyTorch, of the simulator, the step
-        "as in the script": (1, 1, training.step),
-        "two threads of PyTorch": (2, 1, training.step),
-        "two threads of the simulator": (1, 2, training.step),
-        "two threads of both": (2, 2, training.step),
-        "the simulator beside the update": (1, 1, training.step_beside),
+        "as in the script": (1, 1, "step"),
+        "two threads of PyTorch": (2, 1, "step"),
+        "two threads of the simulator": (1, 2, "step"),
+        "two threads of both": (2, 2, "step"),
+        "the simulator beside the update": (1, 1, "step_beside"),
     }
     times = {name: [] for name in (*parts, *ways)}
     for _ in range(options.rounds):
         for name, part in parts.items():
             times[name].append(milliseconds(part, options.steps))
-        for name, (torch_threads, training.threads, step) in ways.items():
+        for name, (torch_threads, threads, step) in ways.items():
             torch.set_num_threads(torch_threads)
+            made[torch_threads].threads = threads
+            step = getattr(made[torch_threads], step)
             step()
             times[name].append(milliseconds(step, options.steps))
-            torch.set_num_threads(1)
+        torch.set_num_threads(1)
         training.threads = 1
     print(f"{options.env_id}\n\n| | ms (min to max) |\n|---|---|")
     for name, values in times.items():
         middle = f"{statistics.median(values):.1f}"
         print(f"| {name} | {middle} ({min(values):.1f} to {max(values):.1f}) |")
-    training.other.shutdown()
+    for each in made.values():
+        each.other.shutdown()
 
 
 if __name__ == "__main__":

@@ -179,7 +179,10 @@ def bounded(script: ModuleType):
 
 
 def two(script: ModuleType):
-    """Two networks m_k, and so two Q_k and V_k, of which the smaller one counts."""
+    """Two networks m_k, and so two Q_k and V_k, of which the smaller one counts.
+
+    Before near or floor, if with one of them.
+    """
 
     class EnergyFlow(script.EnergyFlow):
         def __init__(self, obs_dim, act_dim, args):
@@ -241,16 +244,21 @@ def conservative(script: ModuleType):
 
 
 def weighted(script: ModuleType, least: float):
-    """Weights exp((4 - d) / 2) between `least` and 1, d = |z|^2 / A of z = x / sigma."""
+    """Weights exp((4 - d) / 2) between `least` and 1, d the mean square of x / sigma.
+
+    flow/q is not the script's here.
+    """
 
     class EnergyFlow(script.EnergyFlow):
-        def q_values(self, obs, u, kept=None):  # (B, 2): Q and its weight
-            q, x = super().q_values(obs, u, kept), self.to_x(u, obs, kept)
-            d = (self.kappa(obs) * x * x / self.alpha).mean(-1).detach()
-            return torch.stack([q, torch.exp((4 - d) / 2).clamp(least, 1)], dim=-1)
+        def q_values(self, obs, u, kept=None):  # (B, K + 1): Q_k, and the weight
+            q = super().q_values(obs, u, kept).view(len(u), -1)
+            x = self.to_x(u, obs, kept)
+            d = (self.kappa(obs) * x * x / self.alpha).mean(-1, keepdim=True).detach()
+            return torch.cat([q, torch.exp((4 - d) / 2).clamp(least, 1)], dim=-1)
 
     def meow_loss(q: Tensor, target: Tensor) -> Tensor:
-        return 0.5 * (q[:, 1] * (q[:, 0] - target).square()).mean()
+        errors = (q[:, :-1] - target[:, None]).square().sum(-1)
+        return 0.5 * (q[:, -1] * errors).mean()
 
     script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
 
@@ -302,6 +310,7 @@ def held(script: ModuleType):
 
 FOR_SAC = ("normal", "scaled", "recent", "layers")
 FOR_SAC_ALONE = ("normal", "layers")
+LOSSES = ("two", "conservative", "near", "floor")
 ARMS = {
     function.__name__: function
     for function in (
@@ -331,6 +340,9 @@ def changed_script(arm: str) -> ModuleType:
     sys.modules[spec.name] = script
     spec.loader.exec_module(script)
     changes = [word for word in words if word not in ("sac", "base")]
+    of_the_loss = [word for word in changes if word in LOSSES]
+    if of_the_loss[1:] and of_the_loss not in (["two", "near"], ["two", "floor"]):
+        sys.exit(f"error: {'+'.join(of_the_loss)} can't be joined like that")
     for word in changes:
         if word not in ARMS:
             known = ", ".join(ARMS)

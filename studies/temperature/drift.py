@@ -4,7 +4,7 @@
 
 Of the transitions in the checkpoint of a run of meow_auto_continuous_action.py: d is
 the mean square of an action's latent z, about 1 where today's policy would play it; the
-error is y - mean_k Q_k(s,a), whose standard deviation is the noise in which Q has to
+error is y - Q(s,a), whose standard deviation is the noise in which Q has to
 find what actions are worth: alpha / 2 per dimension.
 """
 

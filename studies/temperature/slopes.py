@@ -37,13 +37,15 @@ class Options:
 
 
 def parts_of(saved: dict):
-    """Of a checkpoint: its flow at its temperature, its normalisation, its settings."""
+    """Of a checkpoint: its flow at its temperature, its normalisation, its settings.
+
+    Raises: RuntimeError if it is of an arm with other networks.
+    """
     args = script.Args(**saved["args"])
     norm = script.ObservationNorm(saved["sizes"][0])
     norm.load_state_dict(saved["norm"])
     flow = script.make_flow(args, *saved["sizes"])
-    torch.nn.utils.vector_to_parameters(saved["learner"][0], flow.parameters())
-    flow.alpha.copy_(saved["alpha"][0])
+    flow.load_state_dict(saved["flow"])
     return flow, norm, args
 
 

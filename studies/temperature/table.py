@@ -70,8 +70,12 @@ def beside(results: Path, task: str, late: tuple[int, ...]) -> str:
     """One task: the mean and each run's number for each of `COLUMNS`."""
     cells = [task]
     for experiment in COLUMNS.values():
-        runs = map(returns_of, sorted(results.glob(f"{task}__{experiment}__[0-9]*")))
-        values = [run.reindex(late).mean(skipna=False) for run in runs]
+        by_seed = {}  # the longest run of each seed
+        for run in sorted(results.glob(f"{task}__{experiment}__[0-9]*")):
+            seed, returns = run.name.split("__")[2], returns_of(run)
+            if len(returns) > len(by_seed.get(seed, ())):
+                by_seed[seed] = returns
+        values = [run.reindex(late).mean(skipna=False) for run in by_seed.values()]
         values = [value for value in values if not math.isnan(value)]
         each = ", ".join(f"{value:.0f}" for value in values)
         mean = sum(values) / max(len(values), 1)
