@@ -311,6 +311,7 @@ def test_damaged_checkpoints(stopped, tmp_path, how):
         saved = torch.load(stopped / "checkpoint.pt", weights_only=True)
         saved["learner"] = [tensor[:-1] for tensor in saved["learner"]]
         saved["flow"].popitem()
+        shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
         torch.save(saved, path)
         message = "was not written by this version of meow_continuous_action.py"
     else:
