@@ -59,8 +59,11 @@ def main() -> int:
         saved = load_file("run", options.run, script.__name__)
         for steps in STEPS:
             values, returns = before_falls(saved, steps)
-            text = f"V {values.mean():.3g}, what came {returns.mean():.3g}"
-            print(f"{steps} before a fall: {text} (of {len(values)})")
+            text = "none of the newest episodes"
+            if len(values):
+                text = f"V {values.mean():.3g}, what came {returns.mean():.3g}"
+                text += f" (of {len(values)})"
+            print(f"{steps} before a fall: {text}")
     except Exception as error:
         return explain(error)
     return 0

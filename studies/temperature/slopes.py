@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import meow_auto_continuous_action as script
 from harness.files import load_file
-from harness.runs import explain
+from harness.runs import explain, files_of_this_version
 
 ACTIONS, EVERY = 32, 3  # actions tried at a state; steps between such states
 
@@ -39,13 +39,14 @@ class Options:
 def parts_of(saved: dict):
     """Of a checkpoint: its flow at its temperature, its normalisation, its settings.
 
-    Raises: RuntimeError if it is of an arm with other networks.
+    Raises: RunError if it is of an arm with other networks.
     """
     args = script.Args(**saved["args"])
     norm = script.ObservationNorm(saved["sizes"][0])
     norm.load_state_dict(saved["norm"])
     flow = script.make_flow(args, *saved["sizes"])
-    flow.load_state_dict(saved["flow"])
+    with files_of_this_version(saved):
+        flow.load_state_dict(saved["flow"])
     return flow, norm, args
 
 
