@@ -290,7 +290,10 @@ def test_values_before_falls(tmp_path, capsys, monkeypatch):
         (4, [5], [None]),
         (5, [], []),
     ):
-        values, returns = falls.before_falls(saved, steps)
+        values, returns, d = falls.before_falls(saved, steps)
+        z = flow.to_x(rows[first, 4:5], norm(rows[first, :4]))
+        z *= torch.sqrt(flow.kappa(norm(rows[first, :4])) / flow.alpha)
+        torch.testing.assert_close(d, z[:, 0] ** 2)
         torch.testing.assert_close(values, flow.soft_values(norm(rows[first, :4])))
         for one, other in zip(returns, came, strict=True):
             if other is not None:

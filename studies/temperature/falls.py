@@ -34,14 +34,15 @@ class Options:
 
 
 @torch.no_grad()
-def before_falls(saved: dict, steps: int) -> tuple[Tensor, Tensor]:
-    """V(s) and the discounted return to the end, of states `steps` before. (N,) each.
+def before_falls(saved: dict, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """V(s), the discounted return to the end, and d, of states `steps` before. (N,).
 
-    The end's own state is 1 step before it. Episodes that are shorter are left out.
+    d is the mean square of the action's latent z: about 1 where today's policy would
+    play it. The end's own state is 1 step before it. Shorter episodes are left out.
     """
     flow, norm, args = parts_of(saved)
     parts = script.split_batch(saved["replay"]["rows"], *saved["sizes"])
-    obs, _, next_obs, reward, terminated = parts
+    obs, u, next_obs, reward, terminated = parts
     ends = terminated.nonzero()[:, 0]
     ends = ends[(ends >= len(obs) - RECENT) & (ends >= steps - 1)]
     window = ends[:, None] + torch.arange(1 - steps, 1)  # rows to the end, (N, steps)
@@ -49,8 +50,9 @@ def before_falls(saved: dict, steps: int) -> tuple[Tensor, Tensor]:
     begins[1:] = (obs[1:] != next_obs[:-1]).any(-1)
     window = window[~begins[window[:, 1:]].any(-1)]
     discounts = args.gamma ** torch.arange(steps)
-    values = flow.soft_values(norm(obs[window[:, 0]]))
-    return values, (discounts * reward[window]).sum(-1)
+    here, u = norm(obs[window[:, 0]]), u[window[:, 0]]
+    d = (flow.kappa(here) * flow.to_x(u, here) ** 2 / flow.alpha).mean(-1)
+    return flow.soft_values(here), (discounts * reward[window]).sum(-1), d
 
 
 def main() -> int:
@@ -58,11 +60,11 @@ def main() -> int:
     try:
         saved = load_file("run", options.run, script.__name__)
         for steps in STEPS:
-            values, returns = before_falls(saved, steps)
+            values, returns, d = before_falls(saved, steps)
             text = "none of the newest episodes"
             if len(values):
                 text = f"V {values.mean():.3g}, what came {returns.mean():.3g}"
-                text += f" (of {len(values)})"
+                text += f", median d {d.median():.3g} (of {len(values)})"
             print(f"{steps} before a fall: {text}")
     except Exception as error:
         return explain(error)
