@@ -72,6 +72,7 @@ from torch.nn.functional import softplus
 from harness import environments
 from harness.args import RunArgs
 from harness.compiling import flatten_parameters, function_of_parameters
+from harness.files import load_network
 from harness.machine import check_memory
 from harness.runs import Run, Session, main
 
@@ -694,7 +695,7 @@ def evaluate_saved(args: Args, saved: dict, session: Session):
     envs = make_eval_envs(args, session)
     environments.check_sizes(saved, envs[0].sizes, args.env_id)
     flow = make_flow(args, *saved["sizes"])
-    flow.load_state_dict(saved["flow"])
+    load_network(flow, saved, "flow")
 
     def policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
         return flow.sample(torch.from_numpy(obs), torch.from_numpy(z))[0].numpy()

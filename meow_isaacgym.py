@@ -69,6 +69,7 @@ from harness.args import RunArgs
 from harness.compiling import flatten_parameters, function_of_parameters
 from harness.environments import check_sizes
 from harness.errors import RunError, UsageError, check_finite, say
+from harness.files import load_network
 from harness.machine import check_memory
 from harness.runs import Run, Session, main
 from isaac_tasks import Simulator, SimulatorError, make_simulator
@@ -920,7 +921,7 @@ def evaluate_saved(args: Args, saved: dict, session: Session):
     simulator = make_envs(args, args.eval_episodes, args.seed, session.device)
     check_sizes(saved, [simulator.obs_dim, simulator.act_dim], args.env_id)
     flow = make_flow(args, *saved["sizes"]).to(session.device)
-    flow.load_state_dict(saved["flow"])
+    load_network(flow, saved, "flow")
     norm = ObservationNorm(simulator.obs_dim, session.device)
     norm.load_state_dict(saved["norm"])
 

@@ -70,6 +70,7 @@ from torch.nn.functional import softplus
 from harness import environments
 from harness.args import RunArgs
 from harness.compiling import flatten_parameters, function_of_parameters
+from harness.files import load_network
 from harness.machine import check_memory
 from harness.runs import Run, Session, main
 
@@ -600,7 +601,7 @@ def evaluate_saved(args: Args, saved: dict, session: Session):
     envs = make_eval_envs(args, session)
     environments.check_sizes(saved, envs[0].sizes, args.env_id)
     actor, _ = make_networks(args, *saved["sizes"])
-    actor.load_state_dict(saved["actor"])
+    load_network(actor, saved, "actor")
 
     def policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
         return actor.sample(torch.from_numpy(obs), torch.from_numpy(z))[0].numpy()

@@ -77,7 +77,7 @@ from harness import environments
 from harness.args import RunArgs
 from harness.compiling import flatten_parameters, function_of_parameters
 from harness.errors import UsageError
-from harness.files import POLICY_FILES, load_file
+from harness.files import POLICY_FILES, load_file, load_network
 from harness.machine import check_memory
 from harness.runs import Run, Session, main
 
@@ -598,7 +598,7 @@ def evaluate_saved(args: Args, saved: dict, session: Session):
     envs = make_eval_envs(args, session)
     environments.check_sizes(saved, envs[0].sizes, args.env_id)
     sampler, _ = make_networks(args, *saved["sizes"])
-    sampler.load_state_dict(saved["sampler"])
+    load_network(sampler, saved, "sampler")
 
     def policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
         return sampler.sample(torch.from_numpy(obs), torch.from_numpy(z))[0].numpy()

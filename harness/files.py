@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from harness.errors import RunError, UsageError
 
@@ -62,3 +63,17 @@ def load_file(
             text += f" but by {content['format']}.py"
         raise RunError(text)
     return content | {"path": file}
+
+
+def other_version(content: dict) -> RunError:
+    """What to raise where a file's networks aren't those of the script."""
+    text = f"was not written by this version of {content['format']}.py"
+    return RunError(f"{content['path']} {text}")
+
+
+def load_network(network: nn.Module, saved: dict, name: str):
+    """Gives a network the numbers of a checkpoint or policy. Raises: RunError."""
+    try:
+        network.load_state_dict(saved[name])
+    except RuntimeError:  # PyTorch's answer to other names or shapes
+        raise other_version(saved) from None

@@ -22,7 +22,7 @@ from harness.args import RunArgs, parse_args
 from harness.compiling import Compiler
 from harness.environments import check_sizes
 from harness.errors import RunError, UsageError, UserCodeError, is_memory_error, say
-from harness.files import load_file, save_file
+from harness.files import load_file, other_version, save_file
 from harness.logger import Logger, SlowProgress
 from harness.machine import choose_device, configure_process, describe_machine
 from harness.video import Video
@@ -195,9 +195,10 @@ class Run(Session):
         if len(content["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(content["cuda_rng"])
         # last: a part may go back to an earlier moment
-        with files_of_this_version(content):
-            for name, part in self.parts.items():
-                set_state(part, content[name])
+        for name, part in self.parts.items():
+            if not fits(part, content[name]):
+                raise other_version(content)
+            set_state(part, content[name])
 
     # --- Each step --------------------------------------------------------------------
     def steps(self):
@@ -361,23 +362,16 @@ def set_state(part, state):
     """The reverse of `get_state`."""
     if isinstance(part, list):
         for tensor, value in zip(part, state, strict=True):
-            if tensor.shape != value.shape:
-                raise RuntimeError("loading state_dict: another shape")
             tensor.copy_(value)
     else:
         part.load_state_dict(state)
 
 
-@contextlib.contextmanager
-def files_of_this_version(content: dict):
-    """Raises: RunError where networks don't have the shapes of the file's."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):  # as PyTorch says it
-            raise
-        text = f"was not written by this version of {content['format']}.py"
-        raise RunError(f"{content['path']} {text}") from None
+def fits(part, state) -> bool:
+    """Whether a list of tensors has the shapes of the saved one."""
+    if not isinstance(part, list):
+        return True
+    return [tensor.shape for tensor in part] == [value.shape for value in state]
 
 
 # --- Folders and locks ----------------------------------------------------------------
@@ -412,10 +406,7 @@ def evaluate_policy(args: RunArgs, saved: dict, evaluate_saved):
         raise UsageError("--evaluate: no episode to play: give --eval-episodes")
     file, step = saved["path"], saved["step"]
     video = file.parent / "videos" / f"evaluate-{file.stem}-seed{args.seed}.mp4"
-    with (
-        Session(args, choose_device(args.cuda), video_file=video) as session,
-        files_of_this_version(saved),
-    ):
+    with Session(args, choose_device(args.cuda), video_file=video) as session:
         returns, lengths = evaluate_saved(args, saved, session)
     for i, (total, length) in enumerate(zip(returns, lengths, strict=True)):
         print(f"episode {i}: return {total:.2f}, length {length}")

@@ -21,8 +21,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import meow_auto_continuous_action as script
-from harness.files import load_file
-from harness.runs import explain, files_of_this_version
+from harness.files import load_file, load_network
+from harness.runs import explain
 
 ACTIONS, EVERY = 32, 3  # actions tried at a state; steps between such states
 
@@ -45,8 +45,7 @@ def parts_of(saved: dict):
     norm = script.ObservationNorm(saved["sizes"][0])
     norm.load_state_dict(saved["norm"])
     flow = script.make_flow(args, *saved["sizes"])
-    with files_of_this_version(saved):
-        flow.load_state_dict(saved["flow"])
+    load_network(flow, saved, "flow")
     return flow, norm, args
 
 
