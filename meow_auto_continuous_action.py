@@ -42,22 +42,29 @@ widens or narrows. So alpha can follow the size of the values, by at most eta a 
 (--temperature entropy: SAC's dual, log alpha <- log alpha + eta (H + log pi(a|s)).) One
 loss trains everything, the batch mean of
 
-    (Q - y)^2 / 2,   y = r + gamma (1 - terminated) V(s')
+    w (Q - y)^2 / 2,   y = r + gamma (1 - terminated) V(s')
+    w = 1 where y <= Q, else exp((4 - d) / 2) from 0.02 to 1,   d = |x / sigma|^2 / A
+
+Q is quadratic: far from the policy it falls faster than actions lose their worth.
+Fitted there, it would lift V(s) above what the policy gets. So a far action that is
+worth more than Q says weighs little, one that is worth less in full.
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
 m         EnergyFlow.m       the value without its entropy, reward units
 kappa     EnergyFlow.kappa   curvature, reward units: exp(h(s)) + alpha / sigma_max^2
 alpha     EnergyFlow.alpha   temperature, reward units per nat; gets no gradient
+d         q_and_distance     squared distance: about 1 for the policy's own actions
+w         far_weight         weight of a transition; gets no gradient
 G         DiscountedReturn   of the episode so far, reward units; rho: return_ratio
 theta     theta              all parameters in one vector; theta': target_theta
 y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, P parameters.
 
 What differs from meow_continuous_action.py besides: one m, where MEow takes the smaller
-of two V_k; observations are normalised, m and h have LayerNorm (hidden layers start
-orthogonal, the last one at zero), and the replay buffer keeps u, of which nothing is
-cut off.
+of two V_k; observations are normalised; hidden layers have LayerNorm and start
+orthogonal, the last ones start at zero, so that g is the identity; and the replay
+buffer keeps u, of which nothing is cut off.
 """
 
 import json
@@ -329,11 +336,11 @@ class Swish(nn.Module):
 class MLP(nn.Module):
     """in -> hidden -> hidden -> out; hidden: linear, LayerNorm, swish, dropout.
 
-    Weights start orthogonal, biases at PyTorch's default; with `zero` the last layer
-    starts at 0, and so does the output.
+    Hidden weights start orthogonal, their biases at PyTorch's default, the last layer
+    at 0, and so does the output.
     """
 
-    def __init__(self, dims: list[int], zero: bool = False, dropout: float = 0.0):
+    def __init__(self, dims: list[int], dropout: float = 0.0):
         super().__init__()
         hidden = dims[1:-1]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(dims))
@@ -342,9 +349,8 @@ class MLP(nn.Module):
         self.dropout = dropout
         for layer in self.layers:
             nn.init.orthogonal_(layer.weight)
-        if zero:
-            nn.init.zeros_(self.layers[-1].weight)
-            nn.init.zeros_(self.layers[-1].bias)
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """x (B, in) -> (B, out). kept (2, B, hidden) bool: not dropped (None: all)."""
@@ -371,8 +377,8 @@ class EnergyFlow(nn.Module):
         self.t = nn.ModuleList(
             MLP(dims, dropout=args.dropout) for _ in range(self.n_couplings)
         )
-        self.m = MLP([obs_dim, 256, 256, 1], zero=True)
-        self.h = MLP([obs_dim, *hidden, act_dim], zero=True)
+        self.m = MLP([obs_dim, 256, 256, 1])
+        self.h = MLP([obs_dim, *hidden, act_dim])
         self.sigma_max = args.sigma_max
         # kappa at the start, so that sigma = sqrt(alpha / kappa) is --sigma-start
         kappa = args.alpha / args.sigma_start**2 - args.alpha / args.sigma_max**2
@@ -411,12 +417,17 @@ class EnergyFlow(nn.Module):
         return u
 
     # soft Q, soft value and policy
-    def q_values(self, obs: Tensor, u: Tensor, kept: Tensor | None = None) -> Tensor:
+    def q_values(self, obs: Tensor, u: Tensor) -> Tensor:
         """Q = m - 1/2 sum kappa x^2 - alpha sum log(1 - tanh(u)^2). -> (B,)."""
+        return self.q_and_distance(obs, u)[0]
+
+    def q_and_distance(self, obs: Tensor, u: Tensor, kept: Tensor | None = None):
+        """Q(s,a), and d = |x / sigma|^2 / A of the action. -> (B,), (B,)."""
         x = self.to_x(u, obs, kept)
         energy = 0.5 * (self.kappa(obs) * x * x).sum(-1)
         squash = self.alpha * log_tanh_slope(u).sum(-1)
-        return self.m(obs)[:, 0] - energy - squash
+        q = self.m(obs)[:, 0] - energy - squash
+        return q, 2 * energy / (self.alpha * self.act_dim)
 
     def soft_values(self, obs: Tensor) -> Tensor:
         """V(s) = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s)). -> (B,)."""
@@ -481,9 +492,15 @@ def soft_target(
     return reward + gamma * (1 - terminated) * v_next
 
 
-def meow_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Batch mean of (Q - y)^2 / 2. q, target (B,) -> ()."""
-    return 0.5 * (q - target).square().mean()
+def far_weight(d: Tensor) -> Tensor:
+    """1 up to d = 4, then exp((4 - d) / 2), at least 0.02. d (B,) -> (B,)."""
+    return torch.exp((4 - d) / 2).clamp(0.02, 1)
+
+
+def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:
+    """Batch mean of w (Q - y)^2 / 2; w = 1 where y <= Q. q, d, target (B,) -> ()."""
+    w = torch.where(target > q, far_weight(d), 1.0).detach()
+    return 0.5 * (w * (q - target).square()).mean()
 
 
 def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -563,12 +580,12 @@ METRICS = [
 def make_update(flow: EnergyFlow, args: Args):
     """update(theta, theta', m, v, decay, batch, kept) -> METRICS (5,), a pure function
     but that it changes the first five in place; it is compiled as a whole."""
-    q_values = function_of_parameters(flow.q_values)
+    q_and_distance = function_of_parameters(flow.q_and_distance)
     soft_values = function_of_parameters(flow.soft_values)
 
     def loss_and_q(theta, obs, u, target, kept):
-        q = q_values(theta, obs, u, kept)  # Q(s,a)  (B,)
-        return meow_loss(q, target), q
+        q, d = q_and_distance(theta, obs, u, kept)  # Q(s,a)  (B,)
+        return meow_loss(q, d, target), q
 
     def update(theta, target_theta, m, v, decay, batch, kept=None):
         parts = split_batch(batch, flow.obs_dim, flow.act_dim)

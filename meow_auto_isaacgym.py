@@ -30,8 +30,8 @@ With u = atanh(a), x = g(u|s):
     log alpha -> log(rho max |G_t|),  G_t = r_t + gamma G_{t-1} within an episode
 
 where the largest return is that of any environment and log alpha moves by at most eta
-an update. The loss is the batch mean of (Q - y)^2 / 2 with
-y = r + gamma (1 - terminated) V(s').
+an update. The loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated)
+V(s'); w < 1 where an action far from the policy is worth more than Q says.
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
 which are the paper's. Shapes: N environments, B batch, A action, S observation,
@@ -451,11 +451,11 @@ class Swish(nn.Module):
 class MLP(nn.Module):
     """in -> hidden -> hidden -> out; hidden: linear, LayerNorm, swish, dropout.
 
-    Weights start orthogonal, biases at PyTorch's default; with `zero` the last layer
-    starts at 0, and so does the output.
+    Hidden weights start orthogonal, their biases at PyTorch's default, the last layer
+    at 0, and so does the output.
     """
 
-    def __init__(self, dims: list[int], zero: bool = False, dropout: float = 0.0):
+    def __init__(self, dims: list[int], dropout: float = 0.0):
         super().__init__()
         hidden = dims[1:-1]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(dims))
@@ -464,9 +464,8 @@ class MLP(nn.Module):
         self.dropout = dropout
         for layer in self.layers:
             nn.init.orthogonal_(layer.weight)
-        if zero:
-            nn.init.zeros_(self.layers[-1].weight)
-            nn.init.zeros_(self.layers[-1].bias)
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """x (B, in) -> (B, out). kept (2, B, hidden) bool: not dropped (None: all)."""
@@ -493,8 +492,8 @@ class EnergyFlow(nn.Module):
         self.t = nn.ModuleList(
             MLP(dims, dropout=args.dropout) for _ in range(self.n_couplings)
         )
-        self.m = MLP([obs_dim, 256, 256, 1], zero=True)
-        self.h = MLP([obs_dim, *hidden, act_dim], zero=True)
+        self.m = MLP([obs_dim, 256, 256, 1])
+        self.h = MLP([obs_dim, *hidden, act_dim])
         self.sigma_max = args.sigma_max
         # kappa at the start, so that sigma = sqrt(alpha / kappa) is --sigma-start
         kappa = args.alpha / args.sigma_start**2 - args.alpha / args.sigma_max**2
@@ -533,12 +532,17 @@ class EnergyFlow(nn.Module):
         return u
 
     # soft Q, soft value and policy
-    def q_values(self, obs: Tensor, u: Tensor, kept: Tensor | None = None) -> Tensor:
+    def q_values(self, obs: Tensor, u: Tensor) -> Tensor:
         """Q = m - 1/2 sum kappa x^2 - alpha sum log(1 - tanh(u)^2). -> (B,)."""
+        return self.q_and_distance(obs, u)[0]
+
+    def q_and_distance(self, obs: Tensor, u: Tensor, kept: Tensor | None = None):
+        """Q(s,a), and d = |x / sigma|^2 / A of the action. -> (B,), (B,)."""
         x = self.to_x(u, obs, kept)
         energy = 0.5 * (self.kappa(obs) * x * x).sum(-1)
         squash = self.alpha * log_tanh_slope(u).sum(-1)
-        return self.m(obs)[:, 0] - energy - squash
+        q = self.m(obs)[:, 0] - energy - squash
+        return q, 2 * energy / (self.alpha * self.act_dim)
 
     def soft_values(self, obs: Tensor) -> Tensor:
         """V(s) = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s)). -> (B,)."""
@@ -603,9 +607,15 @@ def soft_target(
     return reward + gamma * (1 - terminated) * v_next
 
 
-def meow_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Batch mean of (Q - y)^2 / 2. q, target (B,) -> ()."""
-    return 0.5 * (q - target).square().mean()
+def far_weight(d: Tensor) -> Tensor:
+    """1 up to d = 4, then exp((4 - d) / 2), at least 0.02. d (B,) -> (B,)."""
+    return torch.exp((4 - d) / 2).clamp(0.02, 1)
+
+
+def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:
+    """Batch mean of w (Q - y)^2 / 2; w = 1 where y <= Q. q, d, target (B,) -> ()."""
+    w = torch.where(target > q, far_weight(d), 1.0).detach()
+    return 0.5 * (w * (q - target).square()).mean()
 
 
 def clip_gradient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -688,12 +698,12 @@ METRICS = [
 def make_update(flow: EnergyFlow, args: Args):
     """update(theta, theta', m, v, decay, batch, kept) -> METRICS (5,), a pure function
     but that it changes the first five in place; it is compiled as a whole."""
-    q_values = function_of_parameters(flow.q_values)
+    q_and_distance = function_of_parameters(flow.q_and_distance)
     soft_values = function_of_parameters(flow.soft_values)
 
     def loss_and_q(theta, obs, u, target, kept):
-        q = q_values(theta, obs, u, kept)  # Q(s,a)  (B,)
-        return meow_loss(q, target), q
+        q, d = q_and_distance(theta, obs, u, kept)  # Q(s,a)  (B,)
+        return meow_loss(q, d, target), q
 
     def update(theta, target_theta, m, v, decay, batch, kept=None):
         parts = split_batch(batch, flow.obs_dim, flow.act_dim)

@@ -127,13 +127,14 @@ def test_samples_follow_the_density():
     assert chi2 < full.sum() + 5 * math.sqrt(2 * full.sum())
 
 
-def test_the_policy_starts_as_wide_as_asked():
+def test_the_policy_starts_around_zero_as_wide_as_asked():
     for settings in ({}, {"alpha": 0.5, "sigma_start": 1.5, "sigma_max": 7.4}):
         args = auto.Args(**settings)
         flow = auto.make_flow(args, 4, 3)
         sigma = torch.sqrt(flow.alpha / flow.kappa(torch.randn(9, 4)))
         torch.testing.assert_close(sigma, torch.full((9, 3), args.sigma_start))
         assert (flow.m(torch.randn(9, 4)) == 0).all()
+        assert (flow.mode_action(torch.randn(9, 4)) == 0).all()
 
 
 # --- The temperature ------------------------------------------------------------------
@@ -181,12 +182,42 @@ def test_alpha_grows_while_the_policy_is_narrow():
 def test_the_dual_comes_to_rest_at_the_target_entropy(start):
     """With the critic fixed, from both sides."""
     flow, args = make_flow(alpha=start, alpha_lr=0.01, target_entropy=-0.4)
-    obs = torch.randn(1, 3).double()
+    obs, alphas = torch.randn(1, 3).double(), []
     for _ in range(4000):
         log_prob = float(flow.sample(obs)[1]) / 2
         auto.follow_entropy(flow.alpha, log_prob, args)
+        alphas.append(float(flow.alpha))
+    flow.alpha.fill_(np.mean(alphas[-2000:]))
     log_probs = flow.sample(obs.expand(20_000, -1))[1] / 2
     assert abs(-log_probs.mean() + 0.4) < 0.1
+
+
+# --- The loss -------------------------------------------------------------------------
+def test_the_policys_own_actions_are_at_distance_one():
+    """d is the mean square of the latent z that the action was made of."""
+    flow, _ = make_flow(3, 4, alpha=0.03)
+    obs, z = torch.randn(500, 3).double(), torch.randn(500, 4).double()
+    u, _ = flow.sample(obs, z)
+    q, d = flow.q_and_distance(obs, u)
+    torch.testing.assert_close(d, z.square().mean(-1))
+    assert float(d.mean()) == pytest.approx(1, abs=0.1)
+    torch.testing.assert_close(q, flow.q_values(obs, u), **EXACT)
+
+
+def test_a_far_action_worth_more_weighs_less():
+    """One that is worth less than Q says weighs in full."""
+    d = torch.tensor([0.0, 1, 4, 5, 8, 50]).double()
+    weight = torch.tensor([1, 1, 1, math.exp(-0.5), math.exp(-2), 0.02]).double()
+    torch.testing.assert_close(auto.far_weight(d), weight)
+    q = torch.randn(6).double()
+    for error, w in ((3.0, weight), (-3.0, torch.ones(6).double())):
+        d.requires_grad_(True)
+        q = q.detach().requires_grad_(True)
+        loss = auto.meow_loss(q, d, q.detach() + error)
+        torch.testing.assert_close(loss.detach(), (0.5 * w * 9).mean())
+        slope_q, slope_d = torch.autograd.grad(loss, [q, d], allow_unused=True)
+        torch.testing.assert_close(slope_q, -w * error / 6)
+        assert slope_d is None
 
 
 # --- Training -------------------------------------------------------------------------
@@ -206,6 +237,7 @@ def test_update_against_autograd_and_torch_optim(compiled):
     function = auto.make_update(network, args)
     update = compiler("the update", function, *state, batch, kept)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    weights = []
     for alpha in (0.1, 0.1, 0.02, 0.5):
         for module in (network, flow, target_flow):
             module.alpha.fill_(alpha)
@@ -214,7 +246,11 @@ def test_update_against_autograd_and_torch_optim(compiled):
         obs, u, next_obs, reward, terminated = auto.split_batch(batch, 5, 3)
         v_next = target_flow.soft_values(next_obs)
         y = reward + 0.99 * (1 - terminated) * v_next
-        loss = 0.5 * ((flow.q_values(obs, u, kept) - y) ** 2).mean()
+        q, d = flow.q_and_distance(obs, u, kept)
+        w = torch.exp((4 - d.detach()) / 2).clamp(0.02, 1)
+        w[y <= q] = 1
+        weights += w.tolist()
+        loss = 0.5 * (w * (q - y) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.05)
@@ -226,6 +262,8 @@ def test_update_against_autograd_and_torch_optim(compiled):
         for vector, module in zip(state, (flow, target_flow), strict=False):
             expected = torch.nn.utils.parameters_to_vector(module.parameters())
             torch.testing.assert_close(vector, expected.detach(), rtol=1e-6, atol=1e-8)
+    assert min(weights) == 0.02
+    assert any(0.02 < w < 1 for w in weights)
 
 
 def test_acting_stores_u_and_moves_alpha():

@@ -178,23 +178,53 @@ def bounded(script: ModuleType):
     script.EnergyFlow = EnergyFlow
 
 
+def random(script: ModuleType):
+    """Couplings whose last layers start orthogonal too: a random mode."""
+
+    class EnergyFlow(script.EnergyFlow):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            for network in self.t:
+                last = network.layers[-1]
+                nn.init.orthogonal_(last.weight)
+                nn.init.uniform_(last.bias, -1 / 8, 1 / 8)  # PyTorch's, 64 inputs
+
+    script.EnergyFlow = EnergyFlow
+
+
+def evenly(script: ModuleType):
+    """Every transition weighs 1."""
+    script.far_weight = torch.ones_like
+
+
+def near(script: ModuleType):
+    """A far transition weighs less also where it is worth less than Q says."""
+
+    def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:
+        w = script.far_weight(d).detach()
+        return 0.5 * (w * (q - target).square()).mean()
+
+    script.meow_loss = meow_loss
+
+
 def two(script: ModuleType):
     """Two networks m_k, and so two Q_k and V_k, of which the smaller one counts.
 
-    Before near or floor, if with one of them.
+    After near, if with it.
     """
 
     class EnergyFlow(script.EnergyFlow):
         def __init__(self, obs_dim, act_dim, args):
             super().__init__(obs_dim, act_dim, args)
-            self.m_2 = script.MLP([obs_dim, 256, 256, 1], zero=True)
+            self.m_2 = script.MLP([obs_dim, 256, 256, 1])
 
         def with_second(self, first: Tensor, obs: Tensor) -> Tensor:  # (B,) -> (B, 2)
             difference = (self.m_2(obs) - self.m(obs))[:, 0]
             return torch.stack([first, first + difference], dim=-1)
 
-        def q_values(self, obs, u, kept=None):
-            return self.with_second(super().q_values(obs, u, kept), obs)
+        def q_and_distance(self, obs, u, kept=None):
+            q, d = super().q_and_distance(obs, u, kept)
+            return self.with_second(q, obs), d
 
         def soft_values(self, obs):
             return self.with_second(super().soft_values(obs), obs)
@@ -204,8 +234,8 @@ def two(script: ModuleType):
     def soft_target(reward, terminated, v_next, gamma):
         return target_of_one(reward, terminated, v_next.min(-1).values, gamma)
 
-    def meow_loss(q, target):
-        return sum(loss_of_one(q[:, k], target) for k in range(2))
+    def meow_loss(q, d, target):
+        return sum(loss_of_one(q[:, k], d, target) for k in range(2))
 
     script.EnergyFlow = EnergyFlow
     script.soft_target, script.meow_loss = soft_target, meow_loss
@@ -215,7 +245,7 @@ def conservative(script: ModuleType):
     """The loss and lambda (V - Q), that is -lambda alpha log pi(a|s), of the batch.
 
     lambda falls from 0.05 to 0 over the first 90,000 steps. flow/q is not the script's
-    here.
+    here. After near, if with it.
     """
     flows, loss_of_td = [], script.meow_loss
 
@@ -225,10 +255,10 @@ def conservative(script: ModuleType):
             self.register_buffer("weight", torch.tensor(0.0))  # lambda
             flows.append(self)
 
-        def q_values(self, obs, u, kept=None):  # (B, 2)
-            q = super().q_values(obs, u, kept)
+        def q_and_distance(self, obs, u, kept=None):  # (B, 2), (B,)
+            q, d = super().q_and_distance(obs, u, kept)
             gap = self.soft_values(obs) - q
-            return torch.stack([q, self.weight * gap], dim=-1)
+            return torch.stack([q, self.weight * gap], dim=-1), d
 
     class ReplayBuffer(script.ReplayBuffer):
         def sample(self, rng):
@@ -236,41 +266,11 @@ def conservative(script: ModuleType):
                 flow.weight.fill_(0.05 * max(0.0, 1 - self.added / 90_000))
             return super().sample(rng)
 
-    def meow_loss(q: Tensor, target: Tensor) -> Tensor:
-        return loss_of_td(q[:, 0], target) + q[:, 1].mean()
+    def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:
+        return loss_of_td(q[:, 0], d, target) + q[:, 1].mean()
 
     script.EnergyFlow, script.ReplayBuffer = EnergyFlow, ReplayBuffer
     script.meow_loss = meow_loss
-
-
-def weighted(script: ModuleType, least: float):
-    """Weights exp((4 - d) / 2) between `least` and 1, d the mean square of x / sigma.
-
-    flow/q is not the script's here.
-    """
-
-    class EnergyFlow(script.EnergyFlow):
-        def q_values(self, obs, u, kept=None):  # (B, K + 1): Q_k, and the weight
-            q = super().q_values(obs, u, kept).view(len(u), -1)
-            x = self.to_x(u, obs, kept)
-            d = (self.kappa(obs) * x * x / self.alpha).mean(-1, keepdim=True).detach()
-            return torch.cat([q, torch.exp((4 - d) / 2).clamp(least, 1)], dim=-1)
-
-    def meow_loss(q: Tensor, target: Tensor) -> Tensor:
-        errors = (q[:, :-1] - target[:, None]).square().sum(-1)
-        return 0.5 * (q[:, -1] * errors).mean()
-
-    script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
-
-
-def near(script: ModuleType):
-    """A transition weighs less, the farther its action is from the policy."""
-    weighted(script, least=0.02)
-
-
-def floor(script: ModuleType):
-    """The same, but a far transition still weighs 0.2."""
-    weighted(script, least=0.2)
 
 
 def raw(script: ModuleType):
@@ -310,7 +310,7 @@ def held(script: ModuleType):
 
 FOR_SAC = ("normal", "scaled", "recent", "layers")
 FOR_SAC_ALONE = ("normal", "layers")
-LOSSES = ("two", "conservative", "near", "floor")
+LOSSES = ("near", "two", "conservative")
 ARMS = {
     function.__name__: function
     for function in (
@@ -320,10 +320,11 @@ ARMS = {
         layers,
         plain,
         bounded,
+        random,
+        evenly,
+        near,
         two,
         conservative,
-        near,
-        floor,
         raw,
         held,
     )
@@ -341,7 +342,7 @@ def changed_script(arm: str) -> ModuleType:
     spec.loader.exec_module(script)
     changes = [word for word in words if word not in ("sac", "base")]
     of_the_loss = [word for word in changes if word in LOSSES]
-    if of_the_loss[1:] and of_the_loss not in (["two", "near"], ["two", "floor"]):
+    if "near" in of_the_loss[1:] or {"two", "conservative"} <= set(of_the_loss):
         sys.exit(f"error: {'+'.join(of_the_loss)} can't be joined like that")
     for word in changes:
         if word not in ARMS:
