@@ -20,8 +20,9 @@ import falls
 import slopes
 import table
 
-MEOW = "scaled recent plain bounded two conservative near floor raw held".split()
-KEEPING_THE_IDENTITY = "base plain bounded two".split()
+MEOW = "scaled recent plain bounded random evenly near two conservative raw held"
+MEOW = MEOW.split()
+KEEPING_THE_IDENTITY = "base plain bounded random two".split()
 
 
 def flow_of(arm, obs_dim=3, act_dim=1, **options):
@@ -124,38 +125,39 @@ def test_conservative_adds_the_gap_of_v_and_q():
     flow, script = flow_of("conservative")
     flow.weight.fill_(0.05)
     obs, u = torch.randn(8, 3).double(), torch.randn(8, 1).double()
-    q = flow.q_values(obs, u)
+    q, d = flow.q_and_distance(obs, u)
     log_prob = flow.log_prob(obs, u)
     gap = -0.05 * flow.alpha * log_prob
     torch.testing.assert_close(q[:, 1], gap)
     target = torch.randn(8).double()
-    td = 0.5 * (q[:, 0] - target).square().mean()
-    torch.testing.assert_close(script.meow_loss(q, target), td + gap.mean())
+    td = arms.changed_script("base").meow_loss(q[:, 0], d, target)
+    torch.testing.assert_close(script.meow_loss(q, d, target), td + gap.mean())
     replay = script.ReplayBuffer(50, 3, 1, 4, "cpu")
     replay.added = 45_000
     replay.sample(np.random.default_rng(0))
     assert float(flow.weight) == pytest.approx(0.025)
 
 
-@pytest.mark.parametrize(("arm", "least"), [("near", 0.02), ("floor", 0.2)])
-@pytest.mark.parametrize("two", ["", "two+"])
-def test_near_weighs_far_actions_less(arm, least, two):
-    """By the mean square of the latent that the action was made of."""
-    torch.manual_seed(0)
-    flow, script = flow_of(two + arm, act_dim=2)
-    obs, z = torch.randn(6, 3).double(), torch.randn(6, 2).double()
-    z *= torch.tensor([0.1, 1, 2, 3, 4, 20]).double()[:, None]
-    u = flow.sample(obs, z)[0]
-    weight = torch.exp((4 - z.square().mean(-1)) / 2).clamp(least, 1)
-    assert len(set(weight.tolist())) > 2
-    q, target = flow.q_values(obs, u), torch.randn(6).double()
-    difference = q[:, :-1] - flow.soft_values(obs).view(6, -1)
-    expected = (flow.alpha * flow.log_prob(obs, u))[:, None].expand_as(difference)
-    torch.testing.assert_close(difference, expected)
-    torch.testing.assert_close(q[:, -1], weight)
-    errors = ((q[:, :-1] - target[:, None]) ** 2).sum(-1)
-    expected = (0.5 * weight * errors).mean()
-    torch.testing.assert_close(script.meow_loss(q, target), expected)
+@pytest.mark.parametrize(
+    ("arm", "above", "below"),
+    [("base", 0.02, 1), ("near", 0.02, 0.02), ("evenly", 1, 1)],
+)
+def test_what_a_far_action_weighs(arm, above, below):
+    """Where it is worth more than Q says, and less."""
+    script = arms.changed_script(arm)
+    q, d = torch.randn(2).double(), torch.tensor([0.5, 99]).double()
+    for error, far in ((3.0, above), (-3.0, below)):
+        loss = script.meow_loss(q, d, q + error)
+        assert float(loss) == pytest.approx(0.5 * 9 * (1 + far) / 2)
+
+
+def test_random_couplings_have_a_mode_of_their_own():
+    obs = torch.randn(50, 3)
+    for arm, some in (("base", False), ("random", True)):
+        script = arms.changed_script(arm)
+        mode = script.make_flow(script.Args(), 3, 2).mode_action(obs)
+        assert (mode.std(0) > 0.1).all() == some
+        assert (mode == 0).all() != some
 
 
 def test_raw_leaves_out_what_the_script_does():
@@ -210,8 +212,10 @@ def test_of_two_values_the_smaller_one_counts():
     reward, terminated = torch.randn(8).double(), torch.zeros(8).double()
     y = script.soft_target(reward, terminated, v, 0.9)
     torch.testing.assert_close(y, reward + 0.9 * v.amin(-1))
-    expected = (0.5 * ((q - y[:, None]) ** 2).sum(-1)).mean()
-    torch.testing.assert_close(script.meow_loss(q, y), expected)
+    _, d = flow.q_and_distance(obs, u)
+    one = arms.changed_script("base")
+    expected = sum(one.meow_loss(q[:, k], d, y) for k in range(2))
+    torch.testing.assert_close(script.meow_loss(q, d, y), expected)
 
 
 def test_held_noise_lasts_some_steps():
@@ -390,8 +394,9 @@ def test_slopes_are_of_the_true_simulator(tmp_path, capsys, monkeypatch):
 def test_a_wrong_word_says_which_there_are(tmp_path):
     code, _ = launch(["nonsense"], tmp_path)
     assert "nonsense is not one of base, sac, normal" in code
-    code, _ = launch(["near+two", *quick()], tmp_path)
-    assert "near+two can't be joined" in code
+    for arm in ("two+near", "two+conservative"):
+        code, _ = launch([arm, *quick()], tmp_path)
+        assert f"{arm} can't be joined" in code
     for arm in ("layers", "normal", "sac+near"):
         code, _ = launch([arm, *quick()], tmp_path)
         assert "is no change of" in code
