@@ -197,6 +197,11 @@ def evenly(script: ModuleType):
     script.far_weight = torch.ones_like
 
 
+def floor(script: ModuleType):
+    """A far transition weighs 0.2 at least."""
+    script.far_weight = lambda d: torch.exp((4 - d) / 2).clamp(0.2, 1)
+
+
 def near(script: ModuleType):
     """A far transition weighs less also where it is worth less than Q says."""
 
@@ -322,6 +327,7 @@ ARMS = {
         bounded,
         random,
         evenly,
+        floor,
         near,
         two,
         conservative,
