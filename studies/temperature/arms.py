@@ -222,6 +222,27 @@ def pull(script: ModuleType):
     script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
 
 
+def huber(script: ModuleType):
+    """Errors beyond 10 alpha count linearly.
+
+    flow/q is not the script's here.
+    """
+
+    class EnergyFlow(script.EnergyFlow):
+        def q_and_distance(self, obs, u, kept=None):  # (B, 2), (B,)
+            q, d = super().q_and_distance(obs, u, kept)
+            return torch.stack([q, self.alpha.expand_as(q)], dim=-1), d
+
+    def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:
+        q, alpha = q.unbind(-1)
+        w = torch.where(target > q, script.far_weight(d), 1.0).detach()
+        error, most = (q - target).abs(), 10 * alpha
+        near = error.clamp(max=most)
+        return (w * near * (error - near / 2)).mean()
+
+    script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
+
+
 def near(script: ModuleType):
     """A far transition weighs less also where it is worth less than Q says."""
 
@@ -335,7 +356,7 @@ def held(script: ModuleType):
 
 FOR_SAC = ("normal", "scaled", "recent", "layers")
 FOR_SAC_ALONE = ("normal", "layers")
-LOSSES = ("near", "pull", "two", "conservative")
+LOSSES = ("near", "pull", "huber", "two", "conservative")
 ARMS = {
     function.__name__: function
     for function in (
@@ -349,6 +370,7 @@ ARMS = {
         evenly,
         floor,
         pull,
+        huber,
         near,
         two,
         conservative,
