@@ -20,7 +20,7 @@ import falls
 import slopes
 import table
 
-MEOW = "scaled recent plain bounded random evenly floor near two conservative raw"
+MEOW = "scaled recent plain bounded random evenly light huber near two conservative raw"
 MEOW = [*MEOW.split(), "held"]
 KEEPING_THE_IDENTITY = "base plain bounded random two".split()
 
@@ -140,7 +140,7 @@ def test_conservative_adds_the_gap_of_v_and_q():
 
 @pytest.mark.parametrize(
     ("arm", "above", "below"),
-    [("base", 0.02, 1), ("near", 0.02, 0.02), ("evenly", 1, 1), ("floor", 0.2, 1)],
+    [("base", 0.2, 1), ("near", 0.2, 0.2), ("evenly", 1, 1), ("light", 0.02, 1)],
 )
 def test_what_a_far_action_weighs(arm, above, below):
     """Where it is worth more than Q says, and less."""
@@ -149,6 +149,17 @@ def test_what_a_far_action_weighs(arm, above, below):
     for error, far in ((3.0, above), (-3.0, below)):
         loss = script.meow_loss(q, d, q + error)
         assert float(loss) == pytest.approx(0.5 * 9 * (1 + far) / 2)
+
+
+def test_large_errors_count_linearly():
+    """Beyond 10 alpha."""
+    flow, script = flow_of("huber", alpha=0.1)
+    obs, u = torch.randn(1, 3).double(), torch.randn(1, 1).double()
+    q, d = flow.q_and_distance(obs, u)
+    d.zero_()
+    for error, expected in ((0.5, 0.125), (-0.5, 0.125), (3, 2.5), (-3, 2.5)):
+        loss = script.meow_loss(q, d, q[:, 0] + error)
+        assert float(loss) == pytest.approx(expected)
 
 
 def test_random_couplings_have_a_mode_of_their_own():
