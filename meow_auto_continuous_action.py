@@ -43,7 +43,7 @@ widens or narrows. So alpha can follow the size of the values, by at most eta a 
 loss trains everything, the batch mean of
 
     w (Q - y)^2 / 2,   y = r + gamma (1 - terminated) V(s')
-    w = 1 where y <= Q, else exp((4 - d) / 2) from 0.2 to 1,   d = |x / sigma|^2 / A
+    w = 1 where y <= Q, else exp((4 - d) / 2) from 0.02 to 1,   d = |x / sigma|^2 / A
 
 Q is quadratic: far from the policy it falls faster than actions lose their worth.
 Fitted there, it would lift V(s) above what the policy gets. So a far action that is
@@ -493,8 +493,8 @@ def soft_target(
 
 
 def far_weight(d: Tensor) -> Tensor:
-    """1 up to d = 4, then exp((4 - d) / 2), at least 0.2. d (B,) -> (B,)."""
-    return torch.exp((4 - d) / 2).clamp(0.2, 1)
+    """1 up to d = 4, then exp((4 - d) / 2), at least 0.02. d (B,) -> (B,)."""
+    return torch.exp((4 - d) / 2).clamp(0.02, 1)
 
 
 def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:

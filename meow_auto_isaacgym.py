@@ -608,8 +608,8 @@ def soft_target(
 
 
 def far_weight(d: Tensor) -> Tensor:
-    """1 up to d = 4, then exp((4 - d) / 2), at least 0.2. d (B,) -> (B,)."""
-    return torch.exp((4 - d) / 2).clamp(0.2, 1)
+    """1 up to d = 4, then exp((4 - d) / 2), at least 0.02. d (B,) -> (B,)."""
+    return torch.exp((4 - d) / 2).clamp(0.02, 1)
 
 
 def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:

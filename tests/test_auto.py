@@ -207,7 +207,7 @@ def test_the_policys_own_actions_are_at_distance_one():
 def test_a_far_action_worth_more_weighs_less():
     """One that is worth less than Q says weighs in full."""
     d = torch.tensor([0.0, 1, 4, 5, 8, 50]).double()
-    weight = torch.tensor([1, 1, 1, math.exp(-0.5), 0.2, 0.2]).double()
+    weight = torch.tensor([1, 1, 1, math.exp(-0.5), math.exp(-2), 0.02]).double()
     torch.testing.assert_close(auto.far_weight(d), weight)
     q = torch.randn(6).double()
     for error, w in ((3.0, weight), (-3.0, torch.ones(6).double())):
@@ -247,7 +247,7 @@ def test_update_against_autograd_and_torch_optim(compiled):
         v_next = target_flow.soft_values(next_obs)
         y = reward + 0.99 * (1 - terminated) * v_next
         q, d = flow.q_and_distance(obs, u, kept)
-        w = torch.exp((4 - d.detach()) / 2).clamp(0.2, 1)
+        w = torch.exp((4 - d.detach()) / 2).clamp(0.02, 1)
         w[y <= q] = 1
         weights += w.tolist()
         loss = 0.5 * (w * (q - y) ** 2).mean()
@@ -262,8 +262,8 @@ def test_update_against_autograd_and_torch_optim(compiled):
         for vector, module in zip(state, (flow, target_flow), strict=False):
             expected = torch.nn.utils.parameters_to_vector(module.parameters())
             torch.testing.assert_close(vector, expected.detach(), rtol=1e-6, atol=1e-8)
-    assert min(weights) == 0.2
-    assert any(0.2 < w < 1 for w in weights)
+    assert min(weights) == 0.02
+    assert any(0.02 < w < 1 for w in weights)
 
 
 def test_acting_stores_u_and_moves_alpha():

@@ -20,7 +20,7 @@ import falls
 import slopes
 import table
 
-MEOW = "scaled recent plain bounded random evenly light huber near two conservative raw"
+MEOW = "scaled recent plain bounded random evenly heavy huber near two conservative raw"
 MEOW = [*MEOW.split(), "held"]
 KEEPING_THE_IDENTITY = "base plain bounded random two".split()
 
@@ -140,7 +140,7 @@ def test_conservative_adds_the_gap_of_v_and_q():
 
 @pytest.mark.parametrize(
     ("arm", "above", "below"),
-    [("base", 0.2, 1), ("near", 0.2, 0.2), ("evenly", 1, 1), ("light", 0.02, 1)],
+    [("base", 0.02, 1), ("near", 0.02, 0.02), ("evenly", 1, 1), ("heavy", 0.2, 1)],
 )
 def test_what_a_far_action_weighs(arm, above, below):
     """Where it is worth more than Q says, and less."""

@@ -197,29 +197,9 @@ def evenly(script: ModuleType):
     script.far_weight = torch.ones_like
 
 
-def light(script: ModuleType):
-    """A far transition that is worth more than Q says weighs 0.02 at least."""
-    script.far_weight = lambda d: torch.exp((4 - d) / 2).clamp(0.02, 1)
-
-
-def lower(script: ModuleType):
-    """A far transition weighs less, but lowers m in full.
-
-    flow/q is not the script's here.
-    """
-
-    class EnergyFlow(script.EnergyFlow):
-        def q_and_distance(self, obs, u, kept=None):  # (B, 2), (B,)
-            q, d = super().q_and_distance(obs, u, kept)
-            return torch.stack([q, self.m(obs)[:, 0]], dim=-1), d
-
-    def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:
-        q, m = q.unbind(-1)
-        w = script.far_weight(d).detach()
-        above = (m + (q - m).detach() - target).clamp(min=0)  # Q - y, of m alone
-        return 0.5 * (w * (q - target).square() + (1 - w) * above.square()).mean()
-
-    script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
+def heavy(script: ModuleType):
+    """A far transition that is worth more than Q says weighs 0.2 at least."""
+    script.far_weight = lambda d: torch.exp((4 - d) / 2).clamp(0.2, 1)
 
 
 def huber(script: ModuleType):
@@ -356,7 +336,7 @@ def held(script: ModuleType):
 
 FOR_SAC = ("normal", "scaled", "recent", "layers")
 FOR_SAC_ALONE = ("normal", "layers")
-LOSSES = ("near", "lower", "huber", "two", "conservative")
+LOSSES = ("near", "huber", "two", "conservative")
 ARMS = {
     function.__name__: function
     for function in (
@@ -368,8 +348,7 @@ ARMS = {
         bounded,
         random,
         evenly,
-        light,
-        lower,
+        heavy,
         huber,
         near,
         two,
