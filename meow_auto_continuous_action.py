@@ -342,9 +342,8 @@ class MLP(nn.Module):
         self.dropout = dropout
         for layer in self.layers:
             nn.init.orthogonal_(layer.weight)
-        if zero:
-            nn.init.zeros_(self.layers[-1].weight)
-            nn.init.zeros_(self.layers[-1].bias)
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """x (B, in) -> (B, out). kept (2, B, hidden) bool: not dropped (None: all)."""
