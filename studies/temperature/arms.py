@@ -273,6 +273,52 @@ def floor(script: ModuleType):
     weighted(script, least=0.2)
 
 
+def upper(script: ModuleType):
+    """A far transition weighs less where it is worth more than Q says."""
+    weighted(script, least=0.02)
+    EnergyFlow = script.EnergyFlow
+
+    def meow_loss(q: Tensor, target: Tensor) -> Tensor:
+        errors = target[:, None] - q[:, :-1]
+        weights = torch.where(errors > 0, q[:, -1:], 1.0)
+        return 0.5 * (weights * errors.square()).sum(-1).mean()
+
+    script.meow_loss = meow_loss
+
+
+def averaged(script: ModuleType):
+    """theta' acts and is evaluated."""
+    make_policy, flatten, made = script.make_policy, script.flatten_parameters, []
+
+    def flatten_parameters(flow):
+        made.append(flatten(flow))
+        return made[-1]
+
+    make_update = script.make_update
+
+    def make_averaging_update(flow, args):
+        update = make_update(flow, args)
+
+        def averaging(theta, target_theta, *rest):
+            values = update(theta, target_theta, *rest)
+            script._acting.copy_(target_theta)
+            return values
+
+        return averaging
+
+    def make_averaged_policy(network, norm, theta, n, run, name):
+        return make_policy(network, norm, script._acting, n, run, name)
+
+    def flatten_and_keep(flow):
+        theta = flatten(flow)
+        script._acting = theta.clone()
+        return theta
+
+    script.flatten_parameters = flatten_and_keep
+    script.make_update = make_averaging_update
+    script.make_policy = make_averaged_policy
+
+
 def raw(script: ModuleType):
     """Observations as they are."""
 
@@ -310,7 +356,7 @@ def held(script: ModuleType):
 
 FOR_SAC = ("normal", "scaled", "recent", "layers")
 FOR_SAC_ALONE = ("normal", "layers")
-LOSSES = ("two", "conservative", "near", "floor")
+LOSSES = ("two", "conservative", "near", "floor", "upper")
 ARMS = {
     function.__name__: function
     for function in (
@@ -324,6 +370,8 @@ ARMS = {
         conservative,
         near,
         floor,
+        upper,
+        averaged,
         raw,
         held,
     )
@@ -341,7 +389,7 @@ def changed_script(arm: str) -> ModuleType:
     spec.loader.exec_module(script)
     changes = [word for word in words if word not in ("sac", "base")]
     of_the_loss = [word for word in changes if word in LOSSES]
-    if of_the_loss[1:] and of_the_loss not in (["two", "near"], ["two", "floor"]):
+    if of_the_loss[1:] and of_the_loss not in (["two", "near"], ["two", "floor"], ["two", "upper"]):
         sys.exit(f"error: {'+'.join(of_the_loss)} can't be joined like that")
     for word in changes:
         if word not in ARMS:
