@@ -313,9 +313,21 @@ def test_values_before_falls(tmp_path, capsys, monkeypatch):
         for one, other in zip(returns, came, strict=True):
             if other is not None:
                 torch.testing.assert_close(one, other)
+    values, returns = falls.of_all(saved)  # of the episodes that terminated
+    known = [0, 1, 2, 5, 6, 7, 8]
+    torch.testing.assert_close(values, flow.soft_values(norm(rows[known, :4])))
+    torch.testing.assert_close(returns[2], r[2])
+    torch.testing.assert_close(returns[0], r[0] + 0.99 * r[1] + 0.99**2 * r[2])
+    torch.testing.assert_close(returns[5], r[7] + 0.99 * r[8])
+    monkeypatch.setattr(falls, "ENOUGH", 2)
+    returns = falls.of_all(saved)[1]
+    assert len(returns) == 8
+    torch.testing.assert_close(returns[3], r[3] + 0.99 * r[4])
     monkeypatch.setattr(sys, "argv", ["falls.py", str(folder)])
     assert falls.main() == 0
-    assert "10 before a fall: V" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "all states: V" in out
+    assert "10 before a fall: V" in out
     monkeypatch.setattr(sys, "argv", ["falls.py", str(tmp_path / "nothing")])
     assert falls.main() == 2
 
