@@ -16,6 +16,6 @@ def evaluations(script, folder, **settings) -> list[float]:
 
 def inverted_pendulum(script, folder, **settings) -> list[float]:
     """The same of InvertedPendulum; a random policy gets 5, the maximum is 1,000."""
-    settings |= dict(env_id="InvertedPendulum-v4", total_timesteps=8_000)
-    settings |= dict(learning_starts=500, eval_frequency=1_000)
-    return evaluations(script, folder, **settings)
+    task = dict(env_id="InvertedPendulum-v4", total_timesteps=8_000)
+    task |= dict(learning_starts=500, eval_frequency=1_000)
+    return evaluations(script, folder, **task | settings)

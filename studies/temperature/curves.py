@@ -23,8 +23,8 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
 """with their numbers of action dimensions"""
 SETTINGS = {  # experiment: label, colour
     "meow_auto_continuous_action": ("MEow without tuning", "tab:blue"),
-    "auto_two_near": ("two values, far actions weigh less", "tab:green"),
-    "auto_dual": ("before: SAC's dual moves alpha", "tab:purple"),
+    "auto_random_evenly": ("every transition weighs 1", "tab:green"),
+    "auto_dual": ("once: SAC's dual moves alpha", "tab:purple"),
     "sac_continuous_action": ("SAC", "tab:orange"),
 }
 TARGETS = {"tab:purple": -0.65, "tab:orange": -1.0}
