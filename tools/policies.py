@@ -329,7 +329,7 @@ class Film:
     """panels in a row"""
     panel: int = 200
     """pixels of a panel's side"""
-    quality: int = 25
+    quality: int = 22
     """of the images, up to 100"""
 
 
