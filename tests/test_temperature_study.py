@@ -417,7 +417,7 @@ def test_slopes_are_of_the_true_simulator(tmp_path, capsys, monkeypatch):
 def test_a_wrong_word_says_which_there_are(tmp_path):
     code, _ = launch(["nonsense"], tmp_path)
     assert "nonsense is not one of base, sac, normal" in code
-    for arm in ("two+near", "two+conservative"):
+    for arm in ("two+near", "two+conservative", "near+huber", "huber+two"):
         code, _ = launch([arm, *quick()], tmp_path)
         assert f"{arm} can't be joined" in code
     for arm in ("layers", "normal", "sac+near"):

@@ -337,6 +337,8 @@ def held(script: ModuleType):
 FOR_SAC = ("normal", "scaled", "recent", "layers")
 FOR_SAC_ALONE = ("normal", "layers")
 LOSSES = ("near", "huber", "two", "conservative")
+JOINED = (["near", "two"], ["near", "conservative"])
+"""those of them that go together, in this order"""
 ARMS = {
     function.__name__: function
     for function in (
@@ -370,7 +372,7 @@ def changed_script(arm: str) -> ModuleType:
     spec.loader.exec_module(script)
     changes = [word for word in words if word not in ("sac", "base")]
     of_the_loss = [word for word in changes if word in LOSSES]
-    if "near" in of_the_loss[1:] or {"two", "conservative"} <= set(of_the_loss):
+    if of_the_loss[1:] and of_the_loss not in JOINED:
         sys.exit(f"error: {'+'.join(of_the_loss)} can't be joined like that")
     for word in changes:
         if word not in ARMS:
