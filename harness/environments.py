@@ -184,7 +184,7 @@ def flat_size(space: spaces.Space) -> int:
     """Numbers in the vector that --flatten makes of an observation, 0 if it can't."""
     try:
         return spaces.flatdim(space) if space.is_np_flattenable else 0
-    except NotImplementedError:  # a space of one's own, which doesn't say how
+    except NotImplementedError:  # Gymnasium's answer for a kind that it doesn't know
         return 0
 
 

@@ -162,6 +162,14 @@ def test_large_errors_count_linearly():
         assert float(loss) == pytest.approx(expected)
 
 
+def test_near_goes_with_two():
+    script, one = arms.changed_script("near+two"), arms.changed_script("near")
+    q, d = torch.randn(2, 2).double(), torch.tensor([0.5, 99]).double()
+    target = torch.tensor([-9.0, -9]).double()
+    expected = sum(one.meow_loss(q[:, k], d, target) for k in range(2))
+    torch.testing.assert_close(script.meow_loss(q, d, target), expected)
+
+
 def test_random_couplings_have_a_mode_of_their_own():
     obs = torch.randn(50, 3)
     for arm, some in (("base", False), ("random", True)):

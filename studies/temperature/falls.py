@@ -38,9 +38,8 @@ class Options:
 
 def begins(saved: dict) -> Tensor:
     """The rows that begin an episode. (N,) bool."""
-    obs, _, next_obs, _, _ = script.split_batch(
-        saved["replay"]["rows"], *saved["sizes"]
-    )
+    parts = script.split_batch(saved["replay"]["rows"], *saved["sizes"])
+    obs, _, next_obs, _, _ = parts
     first = torch.ones(len(obs), dtype=torch.bool)
     first[1:] = (obs[1:] != next_obs[:-1]).any(-1)
     return first
@@ -50,7 +49,7 @@ def begins(saved: dict) -> Tensor:
 def of_all(saved: dict) -> tuple[Tensor, Tensor]:
     """V(s) and the discounted return that came, where it is known. (N,) each.
 
-    It is known where the episode terminated, or `ENOUGH` steps later still went on.
+    It is known where the episode terminated, or went on for `ENOUGH` steps.
     """
     flow, norm, args = parts_of(saved)
     parts = script.split_batch(saved["replay"]["rows"], *saved["sizes"])
@@ -88,20 +87,23 @@ def before_falls(saved: dict, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     return flow.soft_values(here), (discounts * reward[window]).sum(-1), d
 
 
+def tell(what: str, values: Tensor, returns: Tensor, d: Tensor | None = None):
+    """Prints means of values and returns (N,), and the median of d (N,)."""
+    text = "none of the newest episodes"
+    if len(values):
+        text = f"V {values.mean():.3g}, what came {returns.mean():.3g}"
+        text += "" if d is None else f", median d {d.median():.3g}"
+        text += f" (of {len(values)})"
+    print(f"{what}: {text}")
+
+
 def main() -> int:
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     try:
         saved = load_file("run", options.run, script.__name__)
-        values, returns = of_all(saved)
-        text = f"V {values.mean():.3g}, what came {returns.mean():.3g}"
-        print(f"all states: {text} (of {len(values)})")
+        tell("all states", *of_all(saved))
         for steps in STEPS:
-            values, returns, d = before_falls(saved, steps)
-            text = "none of the newest episodes"
-            if len(values):
-                text = f"V {values.mean():.3g}, what came {returns.mean():.3g}"
-                text += f", median d {d.median():.3g} (of {len(values)})"
-            print(f"{steps} before a fall: {text}")
+            tell(f"{steps} before a fall", *before_falls(saved, steps))
     except Exception as error:
         return explain(error)
     return 0
