@@ -331,6 +331,9 @@ def test_values_before_falls(tmp_path, capsys, monkeypatch):
     returns = falls.of_all(saved)[1]
     assert len(returns) == 8
     torch.testing.assert_close(returns[3], r[3] + 0.99 * r[4])
+    with monkeypatch.context() as patch:
+        patch.setattr(falls, "RECENT", 3)
+        torch.testing.assert_close(falls.of_all(saved)[1], returns[-3:])
     monkeypatch.setattr(sys, "argv", ["falls.py", str(folder)])
     assert falls.main() == 0
     out = capsys.readouterr().out
