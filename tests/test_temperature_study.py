@@ -5,6 +5,7 @@ import io
 import json
 import signal
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,11 @@ from conftest import ROOT, interrupting, metrics, only_run, quick
 
 sys.path.insert(0, str(ROOT / "studies/temperature"))
 
+import ahead
 import arms
 import drift
 import falls
+import settle
 import slopes
 import table
 
@@ -343,14 +346,13 @@ def test_values_before_falls(tmp_path, capsys, monkeypatch):
     assert falls.main() == 2
 
 
-def test_the_page_has_the_table(capsys, monkeypatch):
+def test_the_pages_have_the_tables(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["table.py"])
     assert table.main() == 0
-    page = (ROOT / "studies/temperature/README.md").read_text()
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert [len(text.splitlines()) > 6 for text in tables] == [True, True]
-    for text in tables:
-        assert text in page
+    for text, page in zip(tables, ("README.md", "details.md"), strict=True):
+        assert text in (ROOT / "studies/temperature" / page).read_text()
 
 
 def test_returns_of_a_task_stand_beside_each_other(tmp_path):
@@ -423,6 +425,102 @@ def test_slopes_are_of_the_true_simulator(tmp_path, capsys, monkeypatch):
     assert "correlation of Q and y" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["slopes.py", str(tmp_path / "nothing")])
     assert slopes.main() == 2
+
+
+def test_what_v_says_and_what_comes_some_steps_later(tmp_path, capsys, monkeypatch):
+    """y_n by hand: n rewards, the entropies between them, and the value after them."""
+    words = quick(env_id="Hopper-v4", exp_name="meow_auto")
+    assert launch(["base", *words], tmp_path)[0] == 0
+    folder = only_run(tmp_path)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    flow, norm, args = ahead.parts_of(saved)
+    envs = [ahead.script.make_env(args).env for _ in range(2)]
+    for env in envs:
+        env.reset(seed=0)
+    state, u = slopes.simulator_state(envs[0]), torch.tensor([[0.3, -0.2, 0.1]] * 2)
+    u[1] *= -1
+    torch.manual_seed(5)
+    with torch.no_grad():
+        y = ahead.worth_ahead(flow, norm, envs, state, u, 0.9, (1, 3))
+        torch.testing.assert_close(
+            y[0], slopes.worth(flow, norm, envs[0], state, u, 0.9)
+        )
+        for row, action in enumerate(u):
+            torch.manual_seed(5)
+            slopes.restore(envs[0], state)
+            total, action = 0.0, action[None]
+            for step in range(3):
+                outcome = envs[0].step(np.tanh(action[0].numpy()))
+                assert not outcome[2]
+                total += 0.9**step * outcome[1]
+                here = norm(torch.from_numpy(outcome[0]).float()[None])
+                action, log_prob = flow.sample(here, torch.randn(1, 3))
+                if step < 2:
+                    total -= 0.9 ** (step + 1) * flow.alpha * log_prob
+            total += 0.9**3 * flow.soft_values(here)
+            torch.testing.assert_close(y[1, row], total[0])
+        # the episode ends with the first step: nothing that follows counts
+        fallen = state[0].copy()
+        fallen[2] = 1.0
+        ended = ahead.worth_ahead(
+            flow, norm, envs, (fallen, *state[1:]), u, 0.9, (1, 3)
+        )
+        torch.testing.assert_close(ended[0], ended[1])
+        assert (ended[0] < 5).all()
+    y = ahead.differences(saved, 3, (1, 2))
+    assert y.shape == (2, 3, 12)
+    assert y.mean(-1).abs().max() < 1e-5
+    assert (y.std(-1) > 0).all()
+    monkeypatch.setattr(sys, "argv", ["ahead.py", str(folder), "--states", "2"])
+    assert ahead.main() == 0
+    out = capsys.readouterr().out
+    assert "1 ahead: standard deviation" in out
+    assert "slope 1.00, correlation 1.00" in out
+    monkeypatch.setattr(sys, "argv", ["ahead.py", str(tmp_path / "nothing")])
+    assert ahead.main() == 2
+
+
+def test_a_policy_settles(tmp_path, capsys, monkeypatch):
+    """No update leaves it; two are the script's, and their average is between."""
+    words = [*quick(exp_name="meow_auto"), "--dropout", "0"]
+    assert launch(["base", *words], tmp_path)[0] == 0
+    folder = only_run(tmp_path)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    start = saved["learner"][0]
+    _, theta, mean = settle.settle(saved, 1e-2, 0, 0.5)
+    torch.testing.assert_close(theta, start)
+    torch.testing.assert_close(mean, start)
+    _, first, _ = settle.settle(saved, 1e-2, 1, 0.5)
+    _, theta, mean = settle.settle(saved, 1e-2, 2, 0.5)
+    torch.testing.assert_close(mean, start / 4 + first / 4 + theta / 2)
+    assert not torch.equal(first, start)
+    _, smaller, _ = settle.settle(saved, 1e-3, 1, 0.5)
+    torch.testing.assert_close((smaller - start) * 10, first - start)
+    # the same update by the script
+    flow, norm, args = settle.parts_of(saved)
+    rng, rows = np.random.default_rng(0), saved["replay"]["rows"]
+    batch = rows[rng.integers(0, len(rows), args.batch_size)].clone()
+    norm.normalise(batch, *saved["sizes"])
+    learner = [part.clone() for part in saved["learner"]]
+    update = settle.script.make_update(flow, replace(args, learning_rate=1e-2))
+    update(*learner, batch, torch.ones(4, 2, args.batch_size, 64, dtype=torch.bool))
+    torch.testing.assert_close(first, learner[0])
+    # the parameters that are asked for play
+    played = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            settle.script, "evaluate_saved", lambda *x: played.append(x[1]) or ([1], [])
+        )
+        assert settle.returns(saved, flow, 2 * start) == "1 +- 0"
+    vector = torch.cat([v.flatten() for v in played[0]["flow"].values()])
+    assert vector.norm() > 1.5 * start.norm()
+    monkeypatch.setattr(sys, "argv", ["settle.py", str(folder), "--updates", "2"])
+    assert settle.main() == 0
+    out = capsys.readouterr().out
+    assert "checkpoint: " in out
+    assert "0.0003: " in out
+    monkeypatch.setattr(sys, "argv", ["settle.py", str(tmp_path / "nothing")])
+    assert settle.main() == 2
 
 
 def test_a_wrong_word_says_which_there_are(tmp_path):
