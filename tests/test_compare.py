@@ -439,6 +439,35 @@ def test_bad_additions(words, tmp_path, run_compare, monkeypatch):
     assert err.count("\n") == 1
 
 
+# --- At the same steps ---------------------------------------------------------------
+def test_algorithms_at_the_same_steps(tmp_path, run_compare):
+    """Means of the last quarter; of a seed the longest run, also if it was stopped."""
+    root, step = tmp_path / "runs", dict(eval_frequency=10_000)
+    nine = [9, 9, 9, 9, 9, 9, 20, 30, 70]
+    write_run(root, MEOW, 1, nine, **step)
+    write_run(
+        root,
+        MEOW,
+        1,
+        [9] * 6 + [100, 100, 100, 4],
+        time=2,
+        total_timesteps=10**6,
+        **step,
+    )
+    write_run(root, MEOW, 2, [0] * 8, **step)
+    write_run(root, MEOW, 3, [50] * 9, env="Ant-v4", **step)
+    write_run(root, SAC, 1, [3] * 29 + [11], **step)
+    write_run(root, "sql_continuous_action", 1, nine, **step)
+    _, text, _ = run_compare(root)
+    table = text.split("## At the same steps\n\n")[1].split("\n\n")[0]
+    header, _, hopper, cheetah, _, ant, _ = table.splitlines()
+    names = "90k: MEow | 90k: SAC | 300k: SAC | the paper"
+    assert header == f"| environment | {names} |"
+    assert hopper == "| Hopper-v4 | 100 (1) | 3 (1) | 4 (1) | 3333 (1.5M) |"
+    assert cheetah == "| HalfCheetah-v4 |  |  |  | 10981 (1.5M) |"
+    assert ant == "| Ant-v4 | 50 (1) |  |  | 6586 (4M) |"
+
+
 # --- Published returns ----------------------------------------------------------------
 def test_published_returns_are_shown_as_far_as_ours_go(tmp_path, run_compare):
     for env, frequency in (("Hopper-v4", 50_000), ("Ant-v4", 500_000)):
@@ -551,6 +580,12 @@ def test_the_committed_runs_give_the_committed_report(folder, run_compare):
     assert (
         run_compare(ROOT / folder)[1] == (ROOT / folder / "comparison.md").read_text()
     )
+
+
+def test_the_readme_has_the_table_at_the_same_steps():
+    report = (ROOT / "results/comparison.md").read_text()
+    table = report.split("## At the same steps\n\n")[1].split("\n\n")[0]
+    assert table in (ROOT / "README.md").read_text()
 
 
 # --- Bad input ------------------------------------------------------------------------

@@ -258,6 +258,41 @@ def test_held_noise_lasts_some_steps():
     assert seen[-1] == -1
 
 
+def test_averages_are_evaluated_and_change_nothing():
+    theta, logged = torch.zeros(1), {}
+    script = SimpleNamespace(
+        make_policy=lambda *_: lambda *_: None,
+        evaluate=lambda *_: ([theta.item()], []),
+    )
+    log = SimpleNamespace(log=lambda _, numbers: logged.update(numbers))
+    session = SimpleNamespace(logger=log)
+    arms.averages(script)
+    script.make_policy(None, theta, 10, None, "evaluation")
+    assert script.evaluate(None, None, None, 5, session) == ([0.0], [])
+    assert logged == {}
+    act = script.make_policy(None, theta, 1, None, "acting")
+    act(None, None)
+    theta.fill_(1)
+    act(None, None)
+    assert script.evaluate(None, None, None, 5, session) == ([1.0], [])
+    assert logged == pytest.approx(
+        {"averaged/0.001": 1e-3, "averaged/0.0005": 5e-4, "averaged/0.0002": 2e-4}
+    )
+    assert theta == 1
+
+
+@pytest.mark.parametrize("script", ["", "sac+"])
+def test_a_run_with_averages_is_the_same_run(script, tmp_path):
+    rows = []
+    for arm in ("base", "averages"):
+        (tmp_path / arm).mkdir()
+        assert launch([script + arm, *quick()], tmp_path / arm)[0] == 0
+        rows.append(metrics(only_run(tmp_path / arm)))
+    averaged = [row for row in rows[1] if "averaged/" in str(row)]
+    assert len(averaged) > 3
+    assert rows[0] == [row for row in rows[1] if row not in averaged]
+
+
 @pytest.mark.parametrize("arm", [*MEOW, "sac+normal+scaled+layers"])
 def test_a_run_of_an_arm_goes_on(arm, tmp_path):
     """From a checkpoint at step 46, exactly (but for the noise that is held)."""

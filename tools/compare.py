@@ -18,9 +18,9 @@ Writes OUT/comparison.md, learning_curves.png and .svg, iqm.png and .svg.
   seeds, where a seed that never got there counts as infinitely late. Minutes include
   evaluations and compare only on one machine, used alike; the last section names the
   machines.
-- MEow's returns in the paper, 5 seeds: Hopper-v4 3332.99 and HalfCheetah-v4 10981.47
-  (1,500,000 steps), Walker2d-v4 5526.66 and Ant-v4 6586.33 (4,000,000), Humanoid-v4
-  6923.22 (5,000,000).
+- At the same steps: the mean of a run's evaluations in the last quarter of these steps,
+  then the mean over seeds (their number). Of a seed's runs the longest counts, also if
+  it was stopped later. The paper: its final return, 5 seeds.
 """
 
 import math
@@ -44,6 +44,7 @@ except ImportError as missing:
 
 from run_table import (
     ALGORITHMS,
+    SAC,
     TASK,
     UsageError,
     copy_run,
@@ -53,6 +54,16 @@ from run_table import (
 )
 
 OTHER_COLOURS = ("#1b1b1b", "#66a61e", "#b2182b", "#a6761d", "#4575b4", "#999900")
+SHOWN = ("meow_continuous_action", "meow_auto_continuous_action", *SAC)
+"""compared at the same steps"""
+AT = (90_000, 300_000, 1_000_000)
+PAPER = {  # MEow's final returns and steps there
+    "Hopper-v4": "3333 (1.5M)",
+    "HalfCheetah-v4": "10981 (1.5M)",
+    "Walker2d-v4": "5527 (4M)",
+    "Ant-v4": "6586 (4M)",
+    "Humanoid-v4": "6923 (5M)",
+}
 LINE_STYLES = ("-", "--", ":", "-.")  # of the rows of one algorithm in a panel
 DRAWN = {  # of the published curves, in whose colour
     "MEow in the paper": "meow_continuous_action",
@@ -216,6 +227,47 @@ def returns_table(table: pd.DataFrame) -> str:
     return markdown(header, lines)
 
 
+def returns_at(runs: pd.DataFrame, step: int) -> list[float]:
+    """Of each seed's longest run the mean of its evaluations up to this step.
+
+    Those of the last quarter of these steps; runs that didn't get there are left out.
+    """
+    means = []
+    for _, own in runs.groupby("seed"):
+        evals = max(own.evals, key=lambda evals: evals.step.max())
+        late = (evals.step > 0.75 * step) & (evals.step <= step)
+        if evals.step.max() >= step:
+            means.append(evals.value[late].mean())
+    return means
+
+
+def same_steps_table(table: pd.DataFrame) -> str:
+    """A line per environment, the paper's first: algorithms at steps that they got to.
+
+    Empty if none got to the least of `AT`.
+    """
+    table = table[table.exp_name.isin(SHOWN) & (table.status != "not run")]
+    columns = {}  # by step and label: cells of the environments
+    for step in AT:
+        for name, of_label in table.groupby("label", sort=False):
+            of_env = dict(list(of_label.groupby("env")))
+            means = {env: returns_at(runs, step) for env, runs in of_env.items()}
+            if any(means.values()):
+                cells = {
+                    e: f"{np.mean(m):.0f} ({len(m)})" for e, m in means.items() if m
+                }
+                columns[f"{step // 1000}k: {name}"] = cells
+    if not columns:
+        return ""
+    columns["the paper"] = PAPER
+    lines = [
+        [env, *(cells.get(env, "") for cells in columns.values())]
+        for env in dict.fromkeys([*PAPER, *table.env])
+    ]
+    text = markdown(" | ".join(["environment", *columns]), lines)
+    return f"## At the same steps\n\n{text}"
+
+
 def iqm_table(
     table: pd.DataFrame, scored: pd.DataFrame, results: list[Aggregate]
 ) -> str:
@@ -301,6 +353,7 @@ def report(
         "# Comparison of runs",
         f"Written by `python tools/compare.py RUNS --out OUT{asked}`.",
         returns_table(table),
+        same_steps_table(table),
         "![Learning curves](learning_curves.png)" if len(drawn(table)) else "",
         published_table(table),
         "## Interquartile mean over environments",

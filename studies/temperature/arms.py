@@ -142,6 +142,42 @@ def recent(script: ModuleType):
     script.ReplayBuffer = ReplayBuffer
 
 
+def averages(script: ModuleType):
+    """Averages of the policy's parameters are evaluated too; nothing else changes.
+
+    Over about the last 1,000, 2,000 and 5,000 steps: averaged/0.001 and so on. A resumed
+    run begins new ones.
+    """
+    make_policy, evaluate = script.make_policy, script.evaluate
+    acting_theta, means = [], {}
+
+    def make_watched_policy(*inputs):  # ..., theta, n, run, name
+        policy, theta, name = make_policy(*inputs), inputs[-4], inputs[-1]
+        if name != "acting":
+            return policy
+        acting_theta.append(theta)
+
+        def acting(obs, z):
+            for rate in (1e-3, 5e-4, 2e-4):
+                means.setdefault(rate, theta.clone()).lerp_(theta, rate)
+            return policy(obs, z)
+
+        return acting
+
+    def evaluate_all(args, envs, policy, step, session):
+        result = evaluate(args, envs, policy, step, session)
+        for rate, mean in means.items():
+            theta = acting_theta[0]
+            now = theta.clone()
+            theta.copy_(mean)
+            returns, _ = evaluate(args, envs, policy, step, session)
+            theta.copy_(now)
+            session.logger.log(step, {f"averaged/{rate}": float(np.mean(returns))})
+        return result
+
+    script.make_policy, script.evaluate = make_watched_policy, evaluate_all
+
+
 def layers(script: ModuleType):
     """SAC: LayerNorm before each ReLU, of actor and critics."""
 
@@ -334,7 +370,7 @@ def held(script: ModuleType):
     script.make_policy = make_held_policy
 
 
-FOR_SAC = ("normal", "scaled", "recent", "layers")
+FOR_SAC = ("normal", "scaled", "recent", "averages", "layers")
 FOR_SAC_ALONE = ("normal", "layers")
 LOSSES = ("near", "huber", "two", "conservative")
 JOINED = (["near", "two"], ["near", "conservative"])
@@ -345,6 +381,7 @@ ARMS = {
         normal,
         scaled,
         recent,
+        averages,
         layers,
         plain,
         bounded,
