@@ -145,8 +145,8 @@ def recent(script: ModuleType):
 def averages(script: ModuleType):
     """Averages of the policy's parameters are evaluated too; nothing else changes.
 
-    Over about the last 1,000, 2,000 and 5,000 steps: averaged/0.001 and so on. A resumed
-    run begins new ones.
+    Over about the last 1,000, 2,000 and 5,000 steps: averaged/0.001 and so on. When a
+    run is resumed, they begin anew.
     """
     make_policy, evaluate = script.make_policy, script.evaluate
     acting_theta, means = [], {}
