@@ -334,6 +334,79 @@ def held(script: ModuleType):
     script.make_policy = make_held_policy
 
 
+def decayed(script: ModuleType):
+    """Adam's step size falls as 1 / sqrt(1 + t / 10,000)."""
+
+    adam = script.adam
+
+    def decayed_adam(theta, m, v, decay, grad, lr):
+        t = torch.log(decay[1]) / np.log(0.999)
+        return adam(theta, m, v, decay, grad, (lr / torch.sqrt(1 + t / 1e4)).float())
+
+    script.adam = decayed_adam
+
+
+def slow(script: ModuleType, rate: float = 5e-4):
+    """A slow average of theta acts and is evaluated."""
+    make_policy, means = script.make_policy, []
+
+    def make_slow_policy(network, norm, theta, n, run, name):
+        if not means:
+            means.append(theta.clone())
+        policy = make_policy(network, norm, means[0], n, run, name)
+        started = False
+
+        def acting(obs, z):
+            nonlocal started
+            if not started:
+                means[0].copy_(theta)
+                started = True
+            means[0].lerp_(theta, rate)
+            return policy(obs, z)
+
+        return acting if name == "acting" else policy
+
+    script.make_policy = make_slow_policy
+
+
+def slower(script: ModuleType):
+    """A slower average of theta acts and is evaluated."""
+    slow(script, 2e-4)
+
+
+def pair(script: ModuleType):
+    """The script; slow averages of theta are evaluated beside theta."""
+    make_policy, evaluate, seen, means = script.make_policy, script.evaluate, [], {}
+
+    def make_watched_policy(network, norm, theta, n, run, name):
+        policy = make_policy(network, norm, theta, n, run, name)
+        if name != "acting":
+            return policy
+        seen.append(theta)
+
+        def acting(obs, z):
+            for rate in (1e-3, 5e-4, 2e-4):
+                if rate not in means:
+                    means[rate] = theta.clone()
+                means[rate].lerp_(theta, rate)
+            return policy(obs, z)
+
+        return acting
+
+    def evaluate_both(args, envs, policy, step, session):
+        result = evaluate(args, envs, policy, step, session)
+        if means:
+            now = seen[0].clone()
+            for rate, mean in means.items():
+                seen[0].copy_(mean)
+                returns, _ = evaluate(args, envs, policy, step, session)
+                session.logger.log(step, {f"averaged/{rate}": float(np.mean(returns))})
+            seen[0].copy_(now)
+        return result
+
+    script.make_policy, script.evaluate = make_watched_policy, evaluate_both
+
+
 FOR_SAC = ("normal", "scaled", "recent", "layers")
 FOR_SAC_ALONE = ("normal", "layers")
 LOSSES = ("near", "huber", "two", "conservative")
@@ -357,6 +430,10 @@ ARMS = {
         conservative,
         raw,
         held,
+        decayed,
+        slow,
+        slower,
+        pair,
     )
 }
 
