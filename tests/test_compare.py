@@ -458,14 +458,17 @@ def test_algorithms_at_the_same_steps(tmp_path, run_compare):
     write_run(root, MEOW, 3, [50] * 9, env="Ant-v4", **step)
     write_run(root, SAC, 1, [3] * 29 + [11], **step)
     write_run(root, "sql_continuous_action", 1, nine, **step)
+    write_run(root, SAC, 1, nine, env="Swimmer-v4", **step)
+    write_run(root, SAC, 2, [9, 9], eval_frequency=60_000)  # none near 90,000
     _, text, _ = run_compare(root)
     table = text.split("## At the same steps\n\n")[1].split("\n\n")[0]
-    header, _, hopper, cheetah, _, ant, _ = table.splitlines()
+    header, _, hopper, cheetah, _, ant, humanoid = table.splitlines()
     names = "90k: MEow | 90k: SAC | 300k: SAC | the paper"
     assert header == f"| environment | {names} |"
     assert hopper == "| Hopper-v4 | 100 (1) | 3 (1) | 4 (1) | 3333 (1.5M) |"
     assert cheetah == "| HalfCheetah-v4 |  |  |  | 10981 (1.5M) |"
     assert ant == "| Ant-v4 | 50 (1) |  |  | 6586 (4M) |"
+    assert humanoid == "| Humanoid-v4 |  |  |  | 6923 (5M) |"
 
 
 # --- Published returns ----------------------------------------------------------------

@@ -399,9 +399,11 @@ def test_returns_of_a_task_stand_beside_each_other(tmp_path):
         rows = ["step,seconds,name,value", "10,1,eval/return_mean,1.0"]
         rows += [f"20,2,eval/return_mean,{i}.6", "20,2,eval/return_std,9.0"]
         (run / "metrics.csv").write_text("\n".join(rows) + "\n")
-    assert table.beside(tmp_path, "Ant-v4", (20,)) == "| Ant-v4 | 1: 1, 2 | 3 |  |"
-    assert table.beside(tmp_path, "Ant-v4", (10, 20)) == "| Ant-v4 | 1: 1, 1 | 2 |  |"
-    assert table.beside(tmp_path, "Ant-v4", (10, 15)) == "| Ant-v4 |  |  |  |"
+    script, sac = "| Ant-v4 | the script | 1 | 1, 2 |", "| Ant-v4 | SAC | 3 | 3 |"
+    assert table.beside(tmp_path, "Ant-v4", (20,)) == [script, sac]
+    script, sac = "| Ant-v4 | the script | 1 | 1, 1 |", "| Ant-v4 | SAC | 2 | 2 |"
+    assert table.beside(tmp_path, "Ant-v4", (10, 20)) == [script, sac]
+    assert table.beside(tmp_path, "Ant-v4", (10, 15)) == []
 
 
 def test_a_line_of_the_table(tmp_path):

@@ -54,7 +54,7 @@ from run_table import (
 )
 
 OTHER_COLOURS = ("#1b1b1b", "#66a61e", "#b2182b", "#a6761d", "#4575b4", "#999900")
-SHOWN = ("meow_continuous_action", "meow_auto_continuous_action", *SAC)
+SHOWN = ("meow_continuous_action", "meow_auto_continuous_action", SAC[0])
 """compared at the same steps"""
 AT = (90_000, 300_000, 1_000_000)
 PAPER = {  # MEow's final returns and steps there
@@ -236,17 +236,18 @@ def returns_at(runs: pd.DataFrame, step: int) -> list[float]:
     for _, own in runs.groupby("seed"):
         evals = max(own.evals, key=lambda evals: evals.step.max())
         late = (evals.step > 0.75 * step) & (evals.step <= step)
-        if evals.step.max() >= step:
+        if evals.step.max() >= step and late.any():
             means.append(evals.value[late].mean())
     return means
 
 
 def same_steps_table(table: pd.DataFrame) -> str:
-    """A line per environment, the paper's first: algorithms at steps that they got to.
+    """A line for each of the paper's environments: algorithms at steps they got to.
 
     Empty if none got to the least of `AT`.
     """
-    table = table[table.exp_name.isin(SHOWN) & (table.status != "not run")]
+    table = table[table.exp_name.isin(SHOWN) & table.env.isin(PAPER)]
+    table = table[table.status != "not run"]
     columns = {}  # by step and label: cells of the environments
     for step in AT:
         for name, of_label in table.groupby("label", sort=False):
@@ -261,8 +262,7 @@ def same_steps_table(table: pd.DataFrame) -> str:
         return ""
     columns["the paper"] = PAPER
     lines = [
-        [env, *(cells.get(env, "") for cells in columns.values())]
-        for env in dict.fromkeys([*PAPER, *table.env])
+        [env, *(cells.get(env, "") for cells in columns.values())] for env in PAPER
     ]
     text = markdown(" | ".join(["environment", *columns]), lines)
     return f"## At the same steps\n\n{text}"

@@ -24,7 +24,7 @@ SAME = (
 
 SCRIPT = "meow_auto_continuous_action"
 NAMES = {SCRIPT: "the script", "auto": "dual"}
-COLUMNS = {
+BESIDE = {
     "the script": SCRIPT,
     "SAC": "sac_continuous_action",
     "MEow, the paper's settings": "meow_continuous_action",
@@ -66,10 +66,10 @@ def returns_of(run: Path) -> pd.Series:
     return rows[rows.name == "eval/return_mean"].set_index("step").value
 
 
-def beside(results: Path, task: str, late: tuple[int, ...]) -> str:
-    """One task: the mean and each run's number for each of `COLUMNS`."""
-    cells = [task]
-    for experiment in COLUMNS.values():
+def beside(results: Path, task: str, late: tuple[int, ...]) -> list[str]:
+    """One task: a line for each of `BESIDE` that was run, with mean and each seed."""
+    lines = []
+    for name, experiment in BESIDE.items():
         by_seed = {}  # the longest run of each seed
         for run in sorted(results.glob(f"{task}__{experiment}__[0-9]*")):
             seed, returns = run.name.split("__")[2], returns_of(run)
@@ -77,10 +77,11 @@ def beside(results: Path, task: str, late: tuple[int, ...]) -> str:
                 by_seed[seed] = returns
         values = [run.reindex(late).mean(skipna=False) for run in by_seed.values()]
         values = [value for value in values if not math.isnan(value)]
-        each = ", ".join(f"{value:.0f}" for value in values)
-        mean = sum(values) / max(len(values), 1)
-        cells.append(f"{mean:.0f}: {each}" if len(values) > 1 else each)
-    return "| " + " | ".join(cells) + " |"
+        if values:
+            each = ", ".join(f"{value:.0f}" for value in values)
+            mean = sum(values) / len(values)
+            lines.append(f"| {task} | {name} | {mean:.0f} | {each} |")
+    return lines
 
 
 def line(run: Path, steps: tuple[int, ...]) -> str:
@@ -99,10 +100,11 @@ def line(run: Path, steps: tuple[int, ...]) -> str:
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
-    print("| task | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (1 + len(COLUMNS)) + "|")
+    print("| task | algorithm | mean | each seed |")
+    print("|---|---|---|---|")
     for task in TASKS:
-        print(beside(options.results, task, options.late))
+        for text in beside(options.results, task, options.late):
+            print(text)
     print()
     header = ["task", "arm", "seed", "commit"]
     header += [f"{step:,}" for step in options.steps]
