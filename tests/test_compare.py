@@ -469,6 +469,10 @@ def test_algorithms_at_the_same_steps(tmp_path, run_compare):
     assert cheetah == "| HalfCheetah-v4 |  |  |  | 10981 (1.5M) |"
     assert ant == "| Ant-v4 | 50 (1) |  |  | 6586 (4M) |"
     assert humanoid == "| Humanoid-v4 |  |  |  | 6923 (5M) |"
+    write_run(root, MEOW, 9, [7] * 9, deterministic_eval=False, **step)
+    table = run_compare(root)[1].split("## At the same steps\n\n")[1]
+    assert table.startswith(f"| environment | 90k: MEow, {MODE} | ")
+    assert "| Hopper-v4 | 100 (1) | 7 (1) | 3 (1) | 4 (1) |" in table
 
 
 # --- Published returns ----------------------------------------------------------------

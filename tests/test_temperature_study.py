@@ -50,6 +50,20 @@ def launch(argv, cwd, signals=None):
     return code, err.getvalue()
 
 
+@pytest.fixture
+def output_of(tmp_path, capsys, monkeypatch):
+    """output_of(tool, folder, *options): what it prints; it refuses another folder."""
+
+    def run(tool, folder, *options):
+        for place, code in ((tmp_path / "nothing", 2), (folder, 0)):
+            words = [f"{tool.__name__}.py", str(place), *options]
+            monkeypatch.setattr(sys, "argv", words)
+            assert tool.main() == code
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize("arm", KEEPING_THE_IDENTITY)
 def test_v_is_still_the_soft_value_of_q(arm):
     torch.manual_seed(0)
@@ -308,7 +322,7 @@ def test_a_run_of_an_arm_goes_on(arm, tmp_path):
     assert f"_{arm.replace('sac+', '').replace('+', '_')}__1__" in said
 
 
-def test_drift_of_a_run(tmp_path, capsys, monkeypatch):
+def test_drift_of_a_run(tmp_path, output_of):
     """Of actions that the policy has just played, d is the mean square of its noise."""
     assert launch(["base", *quick(exp_name="meow_auto")], tmp_path)[0] == 0
     folder = only_run(tmp_path)
@@ -326,14 +340,11 @@ def test_drift_of_a_run(tmp_path, capsys, monkeypatch):
     norm.load_state_dict(saved["norm"])
     row[0, 4:5] = flow.sample(norm(row[:, :4]), z)[0][0]
     assert float(drift.latents_and_errors(saved)[0][0]) == pytest.approx(2.25, rel=1e-3)
-    monkeypatch.setattr(sys, "argv", ["drift.py", str(folder)])
-    assert drift.main() == 0
-    assert "recent actions: median d" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["drift.py", str(tmp_path / "nothing")])
-    assert drift.main() == 2
+    out = output_of(drift, folder)
+    assert "recent actions: median d" in out
 
 
-def test_values_before_falls(tmp_path, capsys, monkeypatch):
+def test_values_before_falls(tmp_path, output_of, monkeypatch):
     """Of episodes of 3, 2 and 4 steps, where the second was cut off by a time limit."""
     assert launch(["base", *quick(exp_name="meow_auto")], tmp_path)[0] == 0
     folder = only_run(tmp_path)
@@ -372,13 +383,9 @@ def test_values_before_falls(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(falls, "RECENT", 3)
         torch.testing.assert_close(falls.of_all(saved)[1], returns[-3:])
-    monkeypatch.setattr(sys, "argv", ["falls.py", str(folder)])
-    assert falls.main() == 0
-    out = capsys.readouterr().out
+    out = output_of(falls, folder)
     assert "all states: V" in out
     assert "10 before a fall: V" in out
-    monkeypatch.setattr(sys, "argv", ["falls.py", str(tmp_path / "nothing")])
-    assert falls.main() == 2
 
 
 def test_the_pages_have_the_tables(capsys, monkeypatch):
@@ -419,7 +426,7 @@ def test_a_line_of_the_table(tmp_path):
     assert table.line(run, (20,)) == ""
 
 
-def test_slopes_are_of_the_true_simulator(tmp_path, capsys, monkeypatch):
+def test_slopes_are_of_the_true_simulator(tmp_path, output_of, monkeypatch):
     """y is that of real steps; a policy that knows it has correlation 1."""
     words = quick(env_id="Hopper-v4", exp_name="meow_auto")
     assert launch(["base", *words], tmp_path)[0] == 0
@@ -457,14 +464,11 @@ def test_slopes_are_of_the_true_simulator(tmp_path, capsys, monkeypatch):
     v = flow.soft_values(norm(torch.from_numpy(next_obs).float()[None]))
     assert not terminated
     torch.testing.assert_close(y, reward + 0.9 * v)
-    monkeypatch.setattr(sys, "argv", ["slopes.py", str(folder), "--states", "2"])
-    assert slopes.main() == 0
-    assert "correlation of Q and y" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["slopes.py", str(tmp_path / "nothing")])
-    assert slopes.main() == 2
+    out = output_of(slopes, folder, "--states", "2")
+    assert "correlation of Q and y" in out
 
 
-def test_what_v_says_and_what_comes_some_steps_later(tmp_path, capsys, monkeypatch):
+def test_what_v_says_and_what_comes_some_steps_later(tmp_path, output_of):
     """y_n by hand: n rewards, the entropies between them, and the value after them."""
     words = quick(env_id="Hopper-v4", exp_name="meow_auto")
     assert launch(["base", *words], tmp_path)[0] == 0
@@ -508,16 +512,12 @@ def test_what_v_says_and_what_comes_some_steps_later(tmp_path, capsys, monkeypat
     assert y.shape == (2, 3, 12)
     assert y.mean(-1).abs().max() < 1e-5
     assert (y.std(-1) > 0).all()
-    monkeypatch.setattr(sys, "argv", ["ahead.py", str(folder), "--states", "2"])
-    assert ahead.main() == 0
-    out = capsys.readouterr().out
+    out = output_of(ahead, folder, "--states", "2")
     assert "1 ahead: standard deviation" in out
     assert "slope 1.00, correlation 1.00" in out
-    monkeypatch.setattr(sys, "argv", ["ahead.py", str(tmp_path / "nothing")])
-    assert ahead.main() == 2
 
 
-def test_a_policy_settles(tmp_path, capsys, monkeypatch):
+def test_a_policy_settles(tmp_path, output_of, monkeypatch):
     """No update leaves it; two are the script's, and their average is between."""
     words = [*quick(exp_name="meow_auto"), "--dropout", "0"]
     assert launch(["base", *words], tmp_path)[0] == 0
@@ -551,13 +551,9 @@ def test_a_policy_settles(tmp_path, capsys, monkeypatch):
         assert settle.returns(saved, flow, 2 * start) == "1 +- 0"
     vector = torch.cat([v.flatten() for v in played[0]["flow"].values()])
     assert vector.norm() > 1.5 * start.norm()
-    monkeypatch.setattr(sys, "argv", ["settle.py", str(folder), "--updates", "2"])
-    assert settle.main() == 0
-    out = capsys.readouterr().out
+    out = output_of(settle, folder, "--updates", "2")
     assert "checkpoint: " in out
     assert "0.0003: " in out
-    monkeypatch.setattr(sys, "argv", ["settle.py", str(tmp_path / "nothing")])
-    assert settle.main() == 2
 
 
 def test_a_wrong_word_says_which_there_are(tmp_path):

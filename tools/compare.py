@@ -248,6 +248,8 @@ def same_steps_table(table: pd.DataFrame) -> str:
     """
     table = table[table.exp_name.isin(SHOWN) & table.env.isin(PAPER)]
     table = table[table.status != "not run"]
+    if table.evaluation.nunique() > 1:  # never averaged
+        table = table.assign(label=table.label + ", " + table.evaluation)
     columns = {}  # by step and label: cells of the environments
     for step in AT:
         for name, of_label in table.groupby("label", sort=False):

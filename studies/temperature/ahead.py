@@ -12,7 +12,6 @@ of the actions comes true, and 0 where it was noise of V.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import gymnasium as gym
 import numpy as np
@@ -22,7 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from slopes import correlation, parts_of, restore, simulator_state
+import slopes
+from slopes import correlation, parts_of, restore, simulator_state, step_each
 
 import meow_auto_continuous_action as script
 from harness.files import load_file
@@ -32,10 +32,7 @@ ACTIONS, EVERY = 12, 15  # actions tried at a state; steps between such states
 
 
 @dataclass
-class Options:
-    run: Annotated[Path, tyro.conf.Positional]
-    """folder of a run"""
-
+class Options(slopes.Options):
     states: int = 60
     """states at which actions are tried"""
 
@@ -49,12 +46,7 @@ def worth_ahead(flow, norm, envs: list[gym.Env], state, u: Tensor, gamma, ahead)
         restore(env, state)
     total, alive, discount, y = torch.zeros(len(u)), torch.ones(len(u)), 1.0, []
     for step in range(1, max(ahead) + 1):
-        outcomes = []
-        for env, action in zip(envs, np.tanh(u.numpy()), strict=True):
-            obs, reward, terminated, _, _ = env.unwrapped.step(env.action(action))
-            outcomes.append((*obs, reward, terminated))
-        outcomes = torch.from_numpy(np.array(outcomes, np.float32))
-        obs, reward, terminated = outcomes[:, :-2], outcomes[:, -2], outcomes[:, -1]
+        obs, reward, terminated = step_each(envs, u)
         total += discount * alive * reward
         alive = alive * (1 - terminated)  # what comes after an end doesn't count
         discount *= gamma

@@ -53,12 +53,12 @@ def settle(saved: dict, learning_rate: float, updates: int, average: float):
     rng, sizes = np.random.default_rng(0), saved["sizes"]
     rows = saved["replay"]["rows"]
     replay = script.ReplayBuffer(len(rows), *sizes, args.batch_size, "cpu")
-    replay.load_state_dict(saved["replay"] | {"added": len(rows)})
+    replay.load_state_dict(saved["replay"])
     shape = (flow.n_couplings, 2, args.batch_size, flow.hidden)
     kept = torch.ones(shape, dtype=torch.bool)
-    compile = Compiler(args.compile, torch.device("cpu"), lambda _: None)
+    compiler = Compiler(args.compile, torch.device("cpu"), lambda _: None)
     update = script.make_update(flow, args)
-    update = compile("the update", update, *learner, replay.batch, kept)
+    update = compiler("the update", update, *learner, replay.batch, kept)
     theta = learner[0]
     mean = theta.clone()
     for _ in range(updates):
@@ -87,10 +87,9 @@ def main() -> int:
         theta = torch.nn.utils.parameters_to_vector(flow.parameters())
         print(f"checkpoint: {returns(saved, flow, theta)}")
         for lr in options.learning_rates:
-            settled = settle(saved, lr, options.updates, options.average)
-            flow, *both = settled
-            last, mean = (returns(saved, flow, part.clone()) for part in both)
-            print(f"{lr:g}: {last}, averaged: {mean}", flush=True)
+            flow, theta, mean = settle(saved, lr, options.updates, options.average)
+            last, averaged = returns(saved, flow, theta), returns(saved, flow, mean)
+            print(f"{lr:g}: {last}, averaged: {averaged}", flush=True)
     except Exception as error:
         return explain(error)
     return 0

@@ -55,19 +55,26 @@ def simulator_state(env) -> tuple[np.ndarray, ...]:
 
 
 def restore(env, state: tuple[np.ndarray, ...]):
+    """The environment, brought to this state."""
     env.unwrapped.set_state(*state[:2])
     env.unwrapped.data.qacc_warmstart[:] = state[2]
+    return env
+
+
+def step_each(envs, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of actions u (n, A), one for each environment: next obs, reward, terminated."""
+    outcomes = []
+    for env, action in zip(envs, np.tanh(u.numpy()), strict=True):
+        next_obs, reward, terminated, _, _ = env.unwrapped.step(env.action(action))
+        outcomes.append((*next_obs, reward, terminated))
+    outcomes = torch.from_numpy(np.array(outcomes, np.float32))
+    return outcomes[:, :-2], outcomes[:, -2], outcomes[:, -1]
 
 
 def worth(flow, norm, env, state, u: Tensor, gamma: float) -> Tensor:
     """y of actions u (n, A), each from this state. -> (n,)."""
-    outcomes = []
-    for action in np.tanh(u.numpy()):
-        restore(env, state)
-        next_obs, reward, terminated, _, _ = env.unwrapped.step(env.action(action))
-        outcomes.append((*next_obs, reward, terminated))
-    outcomes = torch.from_numpy(np.array(outcomes, np.float32))
-    next_obs, reward, terminated = outcomes[:, :-2], outcomes[:, -2], outcomes[:, -1]
+    envs = (restore(env, state) for _ in u)
+    next_obs, reward, terminated = step_each(envs, u)
     v_next = flow.soft_values(norm(next_obs))
     return script.soft_target(reward, terminated, v_next, gamma)
 
