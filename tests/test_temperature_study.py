@@ -512,9 +512,9 @@ def test_what_v_says_and_what_comes_some_steps_later(tmp_path, output_of):
     assert y.shape == (2, 3, 12)
     assert y.mean(-1).abs().max() < 1e-5
     assert (y.std(-1) > 0).all()
-    out = output_of(ahead, folder, "--states", "2")
-    assert "1 ahead: standard deviation" in out
-    assert "slope 1.00, correlation 1.00" in out
+    lines = output_of(ahead, folder, "--states", "2", "--ahead", "3", "2").splitlines()
+    assert [line.split(":")[0] for line in lines] == ["1 ahead", "2 ahead", "3 ahead"]
+    assert "slope 1.00, correlation 1.00" in lines[0]
 
 
 def test_a_policy_settles(tmp_path, output_of, monkeypatch):

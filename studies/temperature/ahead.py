@@ -36,8 +36,8 @@ class Options(slopes.Options):
     states: int = 60
     """states at which actions are tried"""
 
-    ahead: tuple[int, ...] = (1, 5, 20, 40)
-    """numbers of steps, the first one 1"""
+    ahead: tuple[int, ...] = (5, 20, 40)
+    """numbers of steps"""
 
 
 def worth_ahead(flow, norm, envs: list[gym.Env], state, u: Tensor, gamma, ahead):
@@ -86,12 +86,13 @@ def differences(saved: dict, states: int, ahead: tuple[int, ...]) -> Tensor:
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
+    ahead = tuple(sorted({1, *options.ahead}))
     try:
         saved = load_file("run", options.run, script.__name__)
-        y = differences(saved, options.states, options.ahead)
+        y = differences(saved, options.states, ahead)
     except Exception as error:
         return explain(error)
-    for n, y_n in zip(options.ahead, y, strict=True):
+    for n, y_n in zip(ahead, y, strict=True):
         slope = (y[0] * y_n).sum() / y[0].square().sum()
         print(
             f"{n} ahead: standard deviation {y_n.std(-1).mean():.2g}, "
