@@ -335,6 +335,35 @@ def conservative(script: ModuleType):
     script.meow_loss = meow_loss
 
 
+def spread(script: ModuleType):
+    """alpha follows 0.1 of the rewards' standard deviation, not the largest return.
+
+    That of all rewards so far; 0.1 is --return-ratio 0.1, which has to be given.
+    """
+
+    class DiscountedReturn(script.DiscountedReturn):
+        count = mean = squares = 0.0
+
+        def add(self, reward, done):
+            super().add(reward, done)
+            self.count += 1
+            before = reward - self.mean
+            self.mean += before / self.count
+            self.squares += before * (reward - self.mean)
+            self.largest = (self.squares / self.count) ** 0.5
+
+        def state_dict(self) -> dict:
+            more = dict(count=self.count, mean=self.mean, squares=self.squares)
+            return super().state_dict() | more
+
+        def load_state_dict(self, state: dict):
+            super().load_state_dict(state)
+            self.count, self.mean = state["count"], state["mean"]
+            self.squares = state["squares"]
+
+    script.DiscountedReturn = DiscountedReturn
+
+
 def raw(script: ModuleType):
     """Observations as they are."""
 
@@ -392,6 +421,7 @@ ARMS = {
         near,
         two,
         conservative,
+        spread,
         raw,
         held,
     )
