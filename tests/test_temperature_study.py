@@ -24,7 +24,7 @@ import slopes
 import table
 
 MEOW = "scaled recent plain bounded random evenly heavy huber near two conservative raw"
-MEOW = [*MEOW.split(), "held"]
+MEOW = [*MEOW.split(), "spread", "held"]
 KEEPING_THE_IDENTITY = "base plain bounded random two".split()
 
 
@@ -124,6 +124,18 @@ def test_scaled_divides_by_the_spread_of_returns():
     index = torch.from_numpy(np.random.default_rng(0).integers(0, 20, 4))
     torch.testing.assert_close(batch[:, -2], replay.rows[index, -2] / scale)
     assert replay.rows[:20, -2].max() == 14  # the rows themselves stay
+
+
+def test_spread_is_the_deviation_of_the_rewards():
+    """Of episodes alike, and of a resumed run."""
+    script, rewards = arms.changed_script("spread"), np.float64([5, 1, -2, 1, 7, 7])
+    returns, again = script.DiscountedReturn(0.9), script.DiscountedReturn(0.9)
+    for i, reward in enumerate(rewards):
+        returns.add(reward, done=i == 2)
+        assert returns.largest == pytest.approx(rewards[: i + 1].std())
+    again.load_state_dict(returns.state_dict())
+    again.add(40, done=False)
+    assert again.largest == pytest.approx(np.std([*rewards, 40]))
 
 
 def test_recent_draws_half_from_the_newest():
