@@ -35,9 +35,9 @@ Since da = prod_i (1 - tanh(u_i)^2) du and du = dx, the last term of Q cancels i
 which is a Gaussian integral: V is the soft value of Q, exactly, at EVERY alpha, and
 pi(a|s) = exp((Q - V)/alpha) is the density of tanh(u). (MEow's own form is the
 special case kappa = alpha/sigma^2.) When alpha moves, m, kappa and g stay; the policy
-widens or narrows. So alpha can follow the size of the values, by at most eta a step:
+widens or narrows. So alpha can follow the size of the rewards, by at most eta a step:
 
-    log alpha -> log(rho max_t |G_t|),   G_t = r_t + gamma G_{t-1} within an episode
+    log alpha -> log(rho std(r)),   the standard deviation of all rewards so far
 
 (--temperature entropy: SAC's dual, log alpha <- log alpha + eta (H + log pi(a|s)).) One
 loss trains everything, the batch mean of
@@ -56,7 +56,7 @@ kappa     EnergyFlow.kappa   curvature, reward units: exp(h(s)) + alpha / sigma_
 alpha     EnergyFlow.alpha   temperature, reward units per nat; gets no gradient
 d         q_and_distance     squared distance: about 1 for the policy's own actions
 w         far_weight         weight of a transition; gets no gradient
-G         DiscountedReturn   of the episode so far, reward units; rho: return_ratio
+std(r)    RunningMeanStd     of the rewards, their units; rho: reward_ratio
 theta     theta              all parameters in one vector; theta': target_theta
 y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, P parameters.
@@ -121,9 +121,9 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
     alpha: float = 0.1  # temperature at the start: reward units per nat of entropy
-    temperature: Literal["returns", "entropy", "fixed"] = "returns"  # what moves alpha
+    temperature: Literal["rewards", "entropy", "fixed"] = "rewards"  # what moves alpha
     alpha_lr: float = 1e-3  # eta, the largest step of log alpha
-    return_ratio: float = 5e-4  # rho, with returns: alpha over the largest of them
+    reward_ratio: float = 0.08  # rho, with rewards: alpha over their standard deviation
     target_entropy: float = -0.65  # with entropy: its target, nats per action dimension
     sigma_start: float = 0.22  # standard deviation of u at the start
     sigma_max: float = 0.4  # upper bound of the standard deviation of u
@@ -149,7 +149,7 @@ class Args(RunArgs):
         self.check("eval_episodes", lambda x: x >= 0, "at least 0")
         if self.max_episode_steps is not None:
             self.check("max_episode_steps", lambda x: x >= 1, "at least 1")
-        positive = "learning_rate alpha alpha_lr return_ratio max_grad_norm"
+        positive = "learning_rate alpha alpha_lr reward_ratio max_grad_norm"
         positive += " sigma_start sigma_max"
         self.check(positive, lambda x: x > 0, "positive and finite")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
@@ -231,27 +231,27 @@ def evaluate(
     return returns, lengths
 
 
-class ObservationNorm:
-    """Running mean and variance (S,) of all observations, each counted once."""
+class RunningMeanStd:
+    """Running mean and variance (D,) of vectors, each counted once."""
 
-    def __init__(self, obs_dim: int, device: torch.device | str = "cpu"):
-        zeros = torch.zeros(obs_dim, dtype=torch.float64, device=device)
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        zeros = torch.zeros(dim, dtype=torch.float64, device=device)
         self.mean, self.var, self.count = zeros, zeros + 1, zeros[:1].clone()
 
-    def update(self, obs: Tensor):
-        """Adds observations (N, S) (Chan et al., parallel variance)."""
-        n, obs = len(obs), obs.double()
-        delta, total = obs.mean(0) - self.mean, self.count + n
-        squares = self.count * self.var + n * obs.var(0, correction=0)
+    def update(self, x: Tensor):
+        """Adds vectors (N, D) (Chan et al., parallel variance)."""
+        n, x = len(x), x.double()
+        delta, total = x.mean(0) - self.mean, self.count + n
+        squares = self.count * self.var + n * x.var(0, correction=0)
         squares += delta.square() * self.count * n / total
         self.mean += delta * n / total
         self.var.copy_(squares / total)
         self.count.copy_(total)
 
-    def __call__(self, obs: Tensor) -> Tensor:
-        """obs (..., S) with mean 0 and variance 1, clipped to +-5 as the authors do."""
-        scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
-        return scaled.clamp(-5, 5).to(obs.dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., D) with mean 0 and variance 1, clipped to +-5 as the authors do."""
+        scaled = (x - self.mean) / torch.sqrt(self.var + 1e-8)
+        return scaled.clamp(-5, 5).to(x.dtype)
 
     def normalise(self, batch: Tensor, obs_dim: int, act_dim: int):
         """Normalises both observations of each row of a batch (B, row), in place."""
@@ -528,13 +528,14 @@ def adam(
     return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
 
 
-def follow_returns(alpha: Tensor, largest: float, args: Args):
-    """log alpha -> log(rho max |G|), at most eta a step: alpha (), moved in place.
+def follow_rewards(alpha: Tensor, rewards: RunningMeanStd, args: Args):
+    """log alpha -> log(rho std(r)), at most eta a step: alpha (), moved in place.
 
-    It stays as long as no reward has come.
+    It stays as long as all rewards were the same, but for roundings.
     """
-    if largest > 0:
-        step = math.log(args.return_ratio * largest / alpha)
+    std = math.sqrt(rewards.var)
+    if std > 1e-8 * abs(rewards.mean):
+        step = math.log(args.reward_ratio * std / alpha)
         alpha.mul_(math.exp(min(max(step, -args.alpha_lr), args.alpha_lr)))
 
 
@@ -547,25 +548,6 @@ def follow_entropy(alpha: Tensor, log_prob: float, args: Args):
     error = min(max(args.target_entropy + log_prob, -1.0), 1.0)
     log_alpha = math.log(alpha) + args.alpha_lr * error
     alpha.fill_(max(math.exp(log_alpha), 1e-6))
-
-
-class DiscountedReturn:
-    """G_t = r_t + gamma G_{t-1}, from 0 in each episode; largest: max |G| so far."""
-
-    def __init__(self, gamma: float):
-        self.gamma, self.total, self.largest = gamma, 0.0, 0.0
-
-    def add(self, reward: float, done: bool):
-        self.total = reward + self.gamma * self.total
-        self.largest = max(self.largest, abs(self.total))
-        if done:
-            self.total = 0.0
-
-    def state_dict(self) -> dict:
-        return {"total": self.total, "largest": self.largest}
-
-    def load_state_dict(self, state: dict):
-        self.total, self.largest = state["total"], state["largest"]
 
 
 METRICS = [
@@ -634,8 +616,8 @@ def train(args: Args, run: Run):
     eval_envs = make_eval_envs(args, run)
     capacity = min(args.buffer_size, args.total_timesteps)
     replay = ReplayBuffer(capacity, *env.sizes, args.batch_size, run.device)
-    norm = ObservationNorm(env.sizes[0], run.device)
-    returns = DiscountedReturn(args.gamma)
+    norm = RunningMeanStd(env.sizes[0], run.device)
+    rewards = RunningMeanStd(1, run.device)
     flow = make_flow(args, *env.sizes).to(run.device)
     theta = flatten_parameters(flow)  # the flow's parameters are views of it
     learner = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, decay
@@ -646,7 +628,7 @@ def train(args: Args, run: Run):
     act = make_policy(flow, norm, theta, 1, run, "acting")
     play = make_policy(flow, norm, theta, args.eval_episodes, run, "evaluation")
     parts = {"env": env, "learner": learner, "replay": replay}
-    parts |= {"norm": norm, "returns": returns, "alpha": [flow.alpha]}
+    parts |= {"norm": norm, "rewards": rewards, "alpha": [flow.alpha]}
     run.start({"flow": flow, "norm": norm}, rng, env.sizes, **parts)
 
     def eval_policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -669,14 +651,14 @@ def train(args: Args, run: Run):
             norm.normalise(replay.sample(rng), *env.sizes)
             draw_dropout(kept, args.dropout, rng)
             values = update()
-            if args.temperature == "returns":
-                follow_returns(flow.alpha, returns.largest, args)
+            if args.temperature == "rewards":
+                follow_rewards(flow.alpha, rewards, args)
             if args.temperature == "entropy":
                 follow_entropy(flow.alpha, float(log_prob) / flow.act_dim, args)
         next_obs, reward, terminated, truncated, info = env.step(np.tanh(u))
         replay.add(obs, u, next_obs, reward, terminated)
         obs, done = next_obs, terminated or truncated
-        returns.add(reward, done)
+        rewards.update(torch.tensor([[reward]], dtype=torch.float64, device=run.device))
         if done:
             run.log_episode(info["episode"])
         metrics = {}
@@ -696,7 +678,7 @@ def evaluate_saved(args: Args, saved: dict, session: Session):
     environments.check_sizes(saved, envs[0].sizes, args.env_id)
     flow = make_flow(args, *saved["sizes"])
     load_network(flow, saved, "flow")
-    norm = ObservationNorm(envs[0].sizes[0])
+    norm = RunningMeanStd(envs[0].sizes[0])
     norm.load_state_dict(saved["norm"])
 
     def policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:

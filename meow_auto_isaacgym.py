@@ -27,10 +27,10 @@ With u = atanh(a), x = g(u|s):
     Q(s,a) = m(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
     V(s)   = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s))
     policy:  u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
-    log alpha -> log(rho max |G_t|),  G_t = r_t + gamma G_{t-1} within an episode
+    log alpha -> log(rho std(r)),   the standard deviation of all rewards so far
 
-where the largest return is that of any environment and log alpha moves by at most eta
-an update. The loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated)
+where the rewards are those of all environments and log alpha moves by at most eta an
+update. The loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated)
 V(s'); w < 1 where an action far from the policy is worth more than Q says.
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
@@ -94,9 +94,9 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
     alpha: float = 0.1  # temperature at the start: reward units per nat of entropy
-    temperature: Literal["returns", "entropy", "fixed"] = "returns"  # what moves alpha
+    temperature: Literal["rewards", "entropy", "fixed"] = "rewards"  # what moves alpha
     alpha_lr: float = 1e-3  # eta, the largest step of log alpha
-    return_ratio: float = 5e-4  # rho, with returns: alpha over the largest of them
+    reward_ratio: float = 0.08  # rho, with rewards: alpha over their standard deviation
     target_entropy: float = -0.65  # with entropy: its target, nats per action dimension
     sigma_start: float = 0.22  # standard deviation of u at the start
     sigma_max: float = 0.4  # upper bound of the standard deviation of u
@@ -122,7 +122,7 @@ class Args(RunArgs):
         counts += " updates_per_step eval_frequency"
         self.check(counts, lambda x: x >= 1, "at least 1")
         self.check("eval_episodes", lambda x: x >= 0, "at least 0")
-        positive = "learning_rate alpha alpha_lr return_ratio max_grad_norm"
+        positive = "learning_rate alpha alpha_lr reward_ratio max_grad_norm"
         positive += " sigma_start sigma_max"
         self.check(positive, lambda x: x > 0, "positive and finite")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
@@ -171,27 +171,27 @@ def make_eval_envs(args: Args, training: Simulator) -> Simulator | None:
     return make_envs(args, args.eval_episodes, args.seed, training.device)
 
 
-class ObservationNorm:
-    """Running mean and variance (S,) of all observations, each counted once."""
+class RunningMeanStd:
+    """Running mean and variance (D,) of vectors, each counted once."""
 
-    def __init__(self, obs_dim: int, device: torch.device | str = "cpu"):
-        zeros = torch.zeros(obs_dim, dtype=torch.float64, device=device)
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        zeros = torch.zeros(dim, dtype=torch.float64, device=device)
         self.mean, self.var, self.count = zeros, zeros + 1, zeros[:1].clone()
 
-    def update(self, obs: Tensor):
-        """Adds observations (N, S) (Chan et al., parallel variance)."""
-        n, obs = len(obs), obs.double()
-        delta, total = obs.mean(0) - self.mean, self.count + n
-        squares = self.count * self.var + n * obs.var(0, correction=0)
+    def update(self, x: Tensor):
+        """Adds vectors (N, D) (Chan et al., parallel variance)."""
+        n, x = len(x), x.double()
+        delta, total = x.mean(0) - self.mean, self.count + n
+        squares = self.count * self.var + n * x.var(0, correction=0)
         squares += delta.square() * self.count * n / total
         self.mean += delta * n / total
         self.var.copy_(squares / total)
         self.count.copy_(total)
 
-    def __call__(self, obs: Tensor) -> Tensor:
-        """obs (..., S) with mean 0 and variance 1, clipped to +-5 as the authors do."""
-        scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
-        return scaled.clamp(-5, 5).to(obs.dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., D) with mean 0 and variance 1, clipped to +-5 as the authors do."""
+        scaled = (x - self.mean) / torch.sqrt(self.var + 1e-8)
+        return scaled.clamp(-5, 5).to(x.dtype)
 
     def normalise(self, batch: Tensor, obs_dim: int, act_dim: int):
         """Normalises both observations of each row of a batch (B, row), in place."""
@@ -253,7 +253,7 @@ def evaluate(
     args: Args,
     simulator: Simulator | None,
     policy,
-    norm: ObservationNorm,
+    norm: RunningMeanStd,
     step: int,
     session: Session,
 ) -> tuple[list[float], list[int]]:
@@ -643,13 +643,14 @@ def adam(
     return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
 
 
-def follow_returns(alpha: Tensor, largest: float, args: Args):
-    """log alpha -> log(rho max |G|), at most eta a step: alpha (), moved in place.
+def follow_rewards(alpha: Tensor, rewards: RunningMeanStd, args: Args):
+    """log alpha -> log(rho std(r)), at most eta a step: alpha (), moved in place.
 
-    It stays as long as no reward has come.
+    It stays as long as all rewards were the same, but for roundings.
     """
-    if largest > 0:
-        step = math.log(args.return_ratio * largest / alpha)
+    std = math.sqrt(rewards.var)
+    if std > 1e-8 * abs(rewards.mean):
+        step = math.log(args.reward_ratio * std / alpha)
         alpha.mul_(math.exp(min(max(step, -args.alpha_lr), args.alpha_lr)))
 
 
@@ -662,28 +663,6 @@ def follow_entropy(alpha: Tensor, log_prob: float, args: Args):
     error = min(max(args.target_entropy + log_prob, -1.0), 1.0)
     log_alpha = math.log(alpha) + args.alpha_lr * error
     alpha.fill_(max(math.exp(log_alpha), 1e-6))
-
-
-class DiscountedReturns:
-    """G_t = r_t + gamma G_{t-1} (N,), 0 before an episode; largest: max |G| so far."""
-
-    def __init__(self, num_envs: int, gamma: float, device: torch.device | str = "cpu"):
-        self.gamma = gamma
-        self.totals = torch.zeros(num_envs, device=device)
-        self.largest = torch.zeros((), device=device)
-
-    def add(self, reward: Tensor, new: Tensor):
-        """Adds a vector step: reward (N,); new (N,): an episode begins after it."""
-        self.totals.mul_(self.gamma).add_(reward)
-        self.largest.clamp_(min=self.totals.abs().max())
-        self.totals.masked_fill_(new, 0)
-
-    def state_dict(self) -> dict:
-        return {"totals": self.totals.cpu(), "largest": self.largest.cpu()}
-
-    def load_state_dict(self, state: dict):
-        self.totals.copy_(state["totals"])
-        self.largest.copy_(state["largest"])
 
 
 METRICS = [
@@ -745,7 +724,7 @@ def make_policy(network, theta: Tensor, n: int, run: Run, name: str):
 def first_observations(
     simulator: Simulator,
     replay: VectorReplayBuffer,
-    norm: ObservationNorm,
+    norm: RunningMeanStd,
     episodes: EpisodeStatistics,
 ) -> Tensor:
     """Observations (N, S) to act on: of new episodes, or the last ones where a resumed
@@ -774,9 +753,9 @@ def train(args: Args, run: Run):
     simulator = make_envs(args, args.num_envs, seed, run.device)
     eval_envs = make_eval_envs(args, simulator)
     sizes = [simulator.obs_dim, simulator.act_dim]
-    norm = ObservationNorm(simulator.obs_dim, run.device)
+    norm = RunningMeanStd(simulator.obs_dim, run.device)
     episodes = EpisodeStatistics(args.num_envs, run.device)
-    returns = DiscountedReturns(args.num_envs, args.gamma, run.device)
+    rewards = RunningMeanStd(1, run.device)
     replay = VectorReplayBuffer(
         min(args.buffer_size, args.total_timesteps),
         args.num_envs,
@@ -796,11 +775,9 @@ def train(args: Args, run: Run):
     play = make_policy(flow, theta, args.eval_episodes, run, "evaluation")
     parts = {"simulator": simulator, "norm": norm, "episodes": episodes}
     parts |= {"learner": learner, "replay": replay}
-    parts |= {"returns": returns, "alpha": [flow.alpha]}
+    parts |= {"rewards": rewards, "alpha": [flow.alpha]}
     run.start({"flow": flow, "norm": norm}, rng, sizes, **parts)
     obs = first_observations(simulator, replay, norm, episodes)
-    if not simulator.state_dict():  # episodes start anew
-        returns.totals.zero_()
 
     def eval_policy(obs: Tensor, z: Tensor) -> Tensor:
         return torch.tanh(play(obs, z)[0])
@@ -821,8 +798,8 @@ def train(args: Args, run: Run):
                 norm.normalise(replay.sample(rng), *sizes)
                 draw_dropout(kept, args.dropout, rng)
                 values = update()
-                if args.temperature == "returns":
-                    follow_returns(flow.alpha, float(returns.largest), args)
+                if args.temperature == "rewards":
+                    follow_rewards(flow.alpha, rewards, args)
                 if args.temperature == "entropy":
                     density = float(log_prob.mean()) / flow.act_dim
                     follow_entropy(flow.alpha, density, args)
@@ -836,7 +813,9 @@ def train(args: Args, run: Run):
         replay.add(u, reward, terminated, truncated, final_obs, next_obs, valid)
         done = terminated | truncated
         episodes.add(simulator, reward, done)
-        returns.add(reward, done if valid is None else done | ~valid)
+        real = reward if valid is None else reward[valid]
+        if len(real):
+            rewards.update(real[:, None])
         obs = next_obs
         if run.due_to_log():
             run.log_episodes(episodes.take())
@@ -858,7 +837,7 @@ def evaluate_saved(args: Args, saved: dict, session: Session):
     check_sizes(saved, [simulator.obs_dim, simulator.act_dim], args.env_id)
     flow = make_flow(args, *saved["sizes"]).to(session.device)
     load_network(flow, saved, "flow")
-    norm = ObservationNorm(simulator.obs_dim, session.device)
+    norm = RunningMeanStd(simulator.obs_dim, session.device)
     norm.load_state_dict(saved["norm"])
 
     def policy(obs: Tensor, z: Tensor) -> Tensor:

@@ -219,27 +219,27 @@ def make_eval_envs(args: Args, training: Simulator) -> Simulator | None:
     return make_envs(args, args.eval_episodes, args.seed, training.device)
 
 
-class ObservationNorm:
-    """Running mean and variance (S,) of all observations, each counted once.  # I4"""
+class RunningMeanStd:
+    """Running mean and variance (D,) of vectors, each counted once.  # I4"""
 
-    def __init__(self, obs_dim: int, device: torch.device | str = "cpu"):
-        zeros = torch.zeros(obs_dim, dtype=torch.float64, device=device)
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        zeros = torch.zeros(dim, dtype=torch.float64, device=device)
         self.mean, self.var, self.count = zeros, zeros + 1, zeros[:1].clone()
 
-    def update(self, obs: Tensor):
-        """Adds observations (N, S) (Chan et al., parallel variance)."""
-        n, obs = len(obs), obs.double()
-        delta, total = obs.mean(0) - self.mean, self.count + n
-        squares = self.count * self.var + n * obs.var(0, correction=0)
+    def update(self, x: Tensor):
+        """Adds vectors (N, D) (Chan et al., parallel variance)."""
+        n, x = len(x), x.double()
+        delta, total = x.mean(0) - self.mean, self.count + n
+        squares = self.count * self.var + n * x.var(0, correction=0)
         squares += delta.square() * self.count * n / total
         self.mean += delta * n / total
         self.var.copy_(squares / total)
         self.count.copy_(total)
 
-    def __call__(self, obs: Tensor) -> Tensor:
-        """obs (..., S) with mean 0 and variance 1, clipped to +-5 as the authors do."""
-        scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
-        return scaled.clamp(-5, 5).to(obs.dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., D) with mean 0 and variance 1, clipped to +-5 as the authors do."""
+        scaled = (x - self.mean) / torch.sqrt(self.var + 1e-8)
+        return scaled.clamp(-5, 5).to(x.dtype)
 
     def normalise(self, batch: Tensor, obs_dim: int, act_dim: int):
         """Normalises both observations of each row of a batch (B, row), in place."""
@@ -301,7 +301,7 @@ def evaluate(
     args: Args,
     simulator: Simulator | None,
     policy,
-    norm: ObservationNorm,
+    norm: RunningMeanStd,
     step: int,
     session: Session,
 ) -> tuple[list[float], list[int]]:
@@ -830,7 +830,7 @@ def make_policy(network, theta: Tensor, n: int, run: Run, name: str):
 def first_observations(
     simulator: Simulator,
     replay: VectorReplayBuffer,
-    norm: ObservationNorm,
+    norm: RunningMeanStd,
     episodes: EpisodeStatistics,
 ) -> Tensor:
     """Observations (N, S) to act on: of new episodes, or the last ones where a resumed
@@ -859,7 +859,7 @@ def train(args: Args, run: Run):
     simulator = make_envs(args, args.num_envs, seed, run.device)
     eval_envs = make_eval_envs(args, simulator)
     sizes = [simulator.obs_dim, simulator.act_dim]
-    norm = ObservationNorm(simulator.obs_dim, run.device)
+    norm = RunningMeanStd(simulator.obs_dim, run.device)
     episodes = EpisodeStatistics(args.num_envs, run.device)
     replay = VectorReplayBuffer(
         min(args.buffer_size, args.total_timesteps),
@@ -922,7 +922,7 @@ def evaluate_saved(args: Args, saved: dict, session: Session):
     check_sizes(saved, [simulator.obs_dim, simulator.act_dim], args.env_id)
     flow = make_flow(args, *saved["sizes"]).to(session.device)
     load_network(flow, saved, "flow")
-    norm = ObservationNorm(simulator.obs_dim, session.device)
+    norm = RunningMeanStd(simulator.obs_dim, session.device)
     norm.load_state_dict(saved["norm"])
 
     def policy(obs: Tensor, z: Tensor) -> Tensor:

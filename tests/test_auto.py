@@ -138,32 +138,36 @@ def test_the_policy_starts_around_zero_as_wide_as_asked():
 
 
 # --- The temperature ------------------------------------------------------------------
-def test_alpha_comes_to_rest_at_its_part_of_the_largest_return():
-    """By at most eta a step, from both sides; without a reward it stays."""
-    args = auto.Args(alpha_lr=0.01, return_ratio=0.002)
+def moments_of(*rewards):
+    moments = auto.RunningMeanStd(1)
+    for reward in rewards:
+        moments.update(torch.tensor([[reward]], dtype=torch.float64))
+    return moments
+
+
+def test_alpha_comes_to_rest_at_its_part_of_the_rewards_deviation():
+    """By at most eta a step, from both sides."""
+    args = auto.Args(alpha_lr=0.01, reward_ratio=0.04)
+    rewards = moments_of(2.0, 12.0)  # deviation 5
     for start in (0.05, 0.9):
         alpha = torch.tensor(start, dtype=torch.float64)
-        auto.follow_returns(alpha, 0.0, args)
-        assert float(alpha) == start
-        auto.follow_returns(alpha, 100.0, args)
+        auto.follow_rewards(alpha, rewards, args)
         assert math.log(alpha / start) == pytest.approx(0.01 if start < 0.2 else -0.01)
         for _ in range(200):
-            auto.follow_returns(alpha, 100.0, args)
+            auto.follow_rewards(alpha, rewards, args)
         assert float(alpha) == pytest.approx(0.2)
 
 
-def test_the_discounted_return_is_the_episodes():
-    """The largest size of sum_i gamma^(t-i) r_i of one episode."""
-    returns = auto.DiscountedReturn(0.5)
-    rewards, ends = [2.0, -8.0, 1.0, 3.0], [False, True, False, False]
-    totals = [2.0, -8.0 + 1.0, 1.0, 3.0 + 0.5]
-    for reward, done, total in zip(rewards, ends, totals, strict=True):
-        returns.add(reward, done)
-        assert returns.total == (0 if done else total)
-    assert returns.largest == 7
-    again = auto.DiscountedReturn(0.5)
-    again.load_state_dict(returns.state_dict())
-    assert (again.total, again.largest) == (3.5, 7)
+@pytest.mark.parametrize("reward", [0.0, 0.1, -1e6])
+def test_alpha_stays_while_all_rewards_are_the_same(reward):
+    """Also where their mean is rounded."""
+    alpha, rewards = torch.tensor(0.1), auto.RunningMeanStd(1)
+    for n in (1, 3, 7, 11):
+        rewards.update(torch.full((n, 1), reward))
+        auto.follow_rewards(alpha, rewards, auto.Args(alpha_lr=0.1))
+    rewards.var.fill_(1e-20 * reward**2)
+    auto.follow_rewards(alpha, rewards, auto.Args(alpha_lr=0.1))
+    assert alpha == torch.tensor(0.1)
 
 
 def test_alpha_grows_while_the_policy_is_narrow():
@@ -269,11 +273,11 @@ def test_update_against_autograd_and_torch_optim(compiled):
 def test_acting_stores_u_and_moves_alpha():
     """The policy sees normalised observations, the buffer has its u, the environment
     gets tanh(u), alpha follows."""
-    policies, largest = [], []
+    policies, deviations = [], []
 
     def look(run):
         policies.append(copy.deepcopy(run.policy))
-        largest.append(run.parts["returns"].largest)
+        deviations.append(copy.deepcopy(run.parts["rewards"]))
 
     run = trained(auto, 3, after=look)
     rng = np.random.default_rng(run.args.seed)
@@ -287,15 +291,12 @@ def test_acting_stores_u_and_moves_alpha():
     played = torch.from_numpy(run.env.current.actions[0])
     torch.testing.assert_close(played, torch.tanh(u[0]), rtol=1e-5, atol=1e-6)
     alpha = before["flow"].alpha.clone()
-    auto.follow_returns(alpha, largest[RANDOM_STEPS - 1], run.args)
+    auto.follow_rewards(alpha, deviations[RANDOM_STEPS - 1], run.args)
     assert alpha != before["flow"].alpha
     torch.testing.assert_close(after["flow"].alpha, alpha)
-    total, record = 0.0, 0.0  # by hand, of what the buffer has
-    for reward, terminated in run.replay.rows[:RANDOM_STEPS, -2:].tolist():
-        total = reward + 0.99 * total
-        record = max(record, abs(total))
-        total *= 1 - terminated
-    assert largest[RANDOM_STEPS - 1] == pytest.approx(record)
+    rewards = run.replay.rows[:RANDOM_STEPS, -2].double()
+    variance = float(deviations[RANDOM_STEPS - 1].var)
+    assert variance == pytest.approx(float(rewards.var(correction=0)))
 
 
 @pytest.mark.parametrize("temperature", ["entropy", "fixed"])
@@ -332,6 +333,6 @@ def test_a_restored_run_goes_on_exactly():
     assert rest.metrics == whole.metrics[-3:]
     assert len({m["flow/alpha"] for m in rest.metrics}) == 3
     assert rest.policy["flow"].alpha == whole.policy["flow"].alpha
-    for name in ("returns", "norm"):
+    for name in ("rewards", "norm"):
         states = [run.parts[name].state_dict() for run in (rest, whole)]
         torch.testing.assert_close(*states, rtol=0, atol=0)

@@ -32,8 +32,7 @@ from harness.runs import main
 from isaac_tasks import TASKS, SimulatorError, make_simulator
 from isaac_tasks.ingenuity import Ingenuity
 from isaac_tasks.mujoco_simulator import MujocoSimulator
-from meow_auto_continuous_action import DiscountedReturn
-from meow_isaacgym import EpisodeStatistics, ObservationNorm, VectorReplayBuffer
+from meow_isaacgym import EpisodeStatistics, RunningMeanStd, VectorReplayBuffer
 
 ALL = [meow, auto, sac]
 all_scripts = pytest.mark.parametrize("script", ALL, ids=lambda s: s.__name__)
@@ -192,7 +191,7 @@ def test_norm_is_that_of_all_observations_together():
         3 * torch.randn(n, 4) + torch.tensor([0.0, 1e4, -5.0, 2.0]) for n in (1, 7, 128)
     ]
     batches[1][:, 2] = -5.0
-    norm = ObservationNorm(4)
+    norm = RunningMeanStd(4)
     for batch in batches:
         norm.update(batch)
     together = torch.cat(batches).double()
@@ -279,25 +278,6 @@ def recorded_steps(monkeypatch, num_envs, before=lambda _simulator: None):
     return steps
 
 
-def test_discounted_returns_are_those_of_each_environment():
-    """As many of meow_auto_continuous_action.py's, and the largest of them."""
-    rng = np.random.default_rng(0)
-    many = auto.DiscountedReturns(3, 0.9)
-    one = [DiscountedReturn(0.9) for _ in range(3)]
-    for _ in range(20):
-        reward, new = rng.normal(size=3), rng.random(3) < 0.2
-        many.add(torch.from_numpy(reward).float(), torch.from_numpy(new))
-        for each, r, n in zip(one, reward, new, strict=True):
-            each.add(float(r), bool(n))
-    totals = torch.tensor([each.total for each in one])
-    torch.testing.assert_close(many.totals, totals)
-    assert float(many.largest) == pytest.approx(max(each.largest for each in one))
-    again = auto.DiscountedReturns(3, 0.9)
-    again.load_state_dict(many.state_dict())
-    assert torch.equal(again.totals, many.totals)
-    assert again.largest == many.largest
-
-
 def test_robots_without_tuning_have_the_papers_sizes():
     assert set(auto.SIZES) == set(meow.PAPER_SETTINGS)
     for task, sizes in auto.SIZES.items():
@@ -305,14 +285,14 @@ def test_robots_without_tuning_have_the_papers_sizes():
         assert sizes.items() <= meow.PAPER_SETTINGS[task].items()
 
 
-@pytest.mark.parametrize("temperature", ["returns", "entropy", "fixed"])
+@pytest.mark.parametrize("temperature", ["rewards", "entropy", "fixed"])
 def test_robots_act_by_tanh_of_what_is_stored_and_alpha_moves(temperature, monkeypatch):
-    """Once an update: by the largest return of all, or by the mean density."""
-    steps, alphas, records = recorded_steps(monkeypatch, num_envs=4), [0.1], [0.0]
+    """Once an update: by the rewards of all environments, or by the mean density."""
+    steps, alphas, moments = recorded_steps(monkeypatch, num_envs=4), [0.1], [None]
 
     def after(run):
         alphas.append(float(run.policy["flow"].alpha))
-        records.append(float(run.parts["returns"].largest))
+        moments.append(copy.deepcopy(run.parts["rewards"]))
 
     rates = dict(alpha_lr=0.1, updates_per_step=2)
     run = stepped(auto, after, temperature=temperature, **rates)
@@ -324,19 +304,21 @@ def test_robots_act_by_tanh_of_what_is_stored_and_alpha_moves(temperature, monke
         alpha = torch.tensor(alphas[i])
         density = -run.metrics[i].get("flow/entropy", 0.0) / 6
         for _ in range(2 if i >= STARTS else 0):
-            if temperature == "returns":
-                auto.follow_returns(alpha, records[i], run.args)
+            if temperature == "rewards":
+                auto.follow_rewards(alpha, moments[i], run.args)
             if temperature == "entropy":
                 auto.follow_entropy(alpha, density, run.args)
         assert alphas[i + 1] == pytest.approx(float(alpha))
     assert (alphas[-1] != pytest.approx(0.1)) == (temperature != "fixed")
+    rewards = run.parts["replay"].rows[:9, :, 6].double()
+    torch.testing.assert_close(moments[-1].var[0], rewards.var(correction=0))
 
 
 @all_scripts
 def test_networks_see_observations_normalised_by_all_before(script, monkeypatch):
     """Acting, and batches: observations only, by the statistics at that step."""
     raw, norms, acted, batches = [], [], [], []
-    sample, update = script.VectorReplayBuffer.sample, script.ObservationNorm.update
+    sample, update = script.VectorReplayBuffer.sample, script.RunningMeanStd.update
     noise = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
     def recorded_sample(self, rng):
@@ -345,10 +327,11 @@ def test_networks_see_observations_normalised_by_all_before(script, monkeypatch)
 
     def recorded_update(self, obs):
         update(self, obs)
-        norms.append(copy.deepcopy(self))
+        if len(self.mean) > 1:  # not of rewards
+            norms.append(copy.deepcopy(self))
 
     monkeypatch.setattr(script.VectorReplayBuffer, "sample", recorded_sample)
-    monkeypatch.setattr(script.ObservationNorm, "update", recorded_update)
+    monkeypatch.setattr(script.RunningMeanStd, "update", recorded_update)
     monkeypatch.setattr(torch, "randn", lambda *_args, **_kwargs: noise)
     steps = recorded_steps(monkeypatch, num_envs=4)
 

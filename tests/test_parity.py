@@ -56,13 +56,13 @@ SHARED = {
     (MEOW, AUTO): "make_env evaluate ReplayBuffer Swish log_prior adam",
     (AUTO, AUTO_ROBOTS): "EnergyFlow MLP make_update soft_target meow_loss METRICS",
     (ROBOTS, AUTO_ROBOTS): "evaluate VectorReplayBuffer first_observations adam",
-    (AUTO, ROBOTS): "ObservationNorm Swish log_prior adam",
+    (AUTO, ROBOTS): "RunningMeanStd Swish log_prior adam",
     (SAC, SQL): "make_policy make_eval_envs adam_moments evaluate make_env",
     (MEOW, "sb3_baselines.py"): "make_env episode_seed evaluate make_eval_envs",
     (
         ROBOTS,
         SAC_ROBOTS,
-    ): "VectorReplayBuffer ObservationNorm evaluate make_policy adam",
+    ): "VectorReplayBuffer RunningMeanStd evaluate make_policy adam",
     (MEOW, ROBOTS): "EnergyFlow AffineEnergyFlow make_update meow_loss draw_dropout",
     (SAC, SAC_ROBOTS): "Actor Critics make_critic_update make_actor_update actor_loss",
 }

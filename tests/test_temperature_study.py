@@ -24,7 +24,7 @@ import slopes
 import table
 
 MEOW = "scaled recent plain bounded random evenly heavy huber near two conservative raw"
-MEOW = [*MEOW.split(), "spread", "held"]
+MEOW = [*MEOW.split(), "held"]
 KEEPING_THE_IDENTITY = "base plain bounded random two".split()
 
 
@@ -126,18 +126,6 @@ def test_scaled_divides_by_the_spread_of_returns():
     assert replay.rows[:20, -2].max() == 14  # the rows themselves stay
 
 
-def test_spread_is_the_deviation_of_the_rewards():
-    """Of episodes alike, and of a resumed run."""
-    script, rewards = arms.changed_script("spread"), np.float64([5, 1, -2, 1, 7, 7])
-    returns, again = script.DiscountedReturn(0.9), script.DiscountedReturn(0.9)
-    for i, reward in enumerate(rewards):
-        returns.add(reward, done=i == 2)
-        assert returns.largest == pytest.approx(rewards[: i + 1].std())
-    again.load_state_dict(returns.state_dict())
-    again.add(40, done=False)
-    assert again.largest == pytest.approx(np.std([*rewards, 40]))
-
-
 def test_recent_draws_half_from_the_newest():
     script = arms.changed_script("recent")
     replay = script.ReplayBuffer(30_000, 1, 1, 400, "cpu")
@@ -211,7 +199,7 @@ def test_random_couplings_have_a_mode_of_their_own():
 def test_raw_leaves_out_what_the_script_does():
     obs = 9 + torch.randn(20, 3)
     for arm in ("base", "raw"):
-        norm = arms.changed_script(arm).ObservationNorm(3)
+        norm = arms.changed_script(arm).RunningMeanStd(3)
         norm.update(obs)
         assert torch.equal(norm(obs), obs) == (arm == "raw")
 
@@ -348,7 +336,7 @@ def test_drift_of_a_run(tmp_path, output_of):
     flow.load_state_dict(saved["flow"])
     row = saved["replay"]["rows"][:1]
     z = torch.tensor([[1.5]])
-    norm = drift.script.ObservationNorm(4)
+    norm = drift.script.RunningMeanStd(4)
     norm.load_state_dict(saved["norm"])
     row[0, 4:5] = flow.sample(norm(row[:, :4]), z)[0][0]
     assert float(drift.latents_and_errors(saved)[0][0]) == pytest.approx(2.25, rel=1e-3)

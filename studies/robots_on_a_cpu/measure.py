@@ -52,7 +52,7 @@ class Training:
             self.simulators[threads] = made
         simulator = self.simulators[1]
         sizes = [simulator.obs_dim, simulator.act_dim]
-        self.sizes, self.norm = sizes, script.ObservationNorm(sizes[0])
+        self.sizes, self.norm = sizes, script.RunningMeanStd(sizes[0])
         more = simulator.max_steps, args.batch_size
         self.replay = script.VectorReplayBuffer(1000, args.num_envs, *sizes, *more)
         flow = script.make_flow(args, *sizes)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from meow_auto_continuous_action import ObservationNorm
+from meow_auto_continuous_action import RunningMeanStd
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +50,7 @@ def normal(script: ModuleType):
     class ReplayBuffer(script.ReplayBuffer):
         def __init__(self, capacity: int, obs_dim: int, *rest):
             super().__init__(capacity, obs_dim, *rest)
-            self.norm = ObservationNorm(obs_dim)
+            self.norm = RunningMeanStd(obs_dim)
 
         def add(self, obs: np.ndarray, *rest):
             super().add(obs, *rest)
@@ -335,43 +335,14 @@ def conservative(script: ModuleType):
     script.meow_loss = meow_loss
 
 
-def spread(script: ModuleType):
-    """alpha follows 0.1 of the rewards' standard deviation, not the largest return.
-
-    That of all rewards so far; 0.1 is --return-ratio 0.1, which has to be given.
-    """
-
-    class DiscountedReturn(script.DiscountedReturn):
-        count = mean = squares = 0.0
-
-        def add(self, reward, done):
-            super().add(reward, done)
-            self.count += 1
-            before = reward - self.mean
-            self.mean += before / self.count
-            self.squares += before * (reward - self.mean)
-            self.largest = (self.squares / self.count) ** 0.5
-
-        def state_dict(self) -> dict:
-            more = dict(count=self.count, mean=self.mean, squares=self.squares)
-            return super().state_dict() | more
-
-        def load_state_dict(self, state: dict):
-            super().load_state_dict(state)
-            self.count, self.mean = state["count"], state["mean"]
-            self.squares = state["squares"]
-
-    script.DiscountedReturn = DiscountedReturn
-
-
 def raw(script: ModuleType):
     """Observations as they are."""
 
-    class ObservationNorm(script.ObservationNorm):
+    class RunningMeanStd(script.RunningMeanStd):
         def __call__(self, obs):
             return obs
 
-    script.ObservationNorm = ObservationNorm
+    script.RunningMeanStd = RunningMeanStd
 
 
 def held(script: ModuleType):
@@ -421,7 +392,6 @@ ARMS = {
         near,
         two,
         conservative,
-        spread,
         raw,
         held,
     )

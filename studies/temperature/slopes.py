@@ -42,7 +42,7 @@ def parts_of(saved: dict):
     Raises: RunError if it is of an arm with other networks.
     """
     args = script.Args(**saved["args"])
-    norm = script.ObservationNorm(saved["sizes"][0])
+    norm = script.RunningMeanStd(saved["sizes"][0])
     norm.load_state_dict(saved["norm"])
     flow = script.make_flow(args, *saved["sizes"])
     load_network(flow, saved, "flow")
