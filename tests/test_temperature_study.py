@@ -407,10 +407,10 @@ def test_returns_of_a_task_stand_beside_each_other(tmp_path):
         rows += [f"20,2,eval/return_mean,{i}.6", "20,2,eval/return_std,9.0"]
         (run / "metrics.csv").write_text("\n".join(rows) + "\n")
     script, sac = "| Ant-v4 | the script | 1 | 1, 2 |", "| Ant-v4 | SAC | 3 | 3 |"
-    assert table.beside(tmp_path, "Ant-v4", (20,)) == [script, sac]
+    assert table.beside([tmp_path], "Ant-v4", (20,)) == [script, sac]
     script, sac = "| Ant-v4 | the script | 1 | 1, 1 |", "| Ant-v4 | SAC | 2 | 2 |"
-    assert table.beside(tmp_path, "Ant-v4", (10, 20)) == [script, sac]
-    assert table.beside(tmp_path, "Ant-v4", (10, 15)) == []
+    assert table.beside([tmp_path], "Ant-v4", (10, 20)) == [script, sac]
+    assert table.beside([tmp_path], "Ant-v4", (10, 15)) == []
 
 
 def test_a_line_of_the_table(tmp_path):

@@ -21,11 +21,14 @@ HERE = Path(__file__).parent
 FOLDERS = HERE.parents[1] / "results", HERE / "thinned"
 TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
 """with their numbers of action dimensions"""
-SETTINGS = {  # experiment: label, colour
-    "meow_auto_continuous_action": ("MEow without tuning", "tab:blue"),
-    "auto_random_evenly": ("every transition weighs 1", "tab:green"),
-    "auto_dual": ("once: SAC's dual moves alpha", "tab:purple"),
-    "sac_continuous_action": ("SAC", "tab:orange"),
+SETTINGS = {  # label: colour, experiments
+    "MEow without tuning": (
+        "tab:blue",
+        ["meow_auto_continuous_action", "auto_spread", "auto_averages_spread"],
+    ),
+    "once: alpha a part of the largest return": ("tab:green", ["auto_largest"]),
+    "once: SAC's dual moves alpha": ("tab:purple", ["auto_dual"]),
+    "SAC": ("tab:orange", ["sac_continuous_action"]),
 }
 TARGETS = {"tab:purple": -0.65, "tab:orange": -1.0}
 """of the entropy"""
@@ -59,15 +62,15 @@ def entropies(task: str, experiment: str) -> list[pd.DataFrame]:
 def draw(column, task: str, dimensions: int):
     """One task: return, temperature, entropy."""
     column[0].set_title(f"{task}-v4")
-    for experiment, (label, colour) in SETTINGS.items():
+    for label, (colour, experiments) in SETTINGS.items():
         style = dict(color=colour, linewidth=1)
-        for curve in runs(task, experiment):
+        for curve in [c for each in experiments for c in runs(task, each)]:
             curve = curve[curve.index <= STEPS]
             column[0].plot(curve["eval/return_mean"], **style, label=label)
             if "losses/alpha" in curve:
                 column[1].plot(curve["losses/alpha"], **style)
                 column[2].plot(curve["sac/entropy"] / dimensions, **style)
-        for curve in entropies(task, experiment):
+        for curve in [c for each in experiments for c in entropies(task, each)]:
             column[1].plot(curve.alpha, **style)
             column[2].plot(curve.entropy / dimensions, **style)
     column[1].set_yscale("log")

@@ -23,11 +23,14 @@ SAME = (
 """options of every run, which have their own columns or change no number"""
 
 SCRIPT = "meow_auto_continuous_action"
-NAMES = {SCRIPT: "the script", "auto": "dual"}
-BESIDE = {
-    "the script": SCRIPT,
-    "SAC": "sac_continuous_action",
-    "MEow, the paper's settings": "meow_continuous_action",
+NAMES = {SCRIPT: "the script", "auto": "dual", "auto_fixed": "base"}
+BESIDE = {  # experiments of one kind
+    "the script": [SCRIPT],
+    "`spread`": ["auto_spread", "auto_averages_spread"],
+    "`largest`": ["auto_largest"],
+    "alpha stays 0.1": ["auto_fixed"],
+    "SAC": ["sac_continuous_action"],
+    "MEow, the paper's settings": ["meow_continuous_action"],
 }
 TASKS = [f"{name}-v4" for name in "HalfCheetah Hopper Walker2d Ant Humanoid".split()]
 
@@ -66,12 +69,14 @@ def returns_of(run: Path) -> pd.Series:
     return rows[rows.name == "eval/return_mean"].set_index("step").value
 
 
-def beside(results: Path, task: str, late: tuple[int, ...]) -> list[str]:
+def beside(folders: list[Path], task: str, late: tuple[int, ...]) -> list[str]:
     """One task: a line for each of `BESIDE` that was run, with mean and each seed."""
     lines = []
-    for name, experiment in BESIDE.items():
+    for name, experiments in BESIDE.items():
+        patterns = [f"{task}__{experiment}__[0-9]*" for experiment in experiments]
+        runs = [run for f in folders for pattern in patterns for run in f.glob(pattern)]
         by_seed = {}  # the longest run of each seed
-        for run in sorted(results.glob(f"{task}__{experiment}__[0-9]*")):
+        for run in sorted(runs, key=lambda run: run.name.split("__")[2:]):
             seed, returns = run.name.split("__")[2], returns_of(run)
             if len(returns) > len(by_seed.get(seed, ())):
                 by_seed[seed] = returns
@@ -103,7 +108,7 @@ def main() -> int:
     print("| task | algorithm | mean | each seed |")
     print("|---|---|---|---|")
     for task in TASKS:
-        for text in beside(options.results, task, options.late):
+        for text in beside([options.results, options.thinned], task, options.late):
             print(text)
     print()
     header = ["task", "arm", "seed", "commit"]
