@@ -23,8 +23,8 @@ import settle
 import slopes
 import table
 
-MEOW = "scaled recent plain bounded random evenly heavy huber near two conservative raw"
-MEOW = [*MEOW.split(), "held"]
+MEOW = "scaled units recent plain bounded random evenly heavy huber near two"
+MEOW = [*MEOW.split(), "conservative", "raw", "held"]
 KEEPING_THE_IDENTITY = "base plain bounded random two".split()
 
 
@@ -124,6 +124,17 @@ def test_scaled_divides_by_the_spread_of_returns():
     index = torch.from_numpy(np.random.default_rng(0).integers(0, 20, 4))
     torch.testing.assert_close(batch[:, -2], replay.rows[index, -2] / scale)
     assert replay.rows[:20, -2].max() == 14  # the rows themselves stay
+
+
+def test_units_divides_by_the_deviation_of_the_rewards():
+    replay = arms.changed_script("units").ReplayBuffer(50, 1, 1, 4, "cpu")
+    for rewards, scale in ([5.0, 5.0], 1), ([5.0, 5.0, 2.0, 8.0], 4.5**0.5):
+        for reward in rewards[len(replay) :]:
+            replay.add(np.zeros(1), [0.0], np.zeros(1), reward, False)
+        batch = replay.sample(np.random.default_rng(0))
+        index = torch.from_numpy(np.random.default_rng(0).integers(0, len(rewards), 4))
+        torch.testing.assert_close(batch[:, -2], replay.rows[index, -2] / scale)
+    assert replay.rows[:4, -2].max() == 8  # the rows themselves stay
 
 
 def test_recent_draws_half_from_the_newest():

@@ -127,6 +127,37 @@ def scaled(script: ModuleType):
     script.ReplayBuffer = ReplayBuffer
 
 
+def units(script: ModuleType):
+    """Rewards over their standard deviation so far; alpha is then in these units.
+
+    With --temperature fixed --alpha 0.08, a reward may have any unit.
+    """
+
+    class ReplayBuffer(script.ReplayBuffer):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.rewards = script.RunningMeanStd(1)
+
+        def add(self, obs, action, next_obs, reward, terminated):
+            super().add(obs, action, next_obs, reward, terminated)
+            self.rewards.update(torch.tensor([[reward]], dtype=torch.float64))
+
+        def sample(self, rng):
+            batch = super().sample(rng)
+            std = float(self.rewards.var) ** 0.5
+            batch[:, -2] /= std or 1.0  # all the same so far
+            return batch
+
+        def state_dict(self) -> dict:
+            return super().state_dict() | {"rewards": self.rewards.state_dict()}
+
+        def load_state_dict(self, state: dict):
+            super().load_state_dict(state)
+            self.rewards.load_state_dict(state["rewards"])
+
+    script.ReplayBuffer = ReplayBuffer
+
+
 def recent(script: ModuleType):
     """Half of each batch from the newest 10,000 transitions."""
 
@@ -380,6 +411,7 @@ ARMS = {
     for function in (
         normal,
         scaled,
+        units,
         recent,
         averages,
         layers,
