@@ -314,6 +314,22 @@ def test_robots_act_by_tanh_of_what_is_stored_and_alpha_moves(temperature, monke
     torch.testing.assert_close(moments[-1].var[0], rewards.var(correction=0))
 
 
+def test_rewards_of_steps_that_join_two_episodes_do_not_count(monkeypatch):
+    """Of 9 vector steps of 4 environments one has 2 valid rows, and one has none."""
+    step, masks = MujocoSimulator.step, iter([[1, 1, 0, 0], [0] * 4] + [[1] * 4] * 7)
+
+    def masked_step(self, action):
+        result = step(self, action)
+        if self.num_envs == 4:  # not an evaluation's
+            self.valid = torch.tensor(next(masks), dtype=torch.bool)
+        return result
+
+    monkeypatch.setattr(MujocoSimulator, "step", masked_step)
+    rewards = stepped(auto).parts["rewards"]
+    assert rewards.count.item() == 2 + 7 * 4
+    assert rewards.var.isfinite()
+
+
 @all_scripts
 def test_networks_see_observations_normalised_by_all_before(script, monkeypatch):
     """Acting, and batches: observations only, by the statistics at that step."""
