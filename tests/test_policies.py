@@ -46,7 +46,7 @@ CARDS, COMMANDS = map(read_cards, policies.TABLES)
 # --- What is in the folder ------------------------------------------------------------
 def test_every_policy_has_a_card_and_is_small():
     files = sorted(FOLDER.glob("*.pt"))
-    assert [path.name for path in files] == [row["file"] for row in COMMANDS]
+    assert [path.stem for path in files] == [row["policy"] for row in COMMANDS]
     assert len(CARDS) == len(files)
     for path, row in zip(files, CARDS, strict=True):
         assert path.stat().st_size <= 2**20, path
@@ -189,7 +189,7 @@ def test_play_writes_the_tables_and_leaves_the_text(finished, tmp_path):
     policies.keep(finished(SCRIPT)[0], tmp_path / "B.pt")
     policies.keep(finished(SCRIPTS[1])[0], tmp_path / "A.pt")
     page = tmp_path / "README.md"
-    page.write_text("# A\n\n| play it | x |\n|---|---|\n| y | z |\n\nB\n\n| file |\n")
+    page.write_text("# A\n\n| play it | x |\n|---|---|\n| y | z |\n\nB\n\n| policy |\n")
     policies.play(tmp_path)
     lines = page.read_text().splitlines()
     assert lines[:2] == ["# A", ""]
@@ -197,8 +197,8 @@ def test_play_writes_the_tables_and_leaves_the_text(finished, tmp_path):
     assert "sac_continuous_action.py --evaluate" in lines[4]
     assert "/B.pt` | " in lines[5]
     assert lines[6:9] == ["", "B", ""]
-    assert lines[11].startswith("| A.pt | `python sac_continuous_action.py ")
-    assert lines[12].startswith("| B.pt | ")
+    assert lines[11].startswith("| A | `python sac_continuous_action.py ")
+    assert lines[12].startswith("| B | ")
     assert len(lines) == 13
     first = page.read_text()
     policies.play(tmp_path)

@@ -51,7 +51,7 @@ KEEPING = """
 """
 TABLES = (  # of a card
     ("play it", "return of 20 episodes", "steps", "commit"),
-    ("file", "trained by"),
+    ("policy", "trained by"),
 )
 
 
@@ -146,7 +146,7 @@ def card(file: Path) -> dict[str, str]:
         "return of 20 episodes": f"{np.mean(returns):.0f} ± {np.std(returns):.0f}",
         "steps": f"{step:,}{stopped}",
         "commit": saved["git_commit"][:7],
-        "file": file.name,
+        "policy": file.stem,
         "trained by": f"`{training_command(trained, program)}`",
     }
 
