@@ -34,8 +34,9 @@ Since da = prod_i (1 - tanh(u_i)^2) du and du = dx, the last term of Q cancels i
 
 which is a Gaussian integral: V is the soft value of Q, exactly, at EVERY alpha, and
 pi(a|s) = exp((Q - V)/alpha) is the density of tanh(u). (MEow's own form is the
-special case kappa = alpha/sigma^2.) When alpha moves, m, kappa and g stay; the policy
-widens or narrows. So alpha can follow the size of the rewards, by at most eta a step:
+special case kappa = alpha/sigma^2.) When alpha moves, m and g stay, kappa but for its
+floor; the policy widens or narrows. So alpha can follow the size of the rewards, by at
+most eta a step:
 
     log alpha -> log(rho std(r)),   the standard deviation of all rewards so far
 

@@ -42,21 +42,23 @@ class Options:
     """picture to write"""
 
 
-def runs(task: str, experiment: str) -> list[pd.DataFrame]:
+def runs(task: str, experiments: list[str]) -> list[pd.DataFrame]:
     """Of each run: its numbers at its evaluations, a column each."""
-    curves, pattern = [], f"{task}-v4__{experiment}__[0-9]*"
-    for folder in (run for place in FOLDERS for run in sorted(place.glob(pattern))):
+    patterns = [f"{task}-v4__{experiment}__[0-9]*" for experiment in experiments]
+    found = [run for f in FOLDERS for pattern in patterns for run in f.glob(pattern)]
+    curves = []
+    for folder in sorted(found):
         rows = pd.read_csv(folder / "metrics.csv")
         curves.append(rows.pivot_table(index="step", columns="name", values="value"))
     return curves
 
 
-def entropies(task: str, experiment: str) -> list[pd.DataFrame]:
+def entropies(task: str, experiments: list[str]) -> list[pd.DataFrame]:
     """Of each run of MEow: alpha and entropy, of which 10 at a time are averaged."""
     rows = pd.read_csv(HERE / "entropy.csv")
-    rows = rows[(rows.task == f"{task}-v4") & (rows.experiment == experiment)]
-    runs = [run.set_index("step") for _, run in rows.groupby("seed")]
-    return [run[["alpha", "entropy"]].rolling(10).mean() for run in runs]
+    rows = rows[(rows.task == f"{task}-v4") & rows.experiment.isin(experiments)]
+    runs = rows.set_index("step").groupby(["experiment", "seed"])
+    return [run[["alpha", "entropy"]].rolling(10).mean() for _, run in runs]
 
 
 def draw(column, task: str, dimensions: int):
@@ -64,13 +66,13 @@ def draw(column, task: str, dimensions: int):
     column[0].set_title(f"{task}-v4")
     for label, (colour, experiments) in SETTINGS.items():
         style = dict(color=colour, linewidth=1)
-        for curve in [c for each in experiments for c in runs(task, each)]:
+        for curve in runs(task, experiments):
             curve = curve[curve.index <= STEPS]
             column[0].plot(curve["eval/return_mean"], **style, label=label)
             if "losses/alpha" in curve:
                 column[1].plot(curve["losses/alpha"], **style)
                 column[2].plot(curve["sac/entropy"] / dimensions, **style)
-        for curve in [c for each in experiments for c in entropies(task, each)]:
+        for curve in entropies(task, experiments):
             column[1].plot(curve.alpha, **style)
             column[2].plot(curve.entropy / dimensions, **style)
     column[1].set_yscale("log")

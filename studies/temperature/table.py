@@ -4,7 +4,7 @@
 
 First each task's runs beside SAC's and MEow's: a run's number is the mean of its
 evaluations at the steps of --late. Then a line per run of the study, with its returns
-on the way.
+on the way. Then mean temperatures, early and late.
 """
 
 import json
@@ -23,7 +23,13 @@ SAME = (
 """options of every run, which have their own columns or change no number"""
 
 SCRIPT = "meow_auto_continuous_action"
-NAMES = {SCRIPT: "the script", "auto": "dual", "auto_fixed": "base"}
+NAMES = {
+    SCRIPT: "the script",
+    "auto": "dual",
+    "auto_fixed": "base",  # with --temperature fixed
+    "auto_tenth": "spread",  # with --return-ratio 0.1
+}
+"""of experiments, where the table calls the arm otherwise"""
 BESIDE = {  # experiments of one kind
     "the script": [SCRIPT],
     "`spread`": ["auto_spread", "auto_averages_spread"],
@@ -32,6 +38,11 @@ BESIDE = {  # experiments of one kind
     "SAC": ["sac_continuous_action"],
     "MEow, the paper's settings": ["meow_continuous_action"],
 }
+RULES = {  # what sets alpha: experiments
+    "`largest`": ["auto_largest"],
+    "the script, `spread`": [SCRIPT, "auto_spread", "auto_averages_spread"],
+}
+ALPHA_AT = 10_000, 90_000  # steps
 TASKS = [f"{name}-v4" for name in "HalfCheetah Hopper Walker2d Ant Humanoid".split()]
 
 
@@ -103,6 +114,13 @@ def line(run: Path, steps: tuple[int, ...]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def temperatures(rows: pd.DataFrame, experiments: list[str], task: str) -> str:
+    """The mean alpha of these runs of a task at `ALPHA_AT`; "" without any."""
+    rows = rows[rows.experiment.isin(experiments) & (rows.task == task)]
+    means = rows.groupby("step").alpha.mean().reindex(ALPHA_AT).dropna()
+    return ", ".join(f"{mean:.3f}" for mean in means)
+
+
 def main() -> int:
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     print("| task | algorithm | mean | each seed |")
@@ -119,6 +137,14 @@ def main() -> int:
     for run in sorted(runs, key=lambda run: run.name):
         if text := line(run, options.steps):
             print(text)
+    print()
+    early, late = ALPHA_AT
+    print(f"| alpha at {early:,} and {late:,} steps | " + " | ".join(TASKS[:4]) + " |")
+    print("|---|---|---|---|---|")
+    rows = pd.read_csv(HERE / "entropy.csv")
+    for name, experiments in RULES.items():
+        cells = [temperatures(rows, experiments, task) for task in TASKS[:4]]
+        print(f"| {name} | " + " | ".join(cells) + " |")
     return 0
 
 
