@@ -13,7 +13,7 @@
 #   "imageio[ffmpeg]>=2.34",
 # ]
 # ///
-"""MEow without tuning: a temperature that sets itself, one setting for every task.
+"""MEow without tuning: rewards in their own unit, one setting for every task.
 
     python meow_auto_continuous_action.py --env-id Ant-v4            # any environment
     python meow_auto_continuous_action.py --resume runs/<run_name>   # go on exactly
@@ -35,13 +35,14 @@ Since da = prod_i (1 - tanh(u_i)^2) du and du = dx, the last term of Q cancels i
 which is a Gaussian integral: V is the soft value of Q, exactly, at EVERY alpha, and
 pi(a|s) = exp((Q - V)/alpha) is the density of tanh(u). (MEow's own form is the
 special case kappa = alpha/sigma^2.) When alpha moves, m and g stay, kappa but for its
-floor; the policy widens or narrows. So alpha can follow the size of the rewards, by at
-most eta a step:
+floor; the policy widens or narrows (--autotune: by SAC's dual, log alpha <- log alpha +
+eta (H + log pi(a|s))). It needn't move where rewards are measured in a unit of their
+own: with the mean and the standard deviation of all rewards so far,
 
-    log alpha -> log(rho std(r)),   the standard deviation of all rewards so far
+    r <- r / max(std(r), |mean(r)| / 10)
 
-(--temperature entropy: SAC's dual, log alpha <- log alpha + eta (H + log pi(a|s)).) One
-loss trains everything, the batch mean of
+one alpha suits tasks whose rewards differ by orders of magnitude. One loss trains
+everything, the batch mean of
 
     w (Q - y)^2 / 2,   y = r + gamma (1 - terminated) V(s')
     w = 1 where y <= Q, else exp((4 - d) / 2) from 0.02 to 1,   d = |x / sigma|^2 / A
@@ -52,12 +53,12 @@ worth more than Q says weighs little, one that is worth less in full.
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
-m         EnergyFlow.m       the value without its entropy, reward units
-kappa     EnergyFlow.kappa   curvature, reward units: exp(h(s)) + alpha / sigma_max^2
-alpha     EnergyFlow.alpha   temperature, reward units per nat; gets no gradient
+r         reward             in units of reward_unit, as all that follows
+m         EnergyFlow.m       the value without its entropy
+kappa     EnergyFlow.kappa   curvature: exp(h(s)) + alpha / sigma_max^2
+alpha     EnergyFlow.alpha   temperature, units per nat; gets no gradient
 d         q_and_distance     squared distance: about 1 for the policy's own actions
 w         far_weight         weight of a transition; gets no gradient
-std(r)    RunningMeanStd     of the rewards, their units; rho: reward_ratio
 theta     theta              all parameters in one vector; theta': target_theta
 y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, P parameters.
@@ -73,7 +74,6 @@ import math
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -121,11 +121,10 @@ class Args(RunArgs):
     learning_rate: float = 1e-3  # Adam's step size
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
-    alpha: float = 0.1  # temperature at the start: reward units per nat of entropy
-    temperature: Literal["rewards", "entropy", "fixed"] = "rewards"  # what moves alpha
-    alpha_lr: float = 1e-3  # eta, the largest step of log alpha
-    reward_ratio: float = 0.08  # rho, with rewards: alpha over their standard deviation
-    target_entropy: float = -0.65  # with entropy: its target, nats per action dimension
+    alpha: float = 0.08  # temperature: units of the rewards per nat of entropy
+    autotune: bool = False  # move alpha, for the entropy below
+    target_entropy: float = -0.65  # with --autotune: nats per action dimension
+    alpha_lr: float = 1e-3  # with --autotune: eta, the largest step of log alpha
     sigma_start: float = 0.22  # standard deviation of u at the start
     sigma_max: float = 0.4  # upper bound of the standard deviation of u
     batch_size: int = 256  # transitions per update
@@ -150,7 +149,7 @@ class Args(RunArgs):
         self.check("eval_episodes", lambda x: x >= 0, "at least 0")
         if self.max_episode_steps is not None:
             self.check("max_episode_steps", lambda x: x >= 1, "at least 1")
-        positive = "learning_rate alpha alpha_lr reward_ratio max_grad_norm"
+        positive = "learning_rate alpha alpha_lr max_grad_norm"
         positive += " sigma_start sigma_max"
         self.check(positive, lambda x: x > 0, "positive and finite")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
@@ -390,7 +389,7 @@ class EnergyFlow(nn.Module):
 
     # the layers
     def kappa(self, obs: Tensor) -> Tensor:
-        """kappa(s) = exp(h(s)) + alpha / sigma_max^2. (B, S) -> (B, A), reward units.
+        """kappa(s) = exp(h(s)) + alpha / sigma_max^2. (B, S) -> (B, A).
 
         Within e^-10 and e^10 times its start; the second term keeps sigma <= sigma_max.
         """
@@ -486,6 +485,15 @@ def draw_dropout(kept: Tensor, dropout: float, rng: np.random.Generator):
 
 
 # --- Target, loss and update ----------------------------------------------------------
+def reward_unit(rewards: RunningMeanStd) -> Tensor:
+    """max(std(r), |mean(r)| / 10) of all rewards so far, 1 if all were 0. -> (1,).
+
+    With a reward that is the same at each step, values stay below 10 / (1 - gamma).
+    """
+    unit = torch.maximum(torch.sqrt(rewards.var), rewards.mean.abs() / 10)
+    return torch.where(unit > 0, unit, 1.0)
+
+
 def soft_target(
     reward: Tensor, terminated: Tensor, v_next: Tensor, gamma: float
 ) -> Tensor:
@@ -527,17 +535,6 @@ def adam(
     m_hat = m / (1 - decay[0]).to(m.dtype)
     v_hat = v / (1 - decay[1]).to(v.dtype)
     return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
-
-
-def follow_rewards(alpha: Tensor, rewards: RunningMeanStd, args: Args):
-    """log alpha -> log(rho std(r)), at most eta a step: alpha (), moved in place.
-
-    It stays as long as all rewards were the same, but for roundings.
-    """
-    std = math.sqrt(rewards.var)
-    if std > 1e-8 * abs(rewards.mean):
-        step = math.log(args.reward_ratio * std / alpha)
-        alpha.mul_(math.exp(min(max(step, -args.alpha_lr), args.alpha_lr)))
 
 
 def follow_entropy(alpha: Tensor, log_prob: float, args: Args):
@@ -649,12 +646,13 @@ def train(args: Args, run: Run):
         else:
             z = rng.standard_normal((1, flow.act_dim), dtype=np.float32)
             (u,), (log_prob,) = act(obs[None], z)  # u = g^-1(sigma z|s), z ~ N(0, I)
-            norm.normalise(replay.sample(rng), *env.sizes)
+            unit = reward_unit(rewards)
+            batch = replay.sample(rng)
+            norm.normalise(batch, *env.sizes)
+            split_batch(batch, *env.sizes)[3].div_(unit)
             draw_dropout(kept, args.dropout, rng)
             values = update()
-            if args.temperature == "rewards":
-                follow_rewards(flow.alpha, rewards, args)
-            if args.temperature == "entropy":
+            if args.autotune:
                 follow_entropy(flow.alpha, float(log_prob) / flow.act_dim, args)
         next_obs, reward, terminated, truncated, info = env.step(np.tanh(u))
         replay.add(obs, u, next_obs, reward, terminated)
@@ -666,6 +664,7 @@ def train(args: Args, run: Run):
         if learning:
             metrics = dict(zip(METRICS, values.tolist(), strict=True))
             metrics["flow/alpha"] = flow.alpha.item()
+            metrics["flow/reward_unit"] = unit.item()
             metrics["flow/entropy"] = -float(log_prob)
         run.log(metrics)
         run.end_step()

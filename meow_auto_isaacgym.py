@@ -27,11 +27,10 @@ With u = atanh(a), x = g(u|s):
     Q(s,a) = m(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
     V(s)   = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s))
     policy:  u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
-    log alpha -> log(rho std(r)),   the standard deviation of all rewards so far
+    r <- r / max(std(r), |mean(r)| / 10),   of all rewards so far, of all environments
 
-where the rewards are those of all environments and log alpha moves by at most eta an
-update. The loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated)
-V(s'); w < 1 where an action far from the policy is worth more than Q says.
+The loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated) V(s');
+w < 1 where an action far from the policy is worth more than Q says.
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
 which are the paper's. Shapes: N environments, B batch, A action, S observation,
@@ -93,11 +92,10 @@ class Args(RunArgs):
     learning_rate: float = 1e-3  # Adam's step size
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
-    alpha: float = 0.1  # temperature at the start: reward units per nat of entropy
-    temperature: Literal["rewards", "entropy", "fixed"] = "rewards"  # what moves alpha
-    alpha_lr: float = 1e-3  # eta, the largest step of log alpha
-    reward_ratio: float = 0.08  # rho, with rewards: alpha over their standard deviation
-    target_entropy: float = -0.65  # with entropy: its target, nats per action dimension
+    alpha: float = 0.08  # temperature: units of the rewards per nat of entropy
+    autotune: bool = False  # move alpha, for the entropy below
+    target_entropy: float = -0.65  # with --autotune: nats per action dimension
+    alpha_lr: float = 1e-3  # with --autotune: eta, the largest step of log alpha
     sigma_start: float = 0.22  # standard deviation of u at the start
     sigma_max: float = 0.4  # upper bound of the standard deviation of u
     batch_size: int = 1024  # transitions per update
@@ -122,7 +120,7 @@ class Args(RunArgs):
         counts += " updates_per_step eval_frequency"
         self.check(counts, lambda x: x >= 1, "at least 1")
         self.check("eval_episodes", lambda x: x >= 0, "at least 0")
-        positive = "learning_rate alpha alpha_lr reward_ratio max_grad_norm"
+        positive = "learning_rate alpha alpha_lr max_grad_norm"
         positive += " sigma_start sigma_max"
         self.check(positive, lambda x: x > 0, "positive and finite")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
@@ -504,7 +502,7 @@ class EnergyFlow(nn.Module):
 
     # the layers
     def kappa(self, obs: Tensor) -> Tensor:
-        """kappa(s) = exp(h(s)) + alpha / sigma_max^2. (B, S) -> (B, A), reward units.
+        """kappa(s) = exp(h(s)) + alpha / sigma_max^2. (B, S) -> (B, A).
 
         Within e^-10 and e^10 times its start; the second term keeps sigma <= sigma_max.
         """
@@ -600,6 +598,15 @@ def draw_dropout(kept: Tensor, dropout: float, rng: np.random.Generator):
 
 
 # --- Target, loss and update ----------------------------------------------------------
+def reward_unit(rewards: RunningMeanStd) -> Tensor:
+    """max(std(r), |mean(r)| / 10) of all rewards so far, 1 if all were 0. -> (1,).
+
+    With a reward that is the same at each step, values stay below 10 / (1 - gamma).
+    """
+    unit = torch.maximum(torch.sqrt(rewards.var), rewards.mean.abs() / 10)
+    return torch.where(unit > 0, unit, 1.0)
+
+
 def soft_target(
     reward: Tensor, terminated: Tensor, v_next: Tensor, gamma: float
 ) -> Tensor:
@@ -641,17 +648,6 @@ def adam(
     m_hat = m / (1 - decay[0]).to(m.dtype)
     v_hat = v / (1 - decay[1]).to(v.dtype)
     return theta - lr * m_hat / (torch.sqrt(v_hat) + eps), m, v, decay
-
-
-def follow_rewards(alpha: Tensor, rewards: RunningMeanStd, args: Args):
-    """log alpha -> log(rho std(r)), at most eta a step: alpha (), moved in place.
-
-    It stays as long as all rewards were the same, but for roundings.
-    """
-    std = math.sqrt(rewards.var)
-    if std > 1e-8 * abs(rewards.mean):
-        step = math.log(args.reward_ratio * std / alpha)
-        alpha.mul_(math.exp(min(max(step, -args.alpha_lr), args.alpha_lr)))
 
 
 def follow_entropy(alpha: Tensor, log_prob: float, args: Args):
@@ -794,13 +790,14 @@ def train(args: Args, run: Run):
         else:
             z = torch.randn(shape, device=run.device)
             u, log_prob = act(norm(obs), z)  # u = g^-1(sigma z|s), z ~ N(0, I)
+            unit = reward_unit(rewards)
             for _ in range(args.updates_per_step):
-                norm.normalise(replay.sample(rng), *sizes)
+                batch = replay.sample(rng)
+                norm.normalise(batch, *sizes)
+                split_batch(batch, *sizes)[3].div_(unit)
                 draw_dropout(kept, args.dropout, rng)
                 values = update()
-                if args.temperature == "rewards":
-                    follow_rewards(flow.alpha, rewards, args)
-                if args.temperature == "entropy":
+                if args.autotune:
                     density = float(log_prob.mean()) / flow.act_dim
                     follow_entropy(flow.alpha, density, args)
         action = torch.tanh(u)
@@ -823,6 +820,7 @@ def train(args: Args, run: Run):
         if learning:
             metrics = dict(zip(METRICS, values.tolist(), strict=True))
             metrics["flow/alpha"] = flow.alpha.item()
+            metrics["flow/reward_unit"] = unit.item()
             metrics["flow/entropy"] = -float(log_prob.mean())
         run.log(metrics, args.num_envs)
         run.end_step()
