@@ -10,6 +10,7 @@ from stepped_run import RANDOM_STEPS, random_batch, trained
 from torch.autograd.functional import jacobian
 
 import meow_auto_continuous_action as auto
+from harness import environments
 from harness.compiling import Compiler, flatten_parameters
 
 EXACT = dict(rtol=0, atol=1e-8)
@@ -137,39 +138,46 @@ def test_the_policy_starts_around_zero_as_wide_as_asked():
         assert (flow.mode_action(torch.randn(9, 4)) == 0).all()
 
 
-# --- The temperature ------------------------------------------------------------------
-def moments_of(*rewards):
+# --- The unit of rewards --------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("rewards", "unit"),
+    [
+        ([2.0, 12.0], 5),  # the deviation
+        ([-90.0, -110.0], 10),  # both the same
+        ([99.0, 101.0], 10),  # a tenth of the mean
+        ([-3.0, -3.0, -3.0], 0.3),
+        ([0.0, 0.0], 1),
+    ],
+)
+def test_rewards_are_measured_by_their_deviation(rewards, unit):
     moments = auto.RunningMeanStd(1)
     for reward in rewards:
         moments.update(torch.tensor([[reward]], dtype=torch.float64))
-    return moments
+    assert float(auto.reward_unit(moments)) == pytest.approx(unit)
 
 
-def test_alpha_comes_to_rest_at_its_part_of_the_rewards_deviation():
-    """By at most eta a step, from both sides."""
-    args = auto.Args(alpha_lr=0.01, reward_ratio=0.04)
-    rewards = moments_of(2.0, 12.0)  # deviation 5
-    for start in (0.05, 0.9):
-        alpha = torch.tensor(start, dtype=torch.float64)
-        auto.follow_rewards(alpha, rewards, args)
-        assert math.log(alpha / start) == pytest.approx(0.01 if start < 0.2 else -0.01)
-        for _ in range(200):
-            auto.follow_rewards(alpha, rewards, args)
-        assert float(alpha) == pytest.approx(0.2)
+@pytest.mark.parametrize("factor", [64.0, 2.0**-20])
+def test_the_unit_of_rewards_changes_no_bit(factor, monkeypatch):
+    """By a power of 2, which rounds nothing: the same updates, the same policy."""
+    run, step = trained(auto, 4), environments.ReplayableEnv.step
+
+    def scaled_step(self, action):
+        obs, reward, *rest = step(self, action)
+        return obs, factor * reward, *rest
+
+    monkeypatch.setattr(environments.ReplayableEnv, "step", scaled_step)
+    other = trained(auto, 4)
+    rewards, others = (x.replay.rows[: RANDOM_STEPS + 4, -2] for x in (run, other))
+    assert torch.equal(others, factor * rewards)
+    for ours, theirs in zip(run.metrics, other.metrics, strict=True):
+        if ours:
+            ours["flow/reward_unit"] *= factor
+        assert ours == theirs
+    for one, two in zip(run.parts["learner"], other.parts["learner"], strict=True):
+        assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("reward", [0.0, 0.1, -1e6])
-def test_alpha_stays_while_all_rewards_are_the_same(reward):
-    """Also where their mean is rounded."""
-    alpha, rewards = torch.tensor(0.1), auto.RunningMeanStd(1)
-    for n in (1, 3, 7, 11):
-        rewards.update(torch.full((n, 1), reward))
-        auto.follow_rewards(alpha, rewards, auto.Args(alpha_lr=0.1))
-    rewards.var.fill_(1e-20 * reward**2)
-    auto.follow_rewards(alpha, rewards, auto.Args(alpha_lr=0.1))
-    assert alpha == torch.tensor(0.1)
-
-
+# --- The temperature ------------------------------------------------------------------
 def test_alpha_grows_while_the_policy_is_narrow():
     """By at most eta; it stays where the entropy is the target's."""
     args = auto.Args(target_entropy=-0.5, alpha_lr=0.01)
@@ -270,16 +278,11 @@ def test_update_against_autograd_and_torch_optim(compiled):
     assert any(0.02 < w < 1 for w in weights)
 
 
-def test_acting_stores_u_and_moves_alpha():
+def test_acting_stores_u():
     """The policy sees normalised observations, the buffer has its u, the environment
-    gets tanh(u), alpha follows."""
-    policies, deviations = [], []
-
-    def look(run):
-        policies.append(copy.deepcopy(run.policy))
-        deviations.append(copy.deepcopy(run.parts["rewards"]))
-
-    run = trained(auto, 3, after=look)
+    gets tanh(u)."""
+    policies = []
+    run = trained(auto, 3, after=lambda run: policies.append(copy.deepcopy(run.policy)))
     rng = np.random.default_rng(run.args.seed)
     rng.uniform(-1, 1, (RANDOM_STEPS, 3))
     z = torch.from_numpy(rng.standard_normal((1, 3), dtype=np.float32))
@@ -290,21 +293,14 @@ def test_acting_stores_u_and_moves_alpha():
     torch.testing.assert_close(u, expected, rtol=1e-5, atol=1e-6)
     played = torch.from_numpy(run.env.current.actions[0])
     torch.testing.assert_close(played, torch.tanh(u[0]), rtol=1e-5, atol=1e-6)
-    alpha = before["flow"].alpha.clone()
-    auto.follow_rewards(alpha, deviations[RANDOM_STEPS - 1], run.args)
-    assert alpha != before["flow"].alpha
-    torch.testing.assert_close(after["flow"].alpha, alpha)
-    rewards = run.replay.rows[:RANDOM_STEPS, -2].double()
-    variance = float(deviations[RANDOM_STEPS - 1].var)
-    assert variance == pytest.approx(float(rewards.var(correction=0)))
 
 
-@pytest.mark.parametrize("temperature", ["entropy", "fixed"])
-def test_other_ways_to_set_the_temperature(temperature):
-    run = trained(auto, 1, temperature=temperature, alpha_lr=0.1)
+@pytest.mark.parametrize("autotune", [False, True])
+def test_alpha_moves_only_when_asked(autotune):
+    run = trained(auto, 1, autotune=autotune, alpha_lr=0.1)
     log_prob = -run.metrics[-1]["flow/entropy"] / 3
     alpha = torch.tensor(run.args.alpha)
-    if temperature == "entropy":
+    if autotune:
         auto.follow_entropy(alpha, log_prob, run.args)
         assert alpha != np.float32(run.args.alpha)
     torch.testing.assert_close(run.policy["flow"].alpha, alpha)
@@ -325,11 +321,31 @@ def test_batches_are_normalised_and_the_buffer_is_not():
     assert (norm(far) == 5).all()
 
 
+def test_rewards_of_a_batch_are_in_their_unit():
+    """That of all rewards before the step; the buffer keeps them as they came."""
+    units = []
+
+    def look(run):
+        units.append(auto.reward_unit(run.parts["rewards"]).item())
+
+    run = trained(auto, 1, after=look)
+    before = run.replay.rows[:RANDOM_STEPS, -2]
+    deviation = float(before.double().std(correction=0))
+    unit = max(deviation, abs(float(before.double().mean())) / 10)
+    assert units[RANDOM_STEPS - 1] == pytest.approx(unit)
+    for reward in run.replay.batch[:, -2]:
+        assert (before / unit - reward).abs().min() < 1e-5
+
+
 def test_a_restored_run_goes_on_exactly():
-    """With the temperature where it was."""
-    checkpoints = []
-    whole = trained(auto, 6, after=lambda run: checkpoints.append(run.checkpointed()))
-    rest = trained(auto, 6, restored=checkpoints[RANDOM_STEPS + 2])
+    """With the temperature where it was, and the unit of the rewards."""
+    checkpoints, moving = [], dict(autotune=True)
+
+    def keep(run):
+        checkpoints.append(run.checkpointed())
+
+    whole = trained(auto, 6, after=keep, **moving)
+    rest = trained(auto, 6, restored=checkpoints[RANDOM_STEPS + 2], **moving)
     assert rest.metrics == whole.metrics[-3:]
     assert len({m["flow/alpha"] for m in rest.metrics}) == 3
     assert rest.policy["flow"].alpha == whole.policy["flow"].alpha

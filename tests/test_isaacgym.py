@@ -285,33 +285,34 @@ def test_robots_without_tuning_have_the_papers_sizes():
         assert sizes.items() <= meow.PAPER_SETTINGS[task].items()
 
 
-@pytest.mark.parametrize("temperature", ["rewards", "entropy", "fixed"])
-def test_robots_act_by_tanh_of_what_is_stored_and_alpha_moves(temperature, monkeypatch):
-    """Once an update: by the rewards of all environments, or by the mean density."""
+@pytest.mark.parametrize("autotune", [False, True])
+def test_robots_act_by_tanh_of_what_is_stored(autotune, monkeypatch):
+    """alpha moves only when asked: once an update, by the mean density."""
     steps, alphas, moments = recorded_steps(monkeypatch, num_envs=4), [0.1], [None]
 
     def after(run):
         alphas.append(float(run.policy["flow"].alpha))
         moments.append(copy.deepcopy(run.parts["rewards"]))
 
-    rates = dict(alpha_lr=0.1, updates_per_step=2)
-    run = stepped(auto, after, temperature=temperature, **rates)
+    rates = dict(alpha=0.1, alpha_lr=0.1, updates_per_step=2)
+    run = stepped(auto, after, autotune=autotune, **rates)
     played = torch.stack([action for _, action in steps])
-    stored = run.parts["replay"].rows[:9, :, :6]
-    torch.testing.assert_close(played, torch.tanh(stored))
-    assert stored.abs().max() > 1
+    rows = run.parts["replay"].rows[:9]
+    torch.testing.assert_close(played, torch.tanh(rows[..., :6]))
+    assert rows[..., :6].abs().max() > 1
     for i in range(9):
         alpha = torch.tensor(alphas[i])
         density = -run.metrics[i].get("flow/entropy", 0.0) / 6
-        for _ in range(2 if i >= STARTS else 0):
-            if temperature == "rewards":
-                auto.follow_rewards(alpha, moments[i], run.args)
-            if temperature == "entropy":
-                auto.follow_entropy(alpha, density, run.args)
+        for _ in range(2 if autotune and i >= STARTS else 0):
+            auto.follow_entropy(alpha, density, run.args)
         assert alphas[i + 1] == pytest.approx(float(alpha))
-    assert (alphas[-1] != pytest.approx(0.1)) == (temperature != "fixed")
-    rewards = run.parts["replay"].rows[:9, :, 6].double()
-    torch.testing.assert_close(moments[-1].var[0], rewards.var(correction=0))
+    assert (alphas[-1] != pytest.approx(0.1)) == autotune
+    torch.testing.assert_close(
+        moments[-1].var[0], rows[..., 6].double().var(correction=0)
+    )
+    unit = auto.reward_unit(moments[-2])
+    for reward in run.parts["replay"].batch[:, -2]:
+        assert (rows[..., 6] / unit - reward).abs().min() < 1e-5
 
 
 def test_rewards_of_steps_that_join_two_episodes_do_not_count(monkeypatch):
