@@ -5,7 +5,6 @@ import io
 import json
 import signal
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,15 +15,12 @@ from conftest import ROOT, interrupting, metrics, only_run, quick
 
 sys.path.insert(0, str(ROOT / "studies/temperature"))
 
-import ahead
 import arms
-import drift
 import falls
-import settle
 import slopes
 import table
 
-MEOW = "scaled units recent plain bounded random evenly heavy huber near two"
+MEOW = "recent plain bounded random evenly heavy huber near two"
 MEOW = [*MEOW.split(), "conservative", "raw", "held"]
 KEEPING_THE_IDENTITY = "base plain bounded random two".split()
 
@@ -110,31 +106,14 @@ def test_normal_has_the_mean_and_deviation_of_what_came():
     assert torch.equal(new.scale, actor.scale)
 
 
-def test_scaled_divides_by_the_spread_of_returns():
-    script = arms.changed_script("scaled")
-    replay = script.ReplayBuffer(50, 1, 1, 4, "cpu")
-    totals, total = [], 0.0
-    for t in range(20):
-        reward = 7.0 * (t % 3)
-        total = reward if t == 10 else reward + 0.99 * total  # an episode begins at 10
-        totals.append(total)
-        obs = np.float32([t if t < 10 else t + 100])
-        replay.add(obs, [0.0], obs + 1, reward, False)
-    scale = max(np.std(totals), max(totals) / 5)
-    batch = replay.sample(np.random.default_rng(0))
-    index = torch.from_numpy(np.random.default_rng(0).integers(0, 20, 4))
-    torch.testing.assert_close(batch[:, -2], replay.rows[index, -2] / scale)
-    assert replay.rows[:20, -2].max() == 14  # the rows themselves stay
-
-
-def test_units_divides_by_the_deviation_of_the_rewards():
-    replay = arms.changed_script("units").ReplayBuffer(50, 1, 1, 4, "cpu")
-    for rewards, scale in ([5.0, 5.0], 1), ([5.0, 5.0, 2.0, 8.0], 4.5**0.5):
+def test_units_are_the_scripts():
+    replay = arms.changed_script("sac+units").ReplayBuffer(50, 1, 1, 4, "cpu")
+    for rewards, unit in ([5.0, 5.0], 0.5), ([5.0, 5.0, 2.0, 8.0], 4.5**0.5):
         for reward in rewards[len(replay) :]:
             replay.add(np.zeros(1), [0.0], np.zeros(1), reward, False)
         batch = replay.sample(np.random.default_rng(0))
         index = torch.from_numpy(np.random.default_rng(0).integers(0, len(rewards), 4))
-        torch.testing.assert_close(batch[:, -2], replay.rows[index, -2] / scale)
+        torch.testing.assert_close(batch[:, -2], replay.rows[index, -2] / unit)
     assert replay.rows[:4, -2].max() == 8  # the rows themselves stay
 
 
@@ -319,7 +298,7 @@ def test_a_run_with_averages_is_the_same_run(script, tmp_path):
     assert rows[0] == [row for row in rows[1] if row not in averaged]
 
 
-@pytest.mark.parametrize("arm", [*MEOW, "sac+normal+scaled+layers"])
+@pytest.mark.parametrize("arm", [*MEOW, "sac+normal+units+layers"])
 def test_a_run_of_an_arm_goes_on(arm, tmp_path):
     """From a checkpoint at step 46, exactly (but for the noise that is held)."""
     (tmp_path / "whole").mkdir()
@@ -334,28 +313,6 @@ def test_a_run_of_an_arm_goes_on(arm, tmp_path):
     assert f"_{arm.replace('sac+', '').replace('+', '_')}__1__" in said
 
 
-def test_drift_of_a_run(tmp_path, output_of):
-    """Of actions that the policy has just played, d is the mean square of its noise."""
-    assert launch(["base", *quick(exp_name="meow_auto")], tmp_path)[0] == 0
-    folder = only_run(tmp_path)
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    d, error, alpha = drift.latents_and_errors(saved)
-    assert d.shape == error.shape == (60,)
-    assert (d >= 0).all()
-    assert alpha == saved["alpha"][0]
-    # an action of this very policy
-    flow = drift.script.make_flow(drift.script.Args(**saved["args"]), *saved["sizes"])
-    flow.load_state_dict(saved["flow"])
-    row = saved["replay"]["rows"][:1]
-    z = torch.tensor([[1.5]])
-    norm = drift.script.RunningMeanStd(4)
-    norm.load_state_dict(saved["norm"])
-    row[0, 4:5] = flow.sample(norm(row[:, :4]), z)[0][0]
-    assert float(drift.latents_and_errors(saved)[0][0]) == pytest.approx(2.25, rel=1e-3)
-    out = output_of(drift, folder)
-    assert "recent actions: median d" in out
-
-
 def test_values_before_falls(tmp_path, output_of, monkeypatch):
     """Of episodes of 3, 2 and 4 steps, where the second was cut off by a time limit."""
     assert launch(["base", *quick(exp_name="meow_auto")], tmp_path)[0] == 0
@@ -366,7 +323,7 @@ def test_values_before_falls(tmp_path, output_of, monkeypatch):
     rows[[2, 4], 5:9] += 1
     rows[:, -1] = torch.tensor([0, 0, 1, 0, 0, 0, 0, 0, 1])
     saved["replay"]["rows"] = rows
-    flow, norm, _ = falls.parts_of(saved)
+    flow, norm, _, unit = falls.parts_of(saved)
     r = rows[:, -2]
     for steps, first, came in (
         (1, [2, 8], [r[2], r[8]]),
@@ -378,13 +335,14 @@ def test_values_before_falls(tmp_path, output_of, monkeypatch):
         z = flow.to_x(rows[first, 4:5], norm(rows[first, :4]))
         z *= torch.sqrt(flow.kappa(norm(rows[first, :4])) / flow.alpha)
         torch.testing.assert_close(d, z[:, 0] ** 2)
-        torch.testing.assert_close(values, flow.soft_values(norm(rows[first, :4])))
+        expected = unit * flow.soft_values(norm(rows[first, :4]))
+        torch.testing.assert_close(values, expected)
         for one, other in zip(returns, came, strict=True):
             if other is not None:
                 torch.testing.assert_close(one, other)
     values, returns = falls.of_all(saved)  # of the episodes that terminated
     known = [0, 1, 2, 5, 6, 7, 8]
-    torch.testing.assert_close(values, flow.soft_values(norm(rows[known, :4])))
+    torch.testing.assert_close(values, unit * flow.soft_values(norm(rows[known, :4])))
     torch.testing.assert_close(returns[2], r[2])
     torch.testing.assert_close(returns[0], r[0] + 0.99 * r[1] + 0.99**2 * r[2])
     torch.testing.assert_close(returns[5], r[7] + 0.99 * r[8])
@@ -456,7 +414,7 @@ def test_slopes_are_of_the_true_simulator(tmp_path, output_of, monkeypatch):
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     tried, worth = [], slopes.worth
     with monkeypatch.context() as patch:
-        patch.setattr(slopes, "worth", lambda *x: tried.append(x[3]) or worth(*x))
+        patch.setattr(slopes, "worth", lambda *x: tried.append(x[4]) or worth(*x))
         y, q = slopes.values_of_actions(saved, 3)
     assert y.shape == q.shape == (3, 32)
     assert y.mean(1).abs().max() < 1e-5
@@ -464,7 +422,7 @@ def test_slopes_are_of_the_true_simulator(tmp_path, output_of, monkeypatch):
     assert slopes.correlation(y, 3 * y) == pytest.approx(1)
     # the same episode without trials: the same states, and Q of the same actions
     torch.manual_seed(0)
-    flow, norm, args = slopes.parts_of(saved)
+    flow, norm, args, unit = slopes.parts_of(saved)
     env = slopes.script.make_env(args).env
     obs, _ = env.reset(seed=0)
     for step in range(9):
@@ -482,100 +440,13 @@ def test_slopes_are_of_the_true_simulator(tmp_path, output_of, monkeypatch):
     env.reset(seed=0)
     state, u = slopes.simulator_state(env), torch.tensor([[0.3, -0.2, 0.1]])
     next_obs, reward, terminated, _, _ = env.step(np.tanh(u[0].numpy()))
-    y = worth(flow, norm, env, state, u, 0.9)
+    y = worth(flow, norm, unit, env, state, u, 0.9)
     v = flow.soft_values(norm(torch.from_numpy(next_obs).float()[None]))
     assert not terminated
-    torch.testing.assert_close(y, reward + 0.9 * v)
+    torch.testing.assert_close(y, reward / unit + 0.9 * v)
+    assert unit != 1
     out = output_of(slopes, folder, "--states", "2")
     assert "correlation of Q and y" in out
-
-
-def test_what_v_says_and_what_comes_some_steps_later(tmp_path, output_of):
-    """y_n by hand: n rewards, the entropies between them, and the value after them."""
-    words = quick(env_id="Hopper-v4", exp_name="meow_auto")
-    assert launch(["base", *words], tmp_path)[0] == 0
-    folder = only_run(tmp_path)
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    flow, norm, args = ahead.parts_of(saved)
-    envs = [ahead.script.make_env(args).env for _ in range(2)]
-    for env in envs:
-        env.reset(seed=0)
-    state, u = slopes.simulator_state(envs[0]), torch.tensor([[0.3, -0.2, 0.1]] * 2)
-    u[1] *= -1
-    torch.manual_seed(5)
-    with torch.no_grad():
-        y = ahead.worth_ahead(flow, norm, envs, state, u, 0.9, (1, 3))
-        torch.testing.assert_close(
-            y[0], slopes.worth(flow, norm, envs[0], state, u, 0.9)
-        )
-        for row, action in enumerate(u):
-            torch.manual_seed(5)
-            slopes.restore(envs[0], state)
-            total, action = 0.0, action[None]
-            for step in range(3):
-                outcome = envs[0].step(np.tanh(action[0].numpy()))
-                assert not outcome[2]
-                total += 0.9**step * outcome[1]
-                here = norm(torch.from_numpy(outcome[0]).float()[None])
-                action, log_prob = flow.sample(here, torch.randn(1, 3))
-                if step < 2:
-                    total -= 0.9 ** (step + 1) * flow.alpha * log_prob
-            total += 0.9**3 * flow.soft_values(here)
-            torch.testing.assert_close(y[1, row], total[0])
-        # the episode ends with the first step: nothing that follows counts
-        fallen = state[0].copy()
-        fallen[2] = 1.0
-        ended = ahead.worth_ahead(
-            flow, norm, envs, (fallen, *state[1:]), u, 0.9, (1, 3)
-        )
-        torch.testing.assert_close(ended[0], ended[1])
-        assert (ended[0] < 5).all()
-    y = ahead.differences(saved, 3, (1, 2))
-    assert y.shape == (2, 3, 12)
-    assert y.mean(-1).abs().max() < 1e-5
-    assert (y.std(-1) > 0).all()
-    lines = output_of(ahead, folder, "--states", "2", "--ahead", "3", "2").splitlines()
-    assert [line.split(":")[0] for line in lines] == ["1 ahead", "2 ahead", "3 ahead"]
-    assert "slope 1.00, correlation 1.00" in lines[0]
-
-
-def test_a_policy_settles(tmp_path, output_of, monkeypatch):
-    """No update leaves it; two are the script's, and their average is between."""
-    words = [*quick(exp_name="meow_auto"), "--dropout", "0"]
-    assert launch(["base", *words], tmp_path)[0] == 0
-    folder = only_run(tmp_path)
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    start = saved["learner"][0]
-    _, theta, mean = settle.settle(saved, 1e-2, 0, 0.5)
-    torch.testing.assert_close(theta, start)
-    torch.testing.assert_close(mean, start)
-    _, first, _ = settle.settle(saved, 1e-2, 1, 0.5)
-    _, theta, mean = settle.settle(saved, 1e-2, 2, 0.5)
-    torch.testing.assert_close(mean, start / 4 + first / 4 + theta / 2)
-    assert not torch.equal(first, start)
-    _, smaller, _ = settle.settle(saved, 1e-3, 1, 0.5)
-    torch.testing.assert_close((smaller - start) * 10, first - start)
-    # the same update by the script
-    flow, norm, args = settle.parts_of(saved)
-    rng, rows = np.random.default_rng(0), saved["replay"]["rows"]
-    batch = rows[rng.integers(0, len(rows), args.batch_size)].clone()
-    norm.normalise(batch, *saved["sizes"])
-    learner = [part.clone() for part in saved["learner"]]
-    update = settle.script.make_update(flow, replace(args, learning_rate=1e-2))
-    update(*learner, batch, torch.ones(4, 2, args.batch_size, 64, dtype=torch.bool))
-    torch.testing.assert_close(first, learner[0])
-    # the parameters that are asked for play
-    played = []
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            settle.script, "evaluate_saved", lambda *x: played.append(x[1]) or ([1], [])
-        )
-        assert settle.returns(saved, flow, 2 * start) == "1 +- 0"
-    vector = torch.cat([v.flatten() for v in played[0]["flow"].values()])
-    assert vector.norm() > 1.5 * start.norm()
-    out = output_of(settle, folder, "--updates", "2")
-    assert "checkpoint: " in out
-    assert "0.0003: " in out
 
 
 def test_a_wrong_word_says_which_there_are(tmp_path):

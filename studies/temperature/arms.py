@@ -1,13 +1,14 @@
 """One change to a script, or several: the arms of this study.
 
     python studies/temperature/arms.py base --env-id Ant-v4 --total-timesteps 90000
-    python studies/temperature/arms.py near+scaled --env-id Ant-v4 --seed 2
-    python studies/temperature/arms.py sac+normal --env-id Ant-v4      # the control
+    python studies/temperature/arms.py near+two --env-id Ant-v4 --seed 2
+    python studies/temperature/arms.py sac+normal+units+layers --env-id Ant-v4
 
 The words before the options are changes of `ARMS`, joined by +; with `sac` they change
 sac_continuous_action.py instead of meow_auto_continuous_action.py, where only those of
-`FOR_SAC` make sense; `normal` and `layers` are for SAC alone. All options are the
-script's. The run is named after the arm (auto_near_scaled, sac_normal).
+`FOR_SAC` make sense. `normal`, `units` and `layers` are for SAC alone: they give it what
+the script without tuning has. All options are the script's. The run is named after the
+arm (auto_near_two, sac_normal).
 """
 
 import importlib.util
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from meow_auto_continuous_action import RunningMeanStd
+from meow_auto_continuous_action import RunningMeanStd, reward_unit
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,59 +85,13 @@ def normal(script: ModuleType):
     script.Actor, script.Critics = Actor, Critics
 
 
-def scaled(script: ModuleType):
-    """Rewards over max(std of the discounted return, largest |return| / 5).
-
-    As FlashSAC does; gamma 0.99. alpha is then in these units.
-    """
-
-    class ReplayBuffer(script.ReplayBuffer):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            # steps, discounted return, its mean, its sum of squares, largest |return|
-            self.returns, self.last = np.zeros(5), None
-
-        def add(self, obs, action, next_obs, reward, terminated):
-            super().add(obs, action, next_obs, reward, terminated)
-            if self.last is None or not np.array_equal(self.last, obs):
-                self.returns[1] = 0.0  # an episode begins
-            self.last = np.copy(next_obs)
-            count, total, mean, squares, largest = self.returns
-            count, total = count + 1, float(reward) + 0.99 * total
-            before = total - mean
-            mean += before / count
-            squares += before * (total - mean)
-            largest = max(largest, abs(total))
-            self.returns[:] = count, total, mean, squares, largest
-
-        def sample(self, rng):
-            batch = super().sample(rng)
-            count, _, _, squares, largest = self.returns
-            batch[:, -2] /= max(np.sqrt(squares / count), largest / 5, 1e-3)
-            return batch
-
-        def state_dict(self) -> dict:
-            more = {"returns": self.returns, "last": self.last}
-            tensors = {name: torch.from_numpy(np.copy(v)) for name, v in more.items()}
-            return super().state_dict() | tensors
-
-        def load_state_dict(self, state: dict):
-            super().load_state_dict(state)
-            self.returns, self.last = state["returns"].numpy(), state["last"].numpy()
-
-    script.ReplayBuffer = ReplayBuffer
-
-
 def units(script: ModuleType):
-    """Rewards over their standard deviation so far; alpha is then in these units.
-
-    With --temperature fixed --alpha 0.08, a reward may have any unit.
-    """
+    """SAC: rewards in units of their deviation, as in the script without tuning."""
 
     class ReplayBuffer(script.ReplayBuffer):
         def __init__(self, *sizes):
             super().__init__(*sizes)
-            self.rewards = script.RunningMeanStd(1)
+            self.rewards = RunningMeanStd(1)
 
         def add(self, obs, action, next_obs, reward, terminated):
             super().add(obs, action, next_obs, reward, terminated)
@@ -144,8 +99,7 @@ def units(script: ModuleType):
 
         def sample(self, rng):
             batch = super().sample(rng)
-            std = float(self.rewards.var) ** 0.5
-            batch[:, -2] /= std or 1.0  # all the same so far
+            batch[:, -2].div_(reward_unit(self.rewards))
             return batch
 
         def state_dict(self) -> dict:
@@ -156,6 +110,19 @@ def units(script: ModuleType):
             self.rewards.load_state_dict(state["rewards"])
 
     script.ReplayBuffer = ReplayBuffer
+
+
+def layers(script: ModuleType):
+    """SAC: LayerNorm before each ReLU, of actor and critics."""
+
+    class MLP(nn.Sequential):
+        def __init__(self, *dims: int):
+            parts = []
+            for inputs, outputs in pairwise(dims):
+                parts += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.ReLU()]
+            super().__init__(*parts[:-2])
+
+    script.MLP = MLP
 
 
 def recent(script: ModuleType):
@@ -207,19 +174,6 @@ def averages(script: ModuleType):
         return result
 
     script.make_policy, script.evaluate = make_watched_policy, evaluate_all
-
-
-def layers(script: ModuleType):
-    """SAC: LayerNorm before each ReLU, of actor and critics."""
-
-    class MLP(nn.Sequential):
-        def __init__(self, *dims: int):
-            parts = []
-            for inputs, outputs in pairwise(dims):
-                parts += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.ReLU()]
-            super().__init__(*parts[:-2])
-
-    script.MLP = MLP
 
 
 # --- MEow without tuning --------------------------------------------------------------
@@ -401,8 +355,8 @@ def held(script: ModuleType):
     script.make_policy = make_held_policy
 
 
-FOR_SAC = ("normal", "scaled", "recent", "averages", "layers")
-FOR_SAC_ALONE = ("normal", "layers")
+FOR_SAC = ("normal", "units", "layers", "recent", "averages")
+FOR_SAC_ALONE = ("normal", "units", "layers")
 LOSSES = ("near", "huber", "two", "conservative")
 JOINED = (["near", "two"], ["near", "conservative"])
 """those of them that go together, in this order"""
@@ -410,11 +364,10 @@ ARMS = {
     function.__name__: function
     for function in (
         normal,
-        scaled,
         units,
+        layers,
         recent,
         averages,
-        layers,
         plain,
         bounded,
         random,

@@ -51,7 +51,7 @@ def of_all(saved: dict) -> tuple[Tensor, Tensor]:
 
     It is known where the episode terminated, or went on for `ENOUGH` steps.
     """
-    flow, norm, args = parts_of(saved)
+    flow, norm, args, unit = parts_of(saved)
     parts = script.split_batch(saved["replay"]["rows"], *saved["sizes"])
     obs, _, _, reward, terminated = parts
     first, came = begins(saved), torch.zeros(len(obs))
@@ -64,7 +64,7 @@ def of_all(saved: dict) -> tuple[Tensor, Tensor]:
         came[row] = total
         known[row] = fell or steps >= ENOUGH
     known[:-RECENT] = False
-    return flow.soft_values(norm(obs[known])), came[known]
+    return unit * flow.soft_values(norm(obs[known])), came[known]
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def before_falls(saved: dict, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     d is the mean square of the action's latent z: about 1 where today's policy would
     play it. The end's own state is 1 step before it. Shorter episodes are left out.
     """
-    flow, norm, args = parts_of(saved)
+    flow, norm, args, unit = parts_of(saved)
     parts = script.split_batch(saved["replay"]["rows"], *saved["sizes"])
     obs, u, _, reward, terminated = parts
     ends = terminated.nonzero()[:, 0]
@@ -84,7 +84,7 @@ def before_falls(saved: dict, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     discounts = args.gamma ** torch.arange(steps)
     here, u = norm(obs[window[:, 0]]), u[window[:, 0]]
     d = (flow.kappa(here) * flow.to_x(u, here) ** 2 / flow.alpha).mean(-1)
-    return flow.soft_values(here), (discounts * reward[window]).sum(-1), d
+    return unit * flow.soft_values(here), (discounts * reward[window]).sum(-1), d
 
 
 def tell(what: str, values: Tensor, returns: Tensor, d: Tensor | None = None):

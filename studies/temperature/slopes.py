@@ -37,7 +37,7 @@ class Options:
 
 
 def parts_of(saved: dict):
-    """Of a checkpoint: its flow at its temperature, its normalisation, its settings.
+    """Of a checkpoint: flow, normalisation, settings, and the unit of its rewards.
 
     Raises: RunError if it is of an arm with other networks.
     """
@@ -46,7 +46,9 @@ def parts_of(saved: dict):
     norm.load_state_dict(saved["norm"])
     flow = script.make_flow(args, *saved["sizes"])
     load_network(flow, saved, "flow")
-    return flow, norm, args
+    rewards = script.RunningMeanStd(1)
+    rewards.load_state_dict(saved["rewards"])
+    return flow, norm, args, float(script.reward_unit(rewards))
 
 
 def simulator_state(env) -> tuple[np.ndarray, ...]:
@@ -71,19 +73,19 @@ def step_each(envs, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return outcomes[:, :-2], outcomes[:, -2], outcomes[:, -1]
 
 
-def worth(flow, norm, env, state, u: Tensor, gamma: float) -> Tensor:
-    """y of actions u (n, A), each from this state. -> (n,)."""
+def worth(flow, norm, unit: float, env, state, u: Tensor, gamma: float) -> Tensor:
+    """y of actions u (n, A), each from this state. -> (n,), in units."""
     envs = (restore(env, state) for _ in u)
     next_obs, reward, terminated = step_each(envs, u)
     v_next = flow.soft_values(norm(next_obs))
-    return script.soft_target(reward, terminated, v_next, gamma)
+    return script.soft_target(reward / unit, terminated, v_next, gamma)
 
 
 @torch.no_grad()
 def values_of_actions(saved: dict, states: int) -> tuple[Tensor, Tensor]:
-    """y and Q, (states, ACTIONS) each, less their means at each state."""
+    """y and Q, (states, ACTIONS) each, in units, less their means at each state."""
     torch.manual_seed(0)
-    flow, norm, args = parts_of(saved)
+    flow, norm, args, unit = parts_of(saved)
     env = script.make_env(args).env  # its rescaling: env.action(a)
     obs, _ = env.reset(seed=0)
     y, q = [], []
@@ -93,7 +95,7 @@ def values_of_actions(saved: dict, states: int) -> tuple[Tensor, Tensor]:
             state = simulator_state(env)
             many = here.expand(ACTIONS, -1)
             u, _ = flow.sample(many)
-            y.append(worth(flow, norm, env, state, u, args.gamma))
+            y.append(worth(flow, norm, unit, env, state, u, args.gamma))
             q.append(flow.q_values(many, u))
             restore(env, state)
         u, _ = flow.sample(here)
