@@ -6,9 +6,9 @@
 
 The words before the options are changes of `ARMS`, joined by +; with `sac` they change
 sac_continuous_action.py instead of meow_auto_continuous_action.py, where only those of
-`FOR_SAC` make sense. `normal`, `units` and `layers` are for SAC alone: they give it what
-the script without tuning has. All options are the script's. The run is named after the
-arm (auto_near_two, sac_normal).
+`FOR_SAC` make sense. `normal`, `units` and `layers` are for SAC alone: they give it
+what the script without tuning has. All options are the script's. The run is named
+after the arm (auto_near_two, sac_normal).
 """
 
 import importlib.util
