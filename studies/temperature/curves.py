@@ -4,7 +4,8 @@
 
 From the runs in results/ and in thinned/ beside this file, and from entropy.csv, which
 has each 1,000th step of MEow's runs. Entropies of MEow are means of 10 of its numbers,
-each -log pi of one action; SAC's are means over a batch.
+each -log pi of one action; SAC's are means over a batch. Temperatures are in the
+environment's own reward units.
 """
 
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ FOLDERS = HERE.parents[1] / "results", HERE / "thinned"
 TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
 """with their numbers of action dimensions"""
 SETTINGS = {  # label: colour, experiments
-    "MEow without tuning": (
-        "tab:blue",
-        ["meow_auto_continuous_action", "auto_spread", "auto_averages_spread"],
+    "MEow without tuning": ("tab:blue", ["meow_auto_continuous_action"]),
+    "once: rewards as they are": (
+        "tab:cyan",
+        ["auto_spread", "auto_averages_spread"],
     ),
     "once: alpha a part of the largest return": ("tab:green", ["auto_largest"]),
     "once: SAC's dual moves alpha": ("tab:purple", ["auto_dual"]),

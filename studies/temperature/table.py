@@ -23,6 +23,7 @@ SAME = (
 """options of every run, which have their own columns or change no number"""
 
 SCRIPT = "meow_auto_continuous_action"
+SPREAD = ["auto_spread", "auto_averages_spread"]
 NAMES = {
     SCRIPT: "the script",
     "auto": "dual",
@@ -32,7 +33,7 @@ NAMES = {
 """of experiments, where the table calls the arm otherwise"""
 BESIDE = {  # experiments of one kind
     "the script": [SCRIPT],
-    "`spread`": ["auto_spread", "auto_averages_spread"],
+    "`spread`": SPREAD,
     "`largest`": ["auto_largest"],
     "alpha stays 0.1": ["auto_fixed"],
     "SAC": ["sac_continuous_action"],
@@ -40,7 +41,8 @@ BESIDE = {  # experiments of one kind
 }
 RULES = {  # what sets alpha: experiments
     "`largest`": ["auto_largest"],
-    "the script, `spread`": [SCRIPT, "auto_spread", "auto_averages_spread"],
+    "`spread`": SPREAD,
+    "the script": [SCRIPT],
 }
 ALPHA_AT = 10_000, 90_000  # steps
 TASKS = [f"{name}-v4" for name in "HalfCheetah Hopper Walker2d Ant Humanoid".split()]
