@@ -29,6 +29,7 @@ NAMES = {
     "auto": "dual",
     "auto_fixed": "base",  # with --temperature fixed
     "auto_tenth": "spread",  # with --return-ratio 0.1
+    "auto_times100": "spread",  # with rewards a hundred times as large
 }
 """of experiments, where the table calls the arm otherwise"""
 BESIDE = {  # experiments of one kind
