@@ -20,9 +20,9 @@
     python meow_auto_continuous_action.py --evaluate runs/<run_name> --capture-video
 
 In MEow (meow_continuous_action.py; Chao et al., NeurIPS 2024) alpha multiplies the
-flow's whole log-density: Q moves with alpha, which has to stay as it is. Here Q is
-written without it. For u = atanh(a), additive couplings x = g(u|s), of volume 1, and
-networks m(s), kappa(s) > 0:
+flow's whole log-density: whoever moves alpha moves Q. Here Q is written without it.
+For u = atanh(a), additive couplings x = g(u|s), of volume 1, and networks m(s),
+kappa(s) > 0:
 
     Q(s,a) = m(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
     V(s)   = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s))
@@ -33,11 +33,12 @@ Since da = prod_i (1 - tanh(u_i)^2) du and du = dx, the last term of Q cancels i
     alpha log int exp(Q/alpha) da = m + alpha log int exp(-kappa x^2 / (2 alpha)) dx
 
 which is a Gaussian integral: V is the soft value of Q, exactly, at EVERY alpha, and
-pi(a|s) = exp((Q - V)/alpha) is the density of tanh(u). (MEow's own form is the
-special case kappa = alpha/sigma^2.) When alpha moves, m and g stay, kappa but for its
-floor; the policy widens or narrows (--autotune: by SAC's dual, log alpha <- log alpha +
-eta (H + log pi(a|s))). It needn't move where rewards are measured in a unit of their
-own: with the mean and the standard deviation of all rewards so far,
+pi(a|s) = exp((Q - V)/alpha) is the density of tanh(u). (In MEow a network gives sigma,
+and kappa = alpha/sigma^2 follows; here it is the other way round.) When alpha moves, m
+and g stay, kappa but for its floor; the policy widens or narrows. So SAC's dual may
+move it (--autotune): log alpha <- log alpha + eta e, where e = H + log pi(a|s) / A,
+within +-1. It needn't move where rewards are measured in a unit of their own: with the
+mean and the standard deviation of all rewards so far,
 
     r <- r / max(std(r), |mean(r)| / 10)
 
@@ -54,7 +55,7 @@ worth more than Q says weighs little, one that is worth less in full.
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
 r         reward             in units of reward_unit, as all that follows
-m         EnergyFlow.m       the value without its entropy
+m         EnergyFlow.m       Q of the mode x = 0, but for its tanh term
 kappa     EnergyFlow.kappa   curvature: exp(h(s)) + alpha / sigma_max^2
 alpha     EnergyFlow.alpha   temperature, units per nat; gets no gradient
 d         q_and_distance     squared distance: about 1 for the policy's own actions
@@ -89,7 +90,7 @@ from harness.machine import check_memory
 from harness.runs import Run, Session, main
 
 # --- Settings -------------------------------------------------------------------------
-BUDGETS = {  # steps of these environments, as the paper's; all else is the same for all
+BUDGETS = {  # the paper's numbers of steps; all else is the same for these five tasks
     "Hopper-v[45]": dict(total_timesteps=1_500_000),
     "HalfCheetah-v[45]": dict(total_timesteps=1_500_000),
     "Walker2d-v[45]": dict(total_timesteps=4_000_000),
@@ -115,7 +116,7 @@ class Args(RunArgs):
     eval_frequency: int = 10_000  # steps between evaluations; the last step has one too
     eval_episodes: int = 10  # per evaluation, each time with fresh seeds (0: none)
     eval_envs: int = 10  # environments that play them at a time; returns are the same
-    deterministic_eval: bool = True  # evaluate g^-1(0|s), else draw from the policy
+    deterministic_eval: bool = True  # play tanh g^-1(0|s), else draw from the policy
 
     # Algorithm
     learning_rate: float = 1e-3  # Adam's step size
@@ -149,14 +150,17 @@ class Args(RunArgs):
         self.check("eval_episodes", lambda x: x >= 0, "at least 0")
         if self.max_episode_steps is not None:
             self.check("max_episode_steps", lambda x: x >= 1, "at least 1")
-        positive = "learning_rate alpha alpha_lr max_grad_norm"
-        positive += " sigma_start sigma_max"
-        self.check(positive, lambda x: x > 0, "positive and finite")
+        self.check(
+            "learning_rate max_grad_norm", lambda x: x > 0, "positive and finite"
+        )
+        sizes = "alpha sigma_start sigma_max"
+        self.check(sizes, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")
+        self.check("alpha_lr", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
         self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1")
-        self.check("target_entropy", lambda x: -100 <= x <= 100, "from -100 to 100")
-        below = "below --sigma-max"
+        self.check("target_entropy", lambda x: -100 <= x <= 0, "from -100 to 0")
+        below = f"below --sigma-max, {self.sigma_max}"
         self.check("sigma_start", lambda x: x < self.sigma_max, below)
 
 
@@ -391,7 +395,8 @@ class EnergyFlow(nn.Module):
     def kappa(self, obs: Tensor) -> Tensor:
         """kappa(s) = exp(h(s)) + alpha / sigma_max^2. (B, S) -> (B, A).
 
-        Within e^-10 and e^10 times its start; the second term keeps sigma <= sigma_max.
+        The first term stays within e^-10 and e^10 times its start; the second one keeps
+        sigma <= sigma_max.
         """
         log_kappa = self.log_kappa_start + 10 * torch.tanh(self.h(obs) / 10)
         return torch.exp(log_kappa) + self.alpha / self.sigma_max**2
@@ -488,7 +493,8 @@ def draw_dropout(kept: Tensor, dropout: float, rng: np.random.Generator):
 def reward_unit(rewards: RunningMeanStd) -> Tensor:
     """max(std(r), |mean(r)| / 10) of all rewards so far, 1 if all were 0. -> (1,).
 
-    With a reward that is the same at each step, values stay below 10 / (1 - gamma).
+    With a reward that is the same at each step, the discounted return stays below
+    10 / (1 - gamma).
     """
     unit = torch.maximum(torch.sqrt(rewards.var), rewards.mean.abs() / 10)
     return torch.where(unit > 0, unit, 1.0)

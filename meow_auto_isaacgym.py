@@ -120,14 +120,17 @@ class Args(RunArgs):
         counts += " updates_per_step eval_frequency"
         self.check(counts, lambda x: x >= 1, "at least 1")
         self.check("eval_episodes", lambda x: x >= 0, "at least 0")
-        positive = "learning_rate alpha alpha_lr max_grad_norm"
-        positive += " sigma_start sigma_max"
-        self.check(positive, lambda x: x > 0, "positive and finite")
+        self.check(
+            "learning_rate max_grad_norm", lambda x: x > 0, "positive and finite"
+        )
+        sizes = "alpha sigma_start sigma_max"
+        self.check(sizes, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")
+        self.check("alpha_lr", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
         self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1")
-        self.check("target_entropy", lambda x: -100 <= x <= 100, "from -100 to 100")
-        below = "below --sigma-max"
+        self.check("target_entropy", lambda x: -100 <= x <= 0, "from -100 to 0")
+        below = f"below --sigma-max, {self.sigma_max}"
         self.check("sigma_start", lambda x: x < self.sigma_max, below)
 
 
@@ -504,7 +507,8 @@ class EnergyFlow(nn.Module):
     def kappa(self, obs: Tensor) -> Tensor:
         """kappa(s) = exp(h(s)) + alpha / sigma_max^2. (B, S) -> (B, A).
 
-        Within e^-10 and e^10 times its start; the second term keeps sigma <= sigma_max.
+        The first term stays within e^-10 and e^10 times its start; the second one keeps
+        sigma <= sigma_max.
         """
         log_kappa = self.log_kappa_start + 10 * torch.tanh(self.h(obs) / 10)
         return torch.exp(log_kappa) + self.alpha / self.sigma_max**2
@@ -601,7 +605,8 @@ def draw_dropout(kept: Tensor, dropout: float, rng: np.random.Generator):
 def reward_unit(rewards: RunningMeanStd) -> Tensor:
     """max(std(r), |mean(r)| / 10) of all rewards so far, 1 if all were 0. -> (1,).
 
-    With a reward that is the same at each step, values stay below 10 / (1 - gamma).
+    With a reward that is the same at each step, the discounted return stays below
+    10 / (1 - gamma).
     """
     unit = torch.maximum(torch.sqrt(rewards.var), rewards.mean.abs() / 10)
     return torch.where(unit > 0, unit, 1.0)

@@ -170,14 +170,21 @@ class Run(Session):
             self.checkpoint.clear()  # it holds all parts a second time
         place = f"{self.args.env_id} on {self.description['device']}"
         say(f"{place}, files in {self.folder}")
+        starts, total = (
+            getattr(self.args, "learning_starts", 0),
+            self.args.total_timesteps,
+        )
+        if starts >= total:
+            say(f"warning: --learning-starts {starts}: all {total} steps are random")
 
     def _check_resumed(self, checkpoint: dict):
         """Raises: UsageError if nothing is to do. Says where results may differ."""
         check_sizes(checkpoint, self.sizes, self.args.env_id)
         before, now = checkpoint["description"], self.description
         steps = self.args.total_timesteps
-        if checkpoint["step"] >= steps and checkpoint["finished"]:
-            done = f"{self.folder} is already at step {checkpoint['step']}"
+        step = checkpoint["step"]
+        if step > steps or (step == steps and checkpoint["finished"]):
+            done = f"{self.folder} is already at step {step}"
             raise UsageError(f"{done}: raise --total-timesteps to train it further")
         changed = {name for name in before if before[name] != now.get(name)}
         if changed := changed - {"args", "command"}:

@@ -71,6 +71,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, script):
     again = launch(script, words, tmp_path, signals={53: signal.SIGTERM})
     assert again.returncode == 128 + signal.SIGTERM
     assert read(folder / "checkpoint.pt")["step"] == 53
+    fewer = launch(script, [*words, "--total-timesteps", 50], tmp_path)
+    is_one_sentence(fewer, 2, "already at step 53: raise --total-timesteps")
     resumed = launch(script, words, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(folder) == metrics(finished(script)[0])

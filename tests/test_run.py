@@ -348,6 +348,8 @@ def test_odd_settings_are_fine(tmp_path, changes):
     (folder,) = (tmp_path / settings.get("runs_dir", "runs")).iterdir()
     assert top in folder.parents
     assert by_name(folder)["eval/return_mean"][-1][0] == settings["total_timesteps"]
+    untrained = settings["learning_starts"] >= settings["total_timesteps"]
+    assert ("steps are random" in result.stderr) == untrained
 
 
 @each_script

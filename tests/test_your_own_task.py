@@ -10,6 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPT, launch, metrics, only_run, options
 
+import meow_auto_continuous_action as auto
+from harness.runs import Session
+
 PAGE = (ROOT / "docs/your_own_task.md").read_text()
 SHORT = options(compile=False, eval_episodes=1, log_frequency=10)
 
@@ -54,7 +57,7 @@ def test_the_module_and_its_commands(returns):
 @pytest.mark.parametrize("mine", [False, True], ids=["as it stands", "of a run"])
 def test_the_policy_in_python(mine, returns, monkeypatch):
     monkeypatch.chdir(ROOT)
-    code, dimensions = block("python", "import torch"), 2
+    code, dimensions = block("python", "import torch\nfrom meow_continuous"), 2
     if mine:
         folder, *_ = returns.values()
         file = f"{folder}/policy_final.pt"
@@ -69,3 +72,25 @@ def test_the_policy_in_python(mine, returns, monkeypatch):
     flow, obs = names["flow"], names["obs"]
     torch.testing.assert_close(flow.log_prob(obs, sampled), log_prob)
     assert np.isfinite(log_prob.item())
+
+
+def test_the_policy_without_tuning_in_python(monkeypatch):
+    """From the page's observation, it acts as in an evaluation."""
+    monkeypatch.chdir(ROOT)
+    names = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(block("python", "import torch\nfrom meow_auto"), names)
+    played = []
+
+    def evaluate(*inputs):  # args, envs, policy, ...
+        zeros = (np.zeros((1, n), np.float32) for n in (11, 3))
+        played.append(inputs[2](*zeros))
+        return [], []
+
+    monkeypatch.setattr(auto, "evaluate", evaluate)
+    args = auto.Args(**names["saved"]["args"])
+    with Session(args, torch.device("cpu")) as session:
+        auto.evaluate_saved(args, names["saved"], session)
+    torch.testing.assert_close(names["action"].numpy(), played[0])
+    expected = names["flow"].log_prob(names["obs"], names["u"])
+    torch.testing.assert_close(names["log_prob"], expected)
