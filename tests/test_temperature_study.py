@@ -353,8 +353,25 @@ def test_values_before_falls(tmp_path, output_of, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(falls, "RECENT", 3)
         torch.testing.assert_close(falls.of_all(saved)[1], returns[-3:])
+    # Q and d of the policy's own actions, by hand, with one mask for all
+    monkeypatch.setattr(torch, "rand", lambda shape: torch.arange(64.0).expand(shape))
+    saved["args"]["dropout"] = 0.5  # the first unit is dropped
+    less, d, d_dropped = falls.by_dropout(saved)
+    flow, norm, *_ = falls.parts_of(saved)
+    torch.manual_seed(0)
+    obs = norm(rows[:, :4])
+    u, _ = flow.sample(obs)
+    kept = (torch.arange(64) > 0).expand(4, 2, 9, 64)
+    q, distance = flow.q_and_distance(obs, u)
+    lower, further = flow.q_and_distance(obs, u, kept)
+    torch.testing.assert_close(less, unit * (q - lower))
+    torch.testing.assert_close(d, distance)
+    torch.testing.assert_close(d_dropped, further)
+    assert (d != d_dropped).any()
+    monkeypatch.undo()
     out = output_of(falls, folder)
     assert "all states: V" in out
+    assert "dropout: Q less by" in out
     assert "10 before a fall: V" in out
 
 

@@ -5,7 +5,7 @@
 Of the newest 10,000 transitions of a run that is shorter than its replay buffer: all
 states of which is known what came, and those 1, 10 and 40 steps before an episode
 terminated. A state from which the policy falls whatever it does should be worth what
-still comes.
+still comes. Then what the loss's dropout does to Q of the policy's own actions.
 """
 
 import sys
@@ -25,7 +25,7 @@ import meow_auto_continuous_action as script
 from harness.files import load_file
 from harness.runs import explain
 
-RECENT, STEPS = 10_000, (1, 10, 40)
+RECENT, STEPS, MASKS = 10_000, (1, 10, 40), 8
 ENOUGH = 400
 """steps after which what came is known: with gamma 0.99 the rest weighs under 2 %"""
 
@@ -87,6 +87,23 @@ def before_falls(saved: dict, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     return unit * flow.soft_values(here), (discounts * reward[window]).sum(-1), d
 
 
+@torch.no_grad()
+def by_dropout(saved: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """At the newest states, of one action of the policy: Q without dropout less its
+    mean with it, in reward units; d without, and with it. (N,) each."""
+    flow, norm, args, unit = parts_of(saved)
+    torch.manual_seed(0)
+    rows = saved["replay"]["rows"][-RECENT:]
+    obs = norm(script.split_batch(rows, *saved["sizes"])[0])
+    u, _ = flow.sample(obs)
+    q, d = flow.q_and_distance(obs, u)
+    shape = (MASKS, flow.n_couplings, 2, len(obs), flow.hidden)
+    masks = torch.rand(shape) >= args.dropout
+    tried = [flow.q_and_distance(obs, u, kept) for kept in masks]
+    q_dropped, d_dropped = map(torch.stack, zip(*tried, strict=True))
+    return unit * (q - q_dropped.mean(0)), d, d_dropped.mean(0)
+
+
 def tell(what: str, values: Tensor, returns: Tensor, d: Tensor | None = None):
     """Prints means of values and returns (N,), and the median of d (N,)."""
     text = "none of the newest episodes"
@@ -104,6 +121,9 @@ def main() -> int:
         tell("all states", *of_all(saved))
         for steps in STEPS:
             tell(f"{steps} before a fall", *before_falls(saved, steps))
+        less, d, d_dropped = by_dropout(saved)
+        text = f"Q less by {less.mean():.2g}, median d {d_dropped.median():.2g}"
+        print(f"dropout: {text} (without: {d.median():.2g})")
     except Exception as error:
         return explain(error)
     return 0
