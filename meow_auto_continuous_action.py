@@ -40,10 +40,10 @@ move it (--autotune): log alpha <- log alpha + eta e, where e = H + log pi(a|s) 
 within +-1. It needn't move where rewards are measured in a unit of their own: with the
 mean and the standard deviation of all rewards so far,
 
-    r <- r / max(std(r), |mean(r)| / 10)
+    r <- r / max(std(r), |mean(r)| / 10),   alpha = rho / A
 
-one alpha suits tasks whose rewards differ by orders of magnitude. One loss trains
-everything, the batch mean of
+Then the policy's noise costs Q sum_i kappa_i sigma_i^2 / 2 = rho / 2 of this unit, on
+average, in each state of every task. One loss trains everything, the batch mean of
 
     w (Q - y)^2 / 2,   y = r + gamma (1 - terminated) V(s')
     w = 1 where y <= Q, else exp((4 - d) / 2) from 0.02 to 1,   d = |x / sigma|^2 / A
@@ -57,7 +57,7 @@ g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
 r         reward             in units of reward_unit, as all that follows
 m         EnergyFlow.m       Q of the mode x = 0, but for its tanh term
 kappa     EnergyFlow.kappa   curvature: exp(h(s)) + alpha / sigma_max^2
-alpha     EnergyFlow.alpha   temperature, units per nat; gets no gradient
+alpha     EnergyFlow.alpha   temperature, units per nat; rho: --temperature
 d         q_and_distance     squared distance: about 1 for the policy's own actions
 w         far_weight         weight of a transition; gets no gradient
 theta     theta              all parameters in one vector; theta': target_theta
@@ -122,7 +122,7 @@ class Args(RunArgs):
     learning_rate: float = 1e-3  # Adam's step size
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
-    alpha: float = 0.08  # temperature: units of the rewards per nat of entropy
+    temperature: float = 0.48  # rho: alpha = rho / A, in units of the rewards per nat
     autotune: bool = False  # move alpha, for the entropy below
     target_entropy: float = -0.65  # with --autotune: nats per action dimension
     alpha_lr: float = 1e-3  # with --autotune: eta, the largest step of log alpha
@@ -153,7 +153,7 @@ class Args(RunArgs):
         self.check(
             "learning_rate max_grad_norm", lambda x: x > 0, "positive and finite"
         )
-        sizes = "alpha sigma_start sigma_max"
+        sizes = "temperature sigma_start sigma_max"
         self.check(sizes, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")
         self.check("alpha_lr", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
@@ -384,10 +384,11 @@ class EnergyFlow(nn.Module):
         self.m = MLP([obs_dim, 256, 256, 1])
         self.h = MLP([obs_dim, *hidden, act_dim])
         self.sigma_max = args.sigma_max
+        alpha = args.temperature / act_dim
         # kappa at the start, so that sigma = sqrt(alpha / kappa) is --sigma-start
-        kappa = args.alpha / args.sigma_start**2 - args.alpha / args.sigma_max**2
+        kappa = alpha / args.sigma_start**2 - alpha / args.sigma_max**2
         self.log_kappa_start = math.log(kappa)
-        self.register_buffer("alpha", torch.tensor(float(args.alpha)))
+        self.register_buffer("alpha", torch.tensor(alpha))
         mask = (torch.arange(act_dim) % 2 == 0).float()
         self.register_buffer("masks", torch.stack([mask, 1 - mask]))
 

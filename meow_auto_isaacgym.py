@@ -27,7 +27,9 @@ With u = atanh(a), x = g(u|s):
     Q(s,a) = m(s) - 1/2 sum_i kappa_i(s) x_i^2 - alpha sum_i log(1 - tanh(u_i)^2)
     V(s)   = m(s) + alpha/2 sum_i log(2 pi alpha / kappa_i(s))
     policy:  u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
-    r <- r / max(std(r), |mean(r)| / 10),   of all rewards so far, of all environments
+    r <- r / max(std(r), |mean(r)| / 10),   alpha = rho / A
+
+with the mean and the standard deviation of all rewards so far, of all environments.
 
 The loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated) V(s');
 w < 1 where an action far from the policy is worth more than Q says.
@@ -92,7 +94,7 @@ class Args(RunArgs):
     learning_rate: float = 1e-3  # Adam's step size
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
-    alpha: float = 0.08  # temperature: units of the rewards per nat of entropy
+    temperature: float = 0.48  # rho: alpha = rho / A, in units of the rewards per nat
     autotune: bool = False  # move alpha, for the entropy below
     target_entropy: float = -0.65  # with --autotune: nats per action dimension
     alpha_lr: float = 1e-3  # with --autotune: eta, the largest step of log alpha
@@ -123,7 +125,7 @@ class Args(RunArgs):
         self.check(
             "learning_rate max_grad_norm", lambda x: x > 0, "positive and finite"
         )
-        sizes = "alpha sigma_start sigma_max"
+        sizes = "temperature sigma_start sigma_max"
         self.check(sizes, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")
         self.check("alpha_lr", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
@@ -496,10 +498,11 @@ class EnergyFlow(nn.Module):
         self.m = MLP([obs_dim, 256, 256, 1])
         self.h = MLP([obs_dim, *hidden, act_dim])
         self.sigma_max = args.sigma_max
+        alpha = args.temperature / act_dim
         # kappa at the start, so that sigma = sqrt(alpha / kappa) is --sigma-start
-        kappa = args.alpha / args.sigma_start**2 - args.alpha / args.sigma_max**2
+        kappa = alpha / args.sigma_start**2 - alpha / args.sigma_max**2
         self.log_kappa_start = math.log(kappa)
-        self.register_buffer("alpha", torch.tensor(float(args.alpha)))
+        self.register_buffer("alpha", torch.tensor(alpha))
         mask = (torch.arange(act_dim) % 2 == 0).float()
         self.register_buffer("masks", torch.stack([mask, 1 - mask]))
 
