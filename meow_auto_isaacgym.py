@@ -29,10 +29,9 @@ With u = atanh(a), x = g(u|s):
     policy:  u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
     r <- r / max(std(r), |mean(r)| / 10),   alpha = rho / A
 
-with the mean and the standard deviation of all rewards so far, of all environments.
-
-The loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated) V(s');
-w < 1 where an action far from the policy is worth more than Q says.
+with the mean and the standard deviation of all rewards so far, of all environments. The
+loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated) V(s'); w < 1
+where an action far from the policy is worth more than Q says.
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
 which are the paper's. Shapes: N environments, B batch, A action, S observation,

@@ -129,13 +129,23 @@ def test_samples_follow_the_density():
 
 
 def test_the_policy_starts_around_zero_as_wide_as_asked():
-    for settings in ({}, {"alpha": 0.5, "sigma_start": 1.5, "sigma_max": 7.4}):
+    for settings in ({}, {"temperature": 1.5, "sigma_start": 1.5, "sigma_max": 7.4}):
         args = auto.Args(**settings)
         flow = auto.make_flow(args, 4, 3)
         sigma = torch.sqrt(flow.alpha / flow.kappa(torch.randn(9, 4)))
         torch.testing.assert_close(sigma, torch.full((9, 3), args.sigma_start))
         assert (flow.m(torch.randn(9, 4)) == 0).all()
         assert (flow.mode_action(torch.randn(9, 4)) == 0).all()
+
+
+@pytest.mark.parametrize("act_dim", [1, 5])
+def test_the_noise_costs_the_same_in_any_number_of_dimensions(act_dim):
+    """Q falls by rho / 2 on average, but for the tanh term, whatever the network."""
+    flow, args = make_flow(3, act_dim, temperature=0.3)
+    obs = torch.randn(1, 3).double().expand(20_000, -1)
+    u, _ = flow.sample(obs)
+    cost = 0.5 * (flow.kappa(obs) * flow.to_x(u, obs) ** 2).sum(-1)
+    assert float(cost.mean()) == pytest.approx(args.temperature / 2, rel=0.05)
 
 
 # --- The unit of rewards --------------------------------------------------------------
@@ -299,10 +309,10 @@ def test_acting_stores_u():
 def test_alpha_moves_only_when_asked(autotune):
     run = trained(auto, 1, autotune=autotune, alpha_lr=0.1)
     log_prob = -run.metrics[-1]["flow/entropy"] / 3
-    alpha = torch.tensor(run.args.alpha)
+    alpha = torch.tensor(run.args.temperature / 3)
     if autotune:
         auto.follow_entropy(alpha, log_prob, run.args)
-        assert alpha != np.float32(run.args.alpha)
+        assert alpha != np.float32(run.args.temperature / 3)
     torch.testing.assert_close(run.policy["flow"].alpha, alpha)
 
 

@@ -294,7 +294,7 @@ def test_robots_act_by_tanh_of_what_is_stored(autotune, monkeypatch):
         alphas.append(float(run.policy["flow"].alpha))
         moments.append(copy.deepcopy(run.parts["rewards"]))
 
-    rates = dict(alpha=0.1, alpha_lr=0.1, updates_per_step=2)
+    rates = dict(temperature=0.6, alpha_lr=0.1, updates_per_step=2)
     run = stepped(auto, after, autotune=autotune, **rates)
     played = torch.stack([action for _, action in steps])
     rows = run.parts["replay"].rows[:9]

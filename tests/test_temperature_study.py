@@ -161,7 +161,7 @@ def test_what_a_far_action_weighs(arm, above, below):
 
 def test_large_errors_count_linearly():
     """Beyond 10 alpha."""
-    flow, script = flow_of("huber", alpha=0.1)
+    flow, script = flow_of("huber", temperature=0.1)
     obs, u = torch.randn(1, 3).double(), torch.randn(1, 1).double()
     q, d = flow.q_and_distance(obs, u)
     d.zero_()
