@@ -333,8 +333,8 @@ def test_rewards_of_steps_that_join_two_episodes_do_not_count(monkeypatch):
 
 @all_scripts
 def test_networks_see_observations_normalised_by_all_before(script, monkeypatch):
-    """Acting, and batches: observations only, by the statistics at that step."""
-    raw, norms, acted, batches = [], [], [], []
+    """Acting, and batches: nothing but observations, and without tuning the rewards."""
+    raw, norms, acted, batches, units = [], [], [], [], []
     sample, update = script.VectorReplayBuffer.sample, script.RunningMeanStd.update
     noise = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -356,6 +356,7 @@ def test_networks_see_observations_normalised_by_all_before(script, monkeypatch)
         network = run.policy["actor" if script is sac else "flow"]
         acted.append(copy.deepcopy(network))
         batches.append(run.parts["replay"].batch.clone())
+        units.append(run.metrics[-1].get("flow/reward_unit", 1.0))
 
     run = stepped(script, after)
     seen, actions = zip(*steps, strict=True)
@@ -369,6 +370,7 @@ def test_networks_see_observations_normalised_by_all_before(script, monkeypatch)
         batch, expected = batches[i], raw[i - STARTS].clone()
         for part in (expected[:, :13], expected[:, 19:32]):  # obs and next_obs
             part.copy_(norms[i](part))
+        expected[:, -2].div_(torch.tensor([units[i]], dtype=torch.float64))
         assert torch.equal(batch, expected)
         assert not torch.equal(batch, raw[i - STARTS])
     assert run.policy["norm"].count.item() == 4 * 10
