@@ -93,7 +93,7 @@ class Args(RunArgs):
     learning_rate: float = 1e-3  # Adam's step size
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
-    temperature: float = 0.72  # rho: alpha = rho / A, in units of the rewards per nat
+    temperature: float = 0.48  # rho: alpha = rho / A, in units of the rewards per nat
     autotune: bool = False  # move alpha, for the entropy below
     target_entropy: float = -0.65  # with --autotune: nats per action dimension
     alpha_lr: float = 1e-3  # with --autotune: eta, the largest step of log alpha
