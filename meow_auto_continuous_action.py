@@ -64,6 +64,9 @@ theta     theta              all parameters in one vector; theta': target_theta
 y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, P parameters.
 
+The loss's Q has dropout in g, which lowers it by about 1/2 sum_i kappa_i Var(x_i); V and
+the policy go without. These weights and dropout go together: studies/temperature.
+
 What differs from meow_continuous_action.py besides: one m, where MEow takes the smaller
 of two V_k; observations are normalised; hidden layers have LayerNorm and start
 orthogonal, the last ones start at zero, so that g is the identity; and the replay

@@ -379,8 +379,8 @@ def test_the_pages_have_the_tables(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["table.py"])
     assert table.main() == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
-    assert [len(text.splitlines()) > 3 for text in tables] == [True] * 3
-    pages = "README.md", "details.md", "README.md"
+    assert [len(text.splitlines()) > 3 for text in tables] == [True] * 4
+    pages = "README.md", "details.md", "README.md", "README.md"
     for text, page in zip(tables, pages, strict=True):
         assert text in (ROOT / "studies/temperature" / page).read_text()
 
@@ -399,6 +399,13 @@ def test_returns_of_a_task_stand_beside_each_other(tmp_path):
     script, sac = "| Ant-v4 | the script | 1 | 1, 1 |", "| Ant-v4 | SAC | 2 | 2 |"
     assert table.beside([tmp_path], "Ant-v4", (10, 20)) == [script, sac]
     assert table.beside([tmp_path], "Ant-v4", (10, 15)) == []
+
+
+def test_when_a_run_walks():
+    runs = [[9.0, 2001.0, 9.0], [1.0, 2000.0, 1.0], [1.0, 1.0, 3000.0]]
+    runs = [pd.Series(run, index=[10_000, 20_000, 90_000]) for run in runs]
+    assert table.first_above(runs, 90_000) == "20, never, 90"
+    assert table.first_above(runs, 80_000) == "20, never, never"
 
 
 def test_temperatures_are_means_over_the_runs_of_a_rule():

@@ -24,9 +24,9 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
 """with their numbers of action dimensions"""
 SETTINGS = {  # label: colour, experiments
     "MEow without tuning": ("tab:blue", ["meow_auto_continuous_action"]),
-    "once: rewards as they are": (
+    "once: 0.08 in each dimension": (
         "tab:cyan",
-        ["auto_spread", "auto_averages_spread"],
+        ["auto_units", "auto_spread", "auto_averages_spread"],
     ),
     "once: alpha a part of the largest return": ("tab:green", ["auto_largest"]),
     "once: SAC's dual moves alpha": ("tab:purple", ["auto_dual"]),

@@ -4,11 +4,10 @@
 
 First each task's runs beside SAC's and MEow's: a run's number is the mean of its
 evaluations at the steps of --late. Then a line per run of the study, with its returns
-on the way. Then mean temperatures, early and late.
+on the way. Then mean temperatures, early and late, and when runs learned to walk.
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,13 @@ NAMES = {
     "auto_fixed": "base",  # with --temperature fixed
     "auto_tenth": "spread",  # with --return-ratio 0.1
     "auto_times100": "spread",  # with rewards a hundred times as large
+    "auto_sure": "units",  # with --dropout 0
+    "auto_more": "rho 0.72",
 }
 """of experiments, where the table calls the arm otherwise"""
 BESIDE = {  # experiments of one kind
     "the script": [SCRIPT],
+    "`units`": ["auto_units"],
     "`spread`": SPREAD,
     "`largest`": ["auto_largest"],
     "alpha stays 0.1": ["auto_fixed"],
@@ -43,9 +45,12 @@ BESIDE = {  # experiments of one kind
 RULES = {  # what sets alpha: experiments
     "`largest`": ["auto_largest"],
     "`spread`": SPREAD,
+    "`units`": ["auto_units"],
     "the script": [SCRIPT],
 }
 ALPHA_AT = 10_000, 90_000  # steps
+ENOUGH = 2_000
+"""a return of which a Hopper hops and a Walker2d walks"""
 TASKS = [f"{name}-v4" for name in "HalfCheetah Hopper Walker2d Ant Humanoid".split()]
 
 
@@ -83,24 +88,37 @@ def returns_of(run: Path) -> pd.Series:
     return rows[rows.name == "eval/return_mean"].set_index("step").value
 
 
+def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> list[pd.Series]:
+    """Evaluations of the longest run of each seed, of one kind of `BESIDE`.
+
+    Runs without one at each of these steps are left out.
+    """
+    patterns = [f"{task}__{experiment}__[0-9]*" for experiment in BESIDE[name]]
+    runs = [run for f in folders for pattern in patterns for run in f.glob(pattern)]
+    longest = {}
+    for run in sorted(runs, key=lambda run: run.name.split("__")[2:]):
+        seed, returns = run.name.split("__")[2], returns_of(run)
+        if len(returns) > len(longest.get(seed, ())):
+            longest[seed] = returns
+    return [run for run in longest.values() if set(late) <= set(run.index)]
+
+
 def beside(folders: list[Path], task: str, late: tuple[int, ...]) -> list[str]:
     """One task: a line for each of `BESIDE` that was run, with mean and each seed."""
     lines = []
-    for name, experiments in BESIDE.items():
-        patterns = [f"{task}__{experiment}__[0-9]*" for experiment in experiments]
-        runs = [run for f in folders for pattern in patterns for run in f.glob(pattern)]
-        by_seed = {}  # the longest run of each seed
-        for run in sorted(runs, key=lambda run: run.name.split("__")[2:]):
-            seed, returns = run.name.split("__")[2], returns_of(run)
-            if len(returns) > len(by_seed.get(seed, ())):
-                by_seed[seed] = returns
-        values = [run.reindex(late).mean(skipna=False) for run in by_seed.values()]
-        values = [value for value in values if not math.isnan(value)]
+    for name in BESIDE:
+        values = [run[list(late)].mean() for run in by_seed(folders, task, name, late)]
         if values:
             each = ", ".join(f"{value:.0f}" for value in values)
             mean = sum(values) / len(values)
             lines.append(f"| {task} | {name} | {mean:.0f} | {each} |")
     return lines
+
+
+def first_above(runs: list[pd.Series], end: int) -> str:
+    """Of each run: thousands of steps to the first evaluation above `ENOUGH`."""
+    steps = [run.index[(run > ENOUGH) & (run.index <= end)] for run in runs]
+    return ", ".join(f"{s[0] // 1000}" if len(s) else "never" for s in steps)
 
 
 def line(run: Path, steps: tuple[int, ...]) -> str:
@@ -148,6 +166,16 @@ def main() -> int:
     for name, experiments in RULES.items():
         cells = [temperatures(rows, experiments, task) for task in TASKS[:4]]
         print(f"| {name} | " + " | ".join(cells) + " |")
+    print()
+    folders, late = [options.results, options.thinned], options.late
+    print(f"| thousands of steps to a return above {ENOUGH:,} | Hopper | Walker2d |")
+    print("|---|---|---|")
+    for name in BESIDE:
+        tasks = "Hopper-v4", "Walker2d-v4"
+        runs = [by_seed(folders, task, name, late) for task in tasks]
+        print(
+            f"| {name} | " + " | ".join(first_above(r, late[-1]) for r in runs) + " |"
+        )
     return 0
 
 
