@@ -50,7 +50,10 @@ average, in each state of every task. One loss trains everything, the batch mean
 
 Q is quadratic: far from the policy it falls faster than actions lose their worth.
 Fitted there, it would lift V(s) above what the policy gets. So a far action that is
-worth more than Q says weighs little, one that is worth less in full.
+worth more than Q says weighs little, one that is worth less in full. The loss's Q has
+dropout in g, which lowers it by about 1/2 sum_i kappa_i Var(x_i) and makes actions
+farther; V and the policy go without. Dropout and weights need each other
+(studies/temperature).
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
@@ -63,9 +66,6 @@ w         far_weight         weight of a transition; gets no gradient
 theta     theta              all parameters in one vector; theta': target_theta
 y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, P parameters.
-
-The loss's Q has dropout in g, which lowers it by about 1/2 sum_i kappa_i Var(x_i); V and
-the policy go without. These weights and dropout go together: studies/temperature.
 
 What differs from meow_continuous_action.py besides: one m, where MEow takes the smaller
 of two V_k; observations are normalised; hidden layers have LayerNorm and start
