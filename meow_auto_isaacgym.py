@@ -121,9 +121,8 @@ class Args(RunArgs):
         counts += " updates_per_step eval_frequency"
         self.check(counts, lambda x: x >= 1, "at least 1")
         self.check("eval_episodes", lambda x: x >= 0, "at least 0")
-        self.check(
-            "learning_rate max_grad_norm", lambda x: x > 0, "positive and finite"
-        )
+        positive = "learning_rate max_grad_norm"
+        self.check(positive, lambda x: x > 0, "positive and finite")
         sizes = "temperature sigma_start sigma_max"
         self.check(sizes, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")
         self.check("alpha_lr", lambda x: 0 < x <= 1, "above 0 and at most 1")

@@ -170,10 +170,8 @@ class Run(Session):
             self.checkpoint.clear()  # it holds all parts a second time
         place = f"{self.args.env_id} on {self.description['device']}"
         say(f"{place}, files in {self.folder}")
-        starts, total = (
-            getattr(self.args, "learning_starts", 0),
-            self.args.total_timesteps,
-        )
+        starts = getattr(self.args, "learning_starts", 0)
+        total = self.args.total_timesteps
         if starts >= total:
             say(f"warning: --learning-starts {starts}: all {total} steps are random")
 
