@@ -52,15 +52,15 @@ Q is quadratic: far from the policy it falls faster than actions lose their wort
 Fitted there, it would lift V(s) above what the policy gets. So a far action that is
 worth more than Q says weighs little, one that is worth less in full. The loss's Q has
 dropout in g, which lowers it by about 1/2 sum_i kappa_i Var(x_i) and makes actions
-farther; V and the policy go without. Dropout and weights need each other
-(studies/temperature).
+farther; V and the policy go without. An Ant learned little without the weights, and
+little without dropout (studies/temperature).
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
-r         reward             in units of reward_unit, as all that follows
+r         reward             in units of `reward_unit`, as all that follows
 m         EnergyFlow.m       Q of the mode x = 0, but for its tanh term
 kappa     EnergyFlow.kappa   curvature: exp(h(s)) + alpha / sigma_max^2
-alpha     EnergyFlow.alpha   temperature, units per nat; rho: --temperature
+alpha     EnergyFlow.alpha   temperature, units per nat; rho: args.temperature
 d         q_and_distance     squared distance: about 1 for the policy's own actions
 w         far_weight         weight of a transition; gets no gradient
 theta     theta              all parameters in one vector; theta': target_theta
@@ -125,7 +125,7 @@ class Args(RunArgs):
     learning_rate: float = 1e-3  # Adam's step size
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
-    temperature: float = 0.48  # rho: alpha = rho / A, in units of the rewards per nat
+    temperature: float = 0.48  # rho = alpha A, A action dimensions; units per nat
     autotune: bool = False  # move alpha, for the entropy below
     target_entropy: float = -0.65  # with --autotune: nats per action dimension
     alpha_lr: float = 1e-3  # with --autotune: eta, the largest step of log alpha
@@ -658,7 +658,7 @@ def train(args: Args, run: Run):
             unit = reward_unit(rewards)
             batch = replay.sample(rng)
             norm.normalise(batch, *env.sizes)
-            split_batch(batch, *env.sizes)[3].div_(unit)
+            split_batch(batch, *env.sizes)[3].div_(unit)  # r <- r / unit
             draw_dropout(kept, args.dropout, rng)
             values = update()
             if args.autotune:

@@ -93,7 +93,7 @@ class Args(RunArgs):
     learning_rate: float = 1e-3  # Adam's step size
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
-    temperature: float = 0.48  # rho: alpha = rho / A, in units of the rewards per nat
+    temperature: float = 0.48  # rho = alpha A, A action dimensions; units per nat
     autotune: bool = False  # move alpha, for the entropy below
     target_entropy: float = -0.65  # with --autotune: nats per action dimension
     alpha_lr: float = 1e-3  # with --autotune: eta, the largest step of log alpha
@@ -800,7 +800,7 @@ def train(args: Args, run: Run):
             for _ in range(args.updates_per_step):
                 batch = replay.sample(rng)
                 norm.normalise(batch, *sizes)
-                split_batch(batch, *sizes)[3].div_(unit)
+                split_batch(batch, *sizes)[3].div_(unit)  # r <- r / unit
                 draw_dropout(kept, args.dropout, rng)
                 values = update()
                 if args.autotune:

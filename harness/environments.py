@@ -183,8 +183,8 @@ def width(space: spaces.Box) -> np.ndarray:
 def flat_size(space: spaces.Space) -> int:
     """Numbers in the vector that --flatten makes of an observation, 0 if it can't."""
     try:
-        return spaces.flatdim(space) if space.is_np_flattenable else 0
-    except NotImplementedError:  # Gymnasium's answer for a kind that it doesn't know
+        return spaces.flatdim(space)
+    except (ValueError, NotImplementedError):  # Gymnasium can't, or doesn't know it
         return 0
 
 

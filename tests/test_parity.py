@@ -33,16 +33,16 @@ ALGORITHM |= set("soft_target critic_loss MULTI_GOAL".split())
 ENVIRONMENT = OWN | set("evaluate make_eval_envs make_policy".split())
 MEOW, SAC, SQL, AUTO = GYMNASIUM
 ROBOTS, AUTO_ROBOTS, SAC_ROBOTS = ISAAC
-# What a temperature that moves changes in MEow's script.
-MOVING = OWN | set("MLP EnergyFlow make_flow make_policy make_update".split())
-MOVING |= set("soft_target meow_loss METRICS".split())
+# What MEow without tuning changes in MEow's script.
+UNTUNED = OWN | set("MLP EnergyFlow make_flow make_policy make_update".split())
+UNTUNED |= set("soft_target meow_loss METRICS".split())
 PAIRS = {
     (MEOW, SAC): ALGORITHM,
     (MEOW, SQL): ALGORITHM,
-    (MEOW, AUTO): MOVING,
-    (AUTO, ROBOTS): MOVING | ENVIRONMENT,
+    (MEOW, AUTO): UNTUNED,
+    (AUTO, ROBOTS): UNTUNED | ENVIRONMENT,
     (AUTO, AUTO_ROBOTS): ENVIRONMENT,
-    (ROBOTS, AUTO_ROBOTS): MOVING,
+    (ROBOTS, AUTO_ROBOTS): UNTUNED,
     (SAC, SQL): ALGORITHM,
     (MEOW, "sb3_baselines.py"): OWN,
     (ROBOTS, SAC_ROBOTS): ALGORITHM,

@@ -24,7 +24,7 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
 """with their numbers of action dimensions"""
 SETTINGS = {  # label: colour, experiments
     "MEow without tuning": ("tab:blue", ["meow_auto_continuous_action"]),
-    "once: 0.08 in each dimension": (
+    "once: alpha 0.08 in every task": (
         "tab:cyan",
         ["auto_units", "auto_spread", "auto_averages_spread"],
     ),
