@@ -51,7 +51,7 @@ class RunArgs:
         "wandb_project_name wandb_entity runs_dir cuda torch_threads compile"
     )
     evaluate_may_change: ClassVar[str] = (
-        "evaluate seed capture_video runs_dir torch_threads"
+        "evaluate seed capture_video runs_dir cuda torch_threads compile"
     )
 
     def __post_init__(self):
@@ -93,6 +93,13 @@ class RunArgs:
 def option(name: str) -> str:
     """The command line's name of an option."""
     return "--" + name.replace("_", "-")
+
+
+def words(name: str, value) -> str:
+    """An option with its value, as the command line has it."""
+    if isinstance(value, bool):
+        return option(name if value else f"no_{name}")
+    return f"{option(name)} {value}"
 
 
 def parse_args(Args, program: str, description: str, argv=None):
@@ -158,6 +165,6 @@ def load_named_file(given: RunArgs, program: str) -> dict | None:
 def check_unchanged(args: RunArgs, made: RunArgs, may_change: str, path):
     """Raises: UsageError if the command asks for other settings than the file's."""
     asked, made = args.fixed(may_change), made.fixed(may_change)
-    other = [f"{option(k)} {made[k]}" for k in asked if asked[k] != made[k]]
+    other = [words(k, made[k]) for k in asked if asked[k] != made[k]]
     if other:
         raise UsageError(f"{path} was made with other settings: {' '.join(other)}")

@@ -201,6 +201,10 @@ class CheckedEnv(gym.Wrapper):
     def __init__(self, env: gym.Env, env_id: str):
         super().__init__(env)
         self.env_id, self.steps = env_id, 0
+        for name in ("observation_space", "action_space"):
+            if not isinstance(getattr(env, name, None), spaces.Space):
+                text = f"its {name} must be one of gymnasium.spaces, set in __init__"
+                raise UsageError(f"--env-id {env_id}: {text}")
         parameters = inspect.signature(env.unwrapped.reset).parameters
         open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
         missing = {"seed", "options"} - set(parameters)
@@ -215,7 +219,7 @@ class CheckedEnv(gym.Wrapper):
         if not isinstance(result, tuple) or len(result) != 2:
             self._refuse("its reset must return (observation, info)", result)
         obs, info = result
-        return obs, info or {}
+        return obs, self._dict(info)
 
     def step(self, action):
         result = self._call("step", self.env.step, action)
@@ -229,8 +233,9 @@ class CheckedEnv(gym.Wrapper):
             raise RunError(f"{self.env_id}: {text}: not a finite 32-bit number")
         terminated = bool(self._number("terminated", terminated))
         truncated = bool(self._number("truncated", truncated))
+        info = self._dict(info)
         self.steps += 1
-        return obs, reward, terminated, truncated, info or {}
+        return obs, reward, terminated, truncated, info
 
     def close(self):
         self._call("close", self.env.close)
@@ -251,6 +256,11 @@ class CheckedEnv(gym.Wrapper):
         if array.size != 1 or array.dtype.kind not in "fiub":
             self._refuse(f"its {name} must be one number", value)
         return array.reshape(-1)[0]
+
+    def _dict(self, info) -> dict:
+        if info is not None and not isinstance(info, dict):
+            self._refuse("its info must be a dict", info)
+        return info or {}
 
     def _refuse(self, rule: str, value):
         if isinstance(value, tuple):

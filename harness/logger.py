@@ -34,10 +34,7 @@ class Logger:
         )  # what follows is written again
         if not resumed:
             self.csv.write("step,seconds,name,value\n")
-        report = (
-            threading.excepthook
-        )  # what fails in TensorBoard's thread, `add_scalar` raises too
-        threading.excepthook = lambda e: isinstance(e.exc_value, OSError) or report(e)
+        self.report, threading.excepthook = threading.excepthook, self.thread_failed
         self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
         self.wandb = start_wandb(args, folder, description) if args.track else None
         often = 0.1 if sys.stderr.isatty() else 30  # seconds
@@ -52,6 +49,11 @@ class Logger:
             self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log({"global_step": step, **values})
+
+    def thread_failed(self, failure):
+        """What fails in TensorBoard's thread, `add_scalar` raises too: said once."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self.report(failure)
 
     def speed(self, step: int) -> float:
         """Steps per second since the last call, evaluations included."""
@@ -84,6 +86,7 @@ class Logger:
     def close(self):
         for part in (self.bar, self.csv, self.tensorboard):
             part.close()
+        threading.excepthook = self.report
         if self.wandb:
             self.wandb.finish()
 

@@ -26,9 +26,11 @@ class Video:
             hint = "MuJoCo needs libegl1 or libosmesa6, and MUJOCO_GL=egl or =osmesa"
             raise RunError(f"{reason}; {hint}") from None
         image = np.asarray(image)
-        if image.ndim not in (2, 3) or image.shape != (self.shape or image.shape):
-            wanted = "an image (height, width, 3), always of one size"
-            came = f"an array of shape {image.shape}"
+        colours = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
+        same = image.shape == (self.shape or image.shape)
+        if not (colours and same and image.dtype == np.uint8):
+            wanted = "an image (height, width, 3) of uint8, always of one size"
+            came = f"an array of shape {image.shape} of {image.dtype}"
             raise RunError(f"can't film: its render must return {wanted}, not {came}")
         self.shape = image.shape
         height, width = image.shape[:2]

@@ -163,7 +163,8 @@ class WarpPhysics(Physics):
             warp.config.log_level = warp.LOG_WARNING
             import mujoco_warp
         except ModuleNotFoundError as error:
-            hint = f"pip install mujoco-warp=={mujoco.__version__}"
+            install = f"pip install mujoco-warp=={mujoco.__version__}"
+            hint = f"{install}, or simulate on the CPU with --no-cuda"
             text = f"simulating on a GPU needs {error.name}: {hint}"
             raise SimulatorError(text) from None
         self.model, self.device = model, device

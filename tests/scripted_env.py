@@ -230,6 +230,12 @@ class Seedless(OneState):
         return super().reset()
 
 
+class Actionless(OneState):
+    """It was forgotten to set `action_space`."""
+
+    action_space = None
+
+
 class Raising(OneState):
     """Each method named in `method` raises, the step from the `at`th on."""
 
@@ -312,11 +318,13 @@ register("Returning", Returning)
 register("OldStep", OldStep)
 register("OldReset", OldReset)
 register("Seedless", Seedless)
+register("Actionless", Actionless)
 register("Raising", Raising)
 register("Single", Single)
 register("Closing", Closing)
 register("NanObs", Broken, obs=np.nan)
 register("InfReward", Broken, reward=np.inf)
+register("ForeignObs", Spaces, obs="Box(2,)")
 register("DictObs", Spaces, obs=spaces.Dict(a=BOX))
 register("OwnObs", Spaces, obs=OwnSpace())
 register("SequenceObs", Spaces, obs=spaces.Sequence(BOX))

@@ -19,6 +19,8 @@ from meow_continuous_action import Args, episode_seed, evaluate, make_env
 
 ZERO = np.zeros(1, np.float32)
 BAD_SPACES = {
+    "Actionless": "its action_space must be one of gymnasium.spaces",
+    "ForeignObs": "its observation_space must be one of gymnasium.spaces",
     "DictObs": "observation must be one flat vector, .* --flatten makes it one",
     "ImageObs": "observation must be one flat vector, .* --flatten makes it one",
     "DiscreteObs": "observation must be one flat vector, .* --flatten makes it one",
@@ -219,6 +221,7 @@ BAD_RESULTS = {
     "reward=float('inf')": "reward = inf",
     "reward=1e39": r"reward = 1e\+39 .*not a finite 32-bit number",
     "terminated=None": "its terminated must be one number, not None",
+    "info=['text']": r"its info must be a dict, not \['text'\] \(list\)",
     "obs=None": "an observation",
     "obs='text'": "an observation that is no vector",
     "obs=[1.0, 2.0]": r"an observation of shape \(2,\)",

@@ -667,8 +667,8 @@ def test_counts_are_positive(script, name, tmp_path, capsys):
 
 def test_a_policy_of_another_task_is_refused(finished, tmp_path, capsys):
     script, run = finished
-    words = ["--evaluate", run, "--env-id", "Ant"]
-    needle = "was made with other settings: --env-id Ingenuity"
+    words = ["--evaluate", run, "--env-id", "Ant", "--track"]
+    needle = "was made with other settings: --env-id Ingenuity --no-track"
     one_sentence(command(script, words, tmp_path), 2, needle, capsys)
 
 

@@ -3,11 +3,13 @@ happened.
 """
 
 import fcntl
+import os
 import re
 import shlex
 import shutil
 import signal
 import sys
+import threading
 from unittest import mock
 
 import pytest
@@ -24,6 +26,9 @@ from conftest import (
     run,
     start,
 )
+
+from harness.logger import Logger
+from meow_continuous_action import Args
 
 AUTO = quick(resume="auto")
 KILLED = """
@@ -367,6 +372,18 @@ def test_a_full_disk_keeps_the_previous_checkpoint(finished, stopped, tmp_path):
     assert not list(stopped.glob("*.tmp"))
     assert launch(SCRIPT, ["--resume", stopped], tmp_path).returncode == 0
     assert metrics(stopped) == metrics(finished(SCRIPT)[0])
+
+
+def test_threads_of_the_environment_are_not_silenced(tmp_path):
+    """While a log is open only TensorBoard's thread fails silently."""
+    with mock.patch("threading.excepthook") as report:
+        logger = Logger(Args(), tmp_path, {}, None)
+        thread = threading.Thread(target=os.stat, args=["/nowhere"])
+        thread.start()
+        thread.join()
+        logger.close()
+        assert threading.excepthook is report
+    assert report.call_args[0][0].exc_type is FileNotFoundError
 
 
 def test_a_full_disk_stops_the_log_with_one_sentence(tmp_path):

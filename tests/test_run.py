@@ -233,6 +233,8 @@ def test_evaluate_plays_the_last_evaluation_again(finished, tmp_path, script):
         "--no-deterministic-eval",
         "--eval-episodes",
         5,
+        "--no-cuda",
+        "--compile",
     ]
     other = launch(script, words, tmp_path).stdout
     assert "5 stochastic episodes" in other
@@ -284,10 +286,23 @@ def test_images_of_any_size_are_filmed(tmp_path, shape):
     assert abs(frames[0].mean() - 100) < 5
 
 
-@pytest.mark.parametrize("bad", [None, [np.zeros((32, 48, 3))], np.zeros((32, 50, 3))])
-def test_what_is_no_image_is_not_filmed(tmp_path, bad):
-    with pytest.raises(RunError, match="its render must return an image"):
+BAD_IMAGES = [
+    (None, r"shape \(\)"),
+    ([np.zeros((32, 48, 3), np.uint8)], r"shape \(1, 32, 48, 3\)"),
+    (np.zeros((32, 50, 3), np.uint8), r"shape \(32, 50, 3\)"),
+    (np.zeros((32, 48, 3)), "of float64"),
+]
+
+
+@pytest.mark.parametrize(("bad", "came"), BAD_IMAGES)
+def test_what_is_no_image_is_not_filmed(tmp_path, bad, came):
+    with pytest.raises(RunError, match=f"its render must return an image.*{came}"):
         film(tmp_path, [np.zeros((32, 48, 3), np.uint8), bad])
+
+
+def test_an_image_of_seven_colours_is_not_filmed(tmp_path):
+    with pytest.raises(RunError, match=r"its render must .*\(32, 48, 7\)"):
+        film(tmp_path, [np.zeros((32, 48, 7), np.uint8)])
 
 
 # --- Bad input ------------------------------------------------------------------------
