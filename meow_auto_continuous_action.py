@@ -16,7 +16,7 @@
 """MEow without tuning: rewards in their own unit, one setting for every task.
 
     python meow_auto_continuous_action.py --env-id Ant-v4            # any environment
-    python meow_auto_continuous_action.py --resume runs/<run_name>   # go on exactly
+    python meow_auto_continuous_action.py --resume runs/<run_name>   # go on
     python meow_auto_continuous_action.py --evaluate runs/<run_name> --capture-video
 
 In MEow (meow_continuous_action.py; Chao et al., NeurIPS 2024) alpha multiplies the

@@ -16,7 +16,7 @@
 """MEow without tuning on thousands of robots at once: one setting for every task.
 
     python meow_auto_isaacgym.py --env-id Ant             # any task
-    python meow_auto_isaacgym.py --resume runs/<run_name> # go on exactly
+    python meow_auto_isaacgym.py --resume runs/<run_name> # go on
     python meow_auto_isaacgym.py --evaluate runs/<run_name> --capture-video
 
 The algorithm of meow_auto_continuous_action.py (see there for its form and symbols), on

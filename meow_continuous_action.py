@@ -16,7 +16,7 @@
 """MEow: maximum-entropy RL with an energy-based normalizing flow, for Gymnasium.
 
     python meow_continuous_action.py --env-id Ant-v4            # the paper's experiment
-    python meow_continuous_action.py --resume runs/<run_name>   # go on exactly
+    python meow_continuous_action.py --resume runs/<run_name>   # go on
     python meow_continuous_action.py --evaluate runs/<run_name> --capture-video
 
 Method: Chao et al., "Maximum Entropy Reinforcement Learning via Energy-Based

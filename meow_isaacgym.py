@@ -16,7 +16,7 @@
 """MEow on thousands of robots at once: the Isaac Gym tasks, on MuJoCo or NVIDIA's.
 
     python meow_isaacgym.py --env-id Ant                  # the paper's experiment
-    python meow_isaacgym.py --resume runs/<run_name>      # go on exactly
+    python meow_isaacgym.py --resume runs/<run_name>      # go on
     python meow_isaacgym.py --evaluate runs/<run_name> --capture-video
 
 The algorithm of meow_continuous_action.py (see there for the symbols), on many

@@ -16,7 +16,7 @@
 """SAC: soft actor-critic with a learned temperature, for Gymnasium.
 
     python sac_continuous_action.py --env-id Ant-v4            # MEow's budget of steps
-    python sac_continuous_action.py --resume runs/<run_name>   # go on exactly
+    python sac_continuous_action.py --resume runs/<run_name>   # go on
     python sac_continuous_action.py --evaluate runs/<run_name> --capture-video
 
 Method: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", 2018, arXiv
@@ -111,7 +111,7 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
     autotune: bool = True  # learn the temperature, for an entropy of -|A|
-    alpha: float = 0.2  # temperature if fixed: reward units per nat of entropy
+    alpha: float = 0.2  # with --no-autotune: reward units per nat of entropy
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept in the replay buffer
     learning_starts: int = 5_000  # random steps before the first of one update per step

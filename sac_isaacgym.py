@@ -16,7 +16,7 @@
 """SAC on the Isaac Gym tasks: the baseline of meow_isaacgym.py, on the same simulators.
 
     python sac_isaacgym.py --env-id Ant                   # MEow's budget of steps
-    python sac_isaacgym.py --resume runs/<run_name>       # go on exactly
+    python sac_isaacgym.py --resume runs/<run_name>       # go on
     python sac_isaacgym.py --evaluate runs/<run_name> --capture-video
 
 Method: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", 2018, arXiv
@@ -126,7 +126,7 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount factor
     tau: float = 0.0025  # Polyak averaging: theta' <- (1 - tau) theta' + tau theta
     autotune: bool = False  # learn the temperature, for an entropy of -|A|
-    alpha: float = 0.2  # temperature if fixed: reward units per nat of entropy
+    alpha: float = 0.2  # with --no-autotune: reward units per nat of entropy
     batch_size: int = 1024  # transitions per update
     buffer_size: int = 15_000  # vector steps kept in the replay buffer
     learning_starts: int = 100  # random vector steps before the first update

@@ -17,7 +17,7 @@
 """TD3, DDPG, PPO and SAC of Stable-Baselines3, measured like our own scripts.
 
     python sb3_baselines.py --algo td3 --env-id HalfCheetah-v4  # or ddpg, ppo, sac
-    python sb3_baselines.py --resume runs/<run_name>            # go on exactly
+    python sb3_baselines.py --resume runs/<run_name>            # go on
     python sb3_baselines.py --evaluate runs/<run_name> --capture-video
 
 Algorithms and training loop are theirs (`model.learn`), with the settings of RL

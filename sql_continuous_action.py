@@ -16,7 +16,7 @@
 """SQL: soft Q-learning with amortised Stein variational gradients, for Gymnasium.
 
     python sql_continuous_action.py --env-id Ant-v4            # MEow's budget of steps
-    python sql_continuous_action.py --resume runs/<run_name>   # go on exactly
+    python sql_continuous_action.py --resume runs/<run_name>   # go on
     python sql_continuous_action.py --evaluate runs/<run_name> --capture-video
 
 Method: Haarnoja et al., "Reinforcement Learning with Deep Energy-Based Policies", ICML

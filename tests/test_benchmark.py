@@ -330,7 +330,7 @@ def test_run_that_cannot_start_is_a_failure(bench):
 def test_comparison_is_named(bench):
     """The last line is the command that compares the runs."""
     text = bench.run(*bench.one, "--seeds", "1", "--out", "a b")
-    command = "python tools/compare.py 'a b' --out results --copy"
+    command = "python tools/compare.py 'a b'"
     assert text.splitlines()[-1] == f"compare them: {command}"
 
 
@@ -500,7 +500,7 @@ def test_slurm_array(bench):
     words += ["time=24:00:00", "exclusive", "--", "--tau", "0.1"]
     text = bench.run(*words)
     assert "submitted batch job 77: 4 runs" in text
-    assert "python tools/compare.py runs --out results --copy" in text
+    assert "python tools/compare.py runs" in text
     given = set(re.findall("^#SBATCH (.*)", slurm.script(), re.M))
     assert given >= {"--array=0-3%3", "--requeue", "--open-mode=append", "--exclusive"}
     assert given >= {"--signal=USR2@120", "--partition=gpu", "--time=24:00:00"}

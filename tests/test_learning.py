@@ -1,4 +1,4 @@
-"""MEow solves InvertedPendulum from scratch, with a fixed and a learned temperature."""
+"""MEow, as in the paper and without tuning, solves InvertedPendulum from scratch."""
 
 import statistics
 

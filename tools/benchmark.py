@@ -328,8 +328,7 @@ def launch(runs: list[Run], options: Options) -> int:
 
 def comparison(options: Options) -> str:
     """The command that compares the runs."""
-    words = ["python", "tools/compare.py", str(options.out)]
-    return shlex.join([*words, "--out", "results", "--copy"])
+    return shlex.join(["python", "tools/compare.py", str(options.out)])
 
 
 # --- 4. On Slurm ----------------------------------------------------------------------

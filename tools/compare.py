@@ -1,9 +1,10 @@
 """Compares runs: a table of final returns, learning curves, the interquartile mean.
 
     pip install ".[bench]"
+    python tools/compare.py runs results               # yours and ours
+    python tools/compare.py runs --add "CleanRL=their/metrics.csv,env=Ant-v4,seed=1"
     python tools/compare.py runs --out results --copy  # and thinned runs, to commit
     python tools/compare.py results --out results      # from those: the same files
-    python tools/compare.py runs --add "CleanRL=their/metrics.csv,env=Ant-v4,seed=1"
 
 Writes OUT/comparison.md, learning_curves.png and .svg, iqm.png and .svg.
 
@@ -91,7 +92,7 @@ thousands = EngFormatter(sep="")  # 300k, 1.5M
 class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """run folders, or folders that contain some"""
-    out: Path = Path("results")
+    out: Path = Path("comparison")
     """folder for the table and the figures"""
     copy: bool = False
     """also copy each run to OUT, with the metrics of evaluation steps only"""
