@@ -379,8 +379,8 @@ def test_the_pages_have_the_tables(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["table.py"])
     assert table.main() == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
-    assert [len(text.splitlines()) > 3 for text in tables] == [True] * 4
-    pages = "README.md", "details.md", "README.md", "README.md"
+    assert [len(text.splitlines()) > 3 for text in tables] == [True] * 5
+    pages = "README.md", "details.md", "README.md", "README.md", "README.md"
     for text, page in zip(tables, pages, strict=True):
         assert text in (ROOT / "studies/temperature" / page).read_text()
 
@@ -482,3 +482,16 @@ def test_a_wrong_word_says_which_there_are(tmp_path):
     for arm in ("layers", "normal", "sac+near"):
         code, _ = launch([arm, *quick()], tmp_path)
         assert "is no change of" in code
+
+
+def test_units_is_the_script_where_alpha_is_the_same(tmp_path):
+    for task in ("Walker2d-v4", "Hopper-v4"):
+        run = tmp_path / f"{task}__auto_units__2__0"
+        run.mkdir()
+        (run / "metrics.csv").write_text(
+            "step,seconds,name,value\n20,2,eval/return_mean,5\n"
+        )
+    walker = table.beside([tmp_path], "Walker2d-v4", (20,))
+    assert walker == ["| Walker2d-v4 | the script | 5 | 5 |"]
+    hopper = table.beside([tmp_path], "Hopper-v4", (20,))
+    assert hopper == ["| Hopper-v4 | `units` | 5 | 5 |"]

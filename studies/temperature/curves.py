@@ -24,14 +24,12 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
 """with their numbers of action dimensions"""
 SETTINGS = {  # label: colour, experiments
     "MEow without tuning": ("tab:blue", ["meow_auto_continuous_action"]),
-    "once: alpha 0.08 in every task": (
-        "tab:cyan",
-        ["auto_units", "auto_spread", "auto_averages_spread"],
-    ),
-    "once: alpha a part of the largest return": ("tab:green", ["auto_largest"]),
-    "once: SAC's dual moves alpha": ("tab:purple", ["auto_dual"]),
+    "MEow whose alpha SAC's dual moves": ("tab:purple", ["auto_dual"]),
     "SAC": ("tab:orange", ["sac_continuous_action"]),
+    "SAC with these normalisations": ("tab:brown", ["sac_normal_units_layers"]),
 }
+IN_UNITS = ["sac_normal_units_layers"]
+"""whose temperature is in units of the rewards' deviation, and not drawn"""
 TARGETS = {"tab:purple": -0.65, "tab:orange": -1.0}
 """of the entropy"""
 STEPS = 90_000
@@ -72,7 +70,8 @@ def draw(column, task: str, dimensions: int):
             curve = curve[curve.index <= STEPS]
             column[0].plot(curve["eval/return_mean"], **style, label=label)
             if "losses/alpha" in curve:
-                column[1].plot(curve["losses/alpha"], **style)
+                if experiments != IN_UNITS:
+                    column[1].plot(curve["losses/alpha"], **style)
                 column[2].plot(curve["sac/entropy"] / dimensions, **style)
         for curve in entropies(task, experiments):
             column[1].plot(curve.alpha, **style)

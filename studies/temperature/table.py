@@ -4,7 +4,8 @@
 
 First each task's runs beside SAC's and MEow's: a run's number is the mean of its
 evaluations at the steps of --late. Then a line per run of the study, with its returns
-on the way. Then mean temperatures, early and late, and when runs learned to walk.
+on the way. Then mean temperatures, early and late, when runs learned to walk, and tasks
+on which no setting was chosen.
 """
 
 import json
@@ -40,8 +41,11 @@ BESIDE = {  # experiments of one kind
     "`largest`": ["auto_largest"],
     "alpha stays 0.1": ["auto_fixed"],
     "SAC": ["sac_continuous_action"],
+    "SAC, normalised": ["sac_normal_units_layers"],
     "MEow, the paper's settings": ["meow_continuous_action"],
 }
+ONE_ALPHA = "HalfCheetah-v4", "Walker2d-v4"
+"""tasks of 6 action dimensions, on which `units` is the script, bit for bit"""
 RULES = {  # what sets alpha: experiments
     "`largest`": ["auto_largest"],
     "`spread`": SPREAD,
@@ -51,6 +55,8 @@ RULES = {  # what sets alpha: experiments
 ALPHA_AT = 10_000, 90_000  # steps
 ENOUGH = 2_000
 """a return of which a Hopper hops and a Walker2d walks"""
+OTHERS = "InvertedDoublePendulum-v4", "Pusher-v5", "Reacher-v4"
+"""tasks on which no setting was chosen"""
 TASKS = [f"{name}-v4" for name in "HalfCheetah Hopper Walker2d Ant Humanoid".split()]
 
 
@@ -88,12 +94,21 @@ def returns_of(run: Path) -> pd.Series:
     return rows[rows.name == "eval/return_mean"].set_index("step").value
 
 
+def experiments(task: str, name: str) -> list[str]:
+    """Those of one kind of `BESIDE`; on `ONE_ALPHA` `units` counts as the script."""
+    if task in ONE_ALPHA and name == "the script":
+        return BESIDE[name] + BESIDE["`units`"]
+    if task in ONE_ALPHA and name == "`units`":
+        return []
+    return BESIDE[name]
+
+
 def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> list[pd.Series]:
     """Evaluations of the longest run of each seed, of one kind of `BESIDE`.
 
     Runs without one at each of these steps are left out.
     """
-    patterns = [f"{task}__{experiment}__[0-9]*" for experiment in BESIDE[name]]
+    patterns = [f"{task}__{arm}__[0-9]*" for arm in experiments(task, name)]
     runs = [run for f in folders for pattern in patterns for run in f.glob(pattern)]
     longest = {}
     for run in sorted(runs, key=lambda run: run.name.split("__")[2:]):
@@ -135,6 +150,16 @@ def line(run: Path, steps: tuple[int, ...]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def others(thinned: Path, task: str) -> list[str]:
+    """Each run of a task of `OTHERS`: all its evaluations."""
+    lines = []
+    for run in sorted(thinned.glob(f"{task}__*")):
+        arm = {SCRIPT: "the script"}.get(run.name.split("__")[1], "SAC")
+        returns = ", ".join(f"{value:.4g}" for value in returns_of(run))
+        lines.append(f"| {task} | {arm} | {returns} |")
+    return lines
+
+
 def temperatures(rows: pd.DataFrame, experiments: list[str], task: str) -> str:
     """The mean alpha of these runs of a task at `ALPHA_AT`; "" without any."""
     rows = rows[rows.experiment.isin(experiments) & (rows.task == task)]
@@ -156,6 +181,8 @@ def main() -> int:
     print("|---" * len(header) + "|")
     runs = [*options.results.glob(f"*__{SCRIPT}__*"), *options.thinned.glob("*__*")]
     for run in sorted(runs, key=lambda run: run.name):
+        if run.name.startswith(OTHERS):
+            continue
         if text := line(run, options.steps):
             print(text)
     print()
@@ -173,9 +200,15 @@ def main() -> int:
     for name in BESIDE:
         tasks = "Hopper-v4", "Walker2d-v4"
         runs = [by_seed(folders, task, name, late) for task in tasks]
-        print(
-            f"| {name} | " + " | ".join(first_above(r, late[-1]) for r in runs) + " |"
-        )
+        cells = [first_above(r, late[-1]) for r in runs]
+        if any(cells):
+            print(f"| {name} | " + " | ".join(cells) + " |")
+    print()
+    print("| no setting was chosen on | algorithm | returns on the way |")
+    print("|---|---|---|")
+    for task in OTHERS:
+        for text in others(options.thinned, task):
+            print(text)
     return 0
 
 
