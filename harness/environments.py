@@ -181,10 +181,14 @@ def width(space: spaces.Box) -> np.ndarray:
 
 
 def flat_size(space: spaces.Space) -> int:
-    """Numbers in the vector that --flatten makes of an observation, 0 if it can't."""
+    """Numbers in the vector that --flatten makes of an observation, 0 if it can't.
+
+    flatdim's documentation has two answers for what can't be flattened: ValueError for
+    a kind without a fixed size, NotImplementedError for a kind that it doesn't know.
+    """
     try:
         return spaces.flatdim(space)
-    except (ValueError, NotImplementedError):  # Gymnasium can't, or doesn't know it
+    except (ValueError, NotImplementedError):
         return 0
 
 

@@ -51,7 +51,7 @@ class Logger:
             self.wandb.log({"global_step": step, **values})
 
     def thread_failed(self, failure):
-        """What fails in TensorBoard's thread, `add_scalar` raises too: said once."""
+        """Reports it, but for TensorBoard's thread: `add_scalar` raises that too."""
         if not type(failure.thread).__module__.startswith("tensorboard."):
             self.report(failure)
 

@@ -45,7 +45,7 @@ BESIDE = {  # experiments of one kind
     "MEow, the paper's settings": ["meow_continuous_action"],
 }
 ONE_ALPHA = "HalfCheetah-v4", "Walker2d-v4"
-"""tasks of 6 action dimensions, on which `units` is the script, bit for bit"""
+"""tasks of 6 action dimensions: the script's alpha is that of `units`, 0.48 / 6"""
 RULES = {  # what sets alpha: experiments
     "`largest`": ["auto_largest"],
     "`spread`": SPREAD,
@@ -94,7 +94,7 @@ def returns_of(run: Path) -> pd.Series:
     return rows[rows.name == "eval/return_mean"].set_index("step").value
 
 
-def experiments(task: str, name: str) -> list[str]:
+def experiments_of(task: str, name: str) -> list[str]:
     """Those of one kind of `BESIDE`; on `ONE_ALPHA` `units` counts as the script."""
     if task in ONE_ALPHA and name == "the script":
         return BESIDE[name] + BESIDE["`units`"]
@@ -108,7 +108,7 @@ def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> list[pd.S
 
     Runs without one at each of these steps are left out.
     """
-    patterns = [f"{task}__{arm}__[0-9]*" for arm in experiments(task, name)]
+    patterns = [f"{task}__{arm}__[0-9]*" for arm in experiments_of(task, name)]
     runs = [run for f in folders for pattern in patterns for run in f.glob(pattern)]
     longest = {}
     for run in sorted(runs, key=lambda run: run.name.split("__")[2:]):
