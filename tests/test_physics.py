@@ -377,3 +377,11 @@ def test_warp_says_why_there_are_no_environments(monkeypatch):
         SimulatorError, match=r"^can't make 4 environments on cpu: .* 'cpu'$"
     ):
         WarpPhysics(compiled("Ant", "oige")[1], 4, "cpu", 64, 256)
+
+
+def test_without_warp_a_gpu_user_is_told_of_the_cpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco_warp", None)
+    with pytest.raises(
+        SimulatorError, match=r"needs mujoco_warp: pip install .*, or .* with --no-cuda"
+    ):
+        WarpPhysics(compiled("Ant", "oige")[1], 4, "cuda", 64, 256)
