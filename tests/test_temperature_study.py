@@ -380,7 +380,7 @@ def test_the_pages_have_the_tables(capsys, monkeypatch):
     assert table.main() == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert [len(text.splitlines()) > 3 for text in tables] == [True] * 5
-    pages = "README.md", "details.md", "README.md", "README.md", "README.md"
+    pages = "README.md", "README.md", "README.md", "why.md", "details.md"
     for text, page in zip(tables, pages, strict=True):
         assert text in (ROOT / "studies/temperature" / page).read_text()
 
@@ -395,10 +395,10 @@ def test_returns_of_a_task_stand_beside_each_other(tmp_path):
         rows += [f"20,2,eval/return_mean,{i}.6", "20,2,eval/return_std,9.0"]
         (run / "metrics.csv").write_text("\n".join(rows) + "\n")
     script, sac = "| Ant-v4 | the script | 1 | 1, 2 |", "| Ant-v4 | SAC | 3 | 3 |"
-    assert table.beside([tmp_path], "Ant-v4", (20,)) == [script, sac]
+    assert table.beside([tmp_path], "Ant-v4", (20,), table.COMPARED) == [script, sac]
     script, sac = "| Ant-v4 | the script | 1 | 1, 1 |", "| Ant-v4 | SAC | 2 | 2 |"
-    assert table.beside([tmp_path], "Ant-v4", (10, 20)) == [script, sac]
-    assert table.beside([tmp_path], "Ant-v4", (10, 15)) == []
+    assert table.beside([tmp_path], "Ant-v4", (10, 20), table.COMPARED) == [script, sac]
+    assert table.beside([tmp_path], "Ant-v4", (10, 15), table.COMPARED) == []
 
 
 def test_when_a_run_walks():
@@ -491,7 +491,7 @@ def test_units_is_the_script_where_alpha_is_the_same(tmp_path):
         (run / "metrics.csv").write_text(
             "step,seconds,name,value\n20,2,eval/return_mean,5\n"
         )
-    walker = table.beside([tmp_path], "Walker2d-v4", (20,))
+    walker = table.beside([tmp_path], "Walker2d-v4", (20,), table.RULES)
     assert walker == ["| Walker2d-v4 | the script | 5 | 5 |"]
-    hopper = table.beside([tmp_path], "Hopper-v4", (20,))
+    hopper = table.beside([tmp_path], "Hopper-v4", (20,), table.RULES)
     assert hopper == ["| Hopper-v4 | `units` | 5 | 5 |"]

@@ -3,9 +3,10 @@
     python studies/temperature/table.py
 
 First each task's runs beside SAC's and MEow's: a run's number is the mean of its
-evaluations at the steps of --late. Then a line per run of the study, with its returns
-on the way. Then mean temperatures, early and late, when runs learned to walk, and tasks
-on which no setting was chosen.
+evaluations at the steps of --late. When these runs learned to walk. Tasks on which no
+setting was chosen. Then the rules that set alpha, today's and those of before, with
+mean temperatures early and late. Last a line per run of the study, with its returns on
+the way.
 """
 
 import json
@@ -23,7 +24,6 @@ SAME = (
 """options of every run, which have their own columns or change no number"""
 
 SCRIPT = "meow_auto_continuous_action"
-SPREAD = ["auto_spread", "auto_averages_spread"]
 NAMES = {
     SCRIPT: "the script",
     "auto": "dual",
@@ -34,24 +34,21 @@ NAMES = {
     "auto_more": "rho 0.72",
 }
 """of experiments, where the table calls the arm otherwise"""
-BESIDE = {  # experiments of one kind
+COMPARED = {  # algorithm: its experiments
     "the script": [SCRIPT],
-    "`units`": ["auto_units"],
-    "`spread`": SPREAD,
-    "`largest`": ["auto_largest"],
-    "alpha stays 0.1": ["auto_fixed"],
     "SAC": ["sac_continuous_action"],
     "SAC, normalised": ["sac_normal_units_layers"],
     "MEow, the paper's settings": ["meow_continuous_action"],
 }
+RULES = {  # what sets alpha: experiments
+    "the script": [SCRIPT],
+    "`units`": ["auto_units"],
+    "`spread`": ["auto_spread", "auto_averages_spread"],
+    "`largest`": ["auto_largest"],
+    "alpha stays 0.1": ["auto_fixed"],
+}
 ONE_ALPHA = "HalfCheetah-v4", "Walker2d-v4"
 """tasks of 6 action dimensions: the script's alpha is that of `units`, 0.48 / 6"""
-RULES = {  # what sets alpha: experiments
-    "`largest`": ["auto_largest"],
-    "`spread`": SPREAD,
-    "`units`": ["auto_units"],
-    "the script": [SCRIPT],
-}
 ALPHA_AT = 10_000, 90_000  # steps
 ENOUGH = 2_000
 """a return of which a Hopper hops and a Walker2d walks"""
@@ -95,16 +92,16 @@ def returns_of(run: Path) -> pd.Series:
 
 
 def experiments_of(task: str, name: str) -> list[str]:
-    """Those of one kind of `BESIDE`; on `ONE_ALPHA` `units` counts as the script."""
+    """Those of one name; on `ONE_ALPHA` `units` counts as the script."""
     if task in ONE_ALPHA and name == "the script":
-        return BESIDE[name] + BESIDE["`units`"]
+        return RULES[name] + RULES["`units`"]
     if task in ONE_ALPHA and name == "`units`":
         return []
-    return BESIDE[name]
+    return (COMPARED | RULES)[name]
 
 
 def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> list[pd.Series]:
-    """Evaluations of the longest run of each seed, of one kind of `BESIDE`.
+    """Evaluations of the longest run of each seed, of one name.
 
     Runs without one at each of these steps are left out.
     """
@@ -118,10 +115,10 @@ def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> list[pd.S
     return [run for run in longest.values() if set(late) <= set(run.index)]
 
 
-def beside(folders: list[Path], task: str, late: tuple[int, ...]) -> list[str]:
-    """One task: a line for each of `BESIDE` that was run, with mean and each seed."""
+def beside(folders: list[Path], task: str, late: tuple[int, ...], names) -> list[str]:
+    """One task: the start of a line for each name that was run, mean and each seed."""
     lines = []
-    for name in BESIDE:
+    for name in names:
         values = [run[list(late)].mean() for run in by_seed(folders, task, name, late)]
         if values:
             each = ", ".join(f"{value:.0f}" for value in values)
@@ -160,6 +157,16 @@ def others(thinned: Path, task: str) -> list[str]:
     return lines
 
 
+def rules(folders: list[Path], task: str, late: tuple[int, ...]) -> list[str]:
+    """The lines of `beside` for one task and `RULES`, and mean alphas at `ALPHA_AT`."""
+    rows = pd.read_csv(HERE / "entropy.csv")
+    lines = []
+    for text in beside(folders, task, late, RULES):
+        experiments = experiments_of(task, text.split(" | ")[1])
+        lines.append(f"{text} {temperatures(rows, experiments, task)} |")
+    return lines
+
+
 def temperatures(rows: pd.DataFrame, experiments: list[str], task: str) -> str:
     """The mean alpha of these runs of a task at `ALPHA_AT`; "" without any."""
     rows = rows[rows.experiment.isin(experiments) & (rows.task == task)]
@@ -167,48 +174,43 @@ def temperatures(rows: pd.DataFrame, experiments: list[str], task: str) -> str:
     return ", ".join(f"{mean:.3f}" for mean in means)
 
 
-def main() -> int:
-    options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
-    print("| task | algorithm | mean | each seed |")
-    print("|---|---|---|---|")
-    for task in TASKS:
-        for text in beside([options.results, options.thinned], task, options.late):
-            print(text)
-    print()
-    header = ["task", "arm", "seed", "commit"]
-    header += [f"{step:,}" for step in options.steps]
+def print_table(header: list[str], lines: list[str]):
     print("| " + " | ".join(header) + " |")
     print("|---" * len(header) + "|")
-    runs = [*options.results.glob(f"*__{SCRIPT}__*"), *options.thinned.glob("*__*")]
-    for run in sorted(runs, key=lambda run: run.name):
-        if run.name.startswith(OTHERS):
-            continue
-        if text := line(run, options.steps):
-            print(text)
-    print()
-    early, late = ALPHA_AT
-    print(f"| alpha at {early:,} and {late:,} steps | " + " | ".join(TASKS[:4]) + " |")
-    print("|---|---|---|---|---|")
-    rows = pd.read_csv(HERE / "entropy.csv")
-    for name, experiments in RULES.items():
-        cells = [temperatures(rows, experiments, task) for task in TASKS[:4]]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print()
+    print("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     folders, late = [options.results, options.thinned], options.late
-    print(f"| thousands of steps to a return above {ENOUGH:,} | Hopper | Walker2d |")
-    print("|---|---|---|")
-    for name in BESIDE:
+
+    header = ["task", "algorithm", "mean", "each seed"]
+    lines = [text for task in TASKS for text in beside(folders, task, late, COMPARED)]
+    print_table(header, lines)
+
+    header = [f"thousands of steps to a return above {ENOUGH:,}", "Hopper", "Walker2d"]
+    lines = []
+    for name in COMPARED:
         tasks = "Hopper-v4", "Walker2d-v4"
         runs = [by_seed(folders, task, name, late) for task in tasks]
-        cells = [first_above(r, late[-1]) for r in runs]
-        if any(cells):
-            print(f"| {name} | " + " | ".join(cells) + " |")
-    print()
-    print("| no setting was chosen on | algorithm | returns on the way |")
-    print("|---|---|---|")
-    for task in OTHERS:
-        for text in others(options.thinned, task):
-            print(text)
+        cells = [name, *(first_above(r, late[-1]) for r in runs)]
+        lines.append("| " + " | ".join(cells) + " |")
+    print_table(header, lines)
+
+    header = ["no setting was chosen on", "algorithm", "returns on the way"]
+    lines = [text for task in OTHERS for text in others(options.thinned, task)]
+    print_table(header, lines)
+
+    early, end = ALPHA_AT
+    header = ["task", "rule", "mean", "each seed", f"alpha at {early:,} and {end:,}"]
+    lines = [text for task in TASKS for text in rules(folders, task, late)]
+    print_table(header, lines)
+
+    header = ["task", "arm", "seed", "commit", *(f"{n:,}" for n in options.steps)]
+    runs = [*options.results.glob(f"*__{SCRIPT}__*"), *options.thinned.glob("*__*")]
+    runs = sorted(runs, key=lambda run: run.name)
+    lines = [line(r, options.steps) for r in runs if not r.name.startswith(OTHERS)]
+    print_table(header, [text for text in lines if text])
     return 0
 
 
