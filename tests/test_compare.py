@@ -469,10 +469,36 @@ def test_algorithms_at_the_same_steps(tmp_path, run_compare):
     assert cheetah == "| HalfCheetah-v4 |  |  |  | 10981 (1.5M) |"
     assert ant == "| Ant-v4 | 50 (1) |  |  | 6586 (4M) |"
     assert humanoid == "| Humanoid-v4 |  |  |  | 6923 (5M) |"
+    hopper, ant = text.split("### Hopper-v4\n\n")[1].split("\n\n### Ant-v4\n\n")
+    assert hopper.splitlines()[2:] == [
+        "| 90,000 | MEow | 100 | 100 |  |",
+        "| 90,000 | SAC | 3 | 3 |  |",
+        "| 90,000 | SQL | 40 | 40 |  |",
+        "| 300,000 | SAC | 4 | 4 |  |",
+    ]
+    assert ant.splitlines()[2] == "| 90,000 | MEow | 50 | 50 |  |"
     write_run(root, MEOW, 9, [7] * 9, deterministic_eval=False, **step)
     table = run_compare(root)[1].split("## At the same steps\n\n")[1]
     assert table.startswith(f"| environment | 90k: MEow, {MODE} | ")
     assert "| Hopper-v4 | 100 (1) | 7 (1) | 3 (1) | 4 (1) |" in table
+
+
+def test_seeds_are_tested_beside_sac(tmp_path, run_compare):
+    """By ranks, from three seeds a side on; not beside two settings of SAC."""
+    step = dict(eval_frequency=10_000)
+    for seed in (1, 2, 3):
+        write_run(tmp_path, SAC, seed, [seed] * 9, **step)
+        write_run(tmp_path, MEOW, seed, [9 + seed] * 9, **step)
+    for seed in (1, 2):
+        write_run(tmp_path, "sql_continuous_action", seed, [2] * 9, **step)
+    lines = [
+        "| 90,000 | MEow | 11 | 10, 11, 12 | 0.10 |",  # 2 of 20 orders are so extreme
+        "| 90,000 | SAC | 2 | 1, 2, 3 |  |",
+        "| 90,000 | SQL | 2 | 2, 2 |  |",
+    ]
+    assert "\n".join(lines) in run_compare(tmp_path)[1]
+    write_run(tmp_path, SAC, 4, [4] * 9, tau=0.5, **step)
+    assert "| 10, 11, 12 |  |" in run_compare(tmp_path)[1]
 
 
 # --- Published returns ----------------------------------------------------------------
@@ -557,6 +583,15 @@ def test_figures_have_a_panel_for_each_environment(tmp_path):
     ]
 
 
+def test_panels_are_figures_of_their_own(tmp_path, run_compare):
+    for env in ("Ant-v4", "Hopper-v4"):
+        write_run(tmp_path / "runs", env=env)
+    run_compare(tmp_path / "runs", "--panels", out=tmp_path / "out")
+    names = {path.stem for path in (tmp_path / "out").glob("learning_curves*.png")}
+    starts = "", "_Ant-v4", "_Hopper-v4"
+    assert names == {f"learning_curves{start}" for start in starts}
+
+
 def test_figures_show_stopped_runs_of_algorithms_without_a_finished_one(tmp_path):
     for env in ("Ant-v4", "Hopper-v4", "Walker2d-v4"):
         write_run(tmp_path, env=env, eval_frequency=50_000, total_timesteps=10**6)
@@ -589,10 +624,13 @@ def test_the_committed_runs_give_the_committed_report(folder, run_compare):
     )
 
 
-def test_the_readme_has_the_table_at_the_same_steps():
+def test_the_pages_have_the_tables_at_the_same_steps():
     report = (ROOT / "results/comparison.md").read_text()
-    table = report.split("## At the same steps\n\n")[1].split("\n\n")[0]
+    section = report.split("## At the same steps\n\n")[1].split("\n\n![")[0]
+    table, *others = section.split("\n\n")
     assert table in (ROOT / "README.md").read_text()
+    for table in others[1::2]:  # below their environment's name
+        assert table in (ROOT / "docs/results.md").read_text()
 
 
 # --- Bad input ------------------------------------------------------------------------

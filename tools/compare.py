@@ -6,7 +6,8 @@
     python tools/compare.py runs --out results --copy  # and thinned runs, to commit
     python tools/compare.py results --out results      # from those: the same files
 
-Writes OUT/comparison.md, learning_curves.png and .svg, iqm.png and .svg.
+Writes OUT/comparison.md, learning_curves.png and .svg, iqm.png and .svg; with --panels
+also a figure for each environment, e.g. learning_curves_Ant-v4.png.
 
 - Final return: the mean of a run's evaluations in the last 5 % of its steps, each of
   the policy of that time (never the best one), then the mean over seeds.
@@ -21,7 +22,8 @@ Writes OUT/comparison.md, learning_curves.png and .svg, iqm.png and .svg.
   machines.
 - At the same steps: the mean of a run's evaluations in the last quarter of these steps,
   then the mean over seeds (their number). Of a seed's runs the longest counts, also if
-  it was stopped later. The paper: its final return, 5 seeds.
+  it was stopped later. The paper: its final return, 5 seeds. p beside SAC: two-sided
+  Mann-Whitney test of the seeds, where both have three or more.
 """
 
 import math
@@ -96,6 +98,8 @@ class Options:
     """folder for the table and the figures"""
     copy: bool = False
     """also copy each run to OUT, with the metrics of evaluation steps only"""
+    panels: bool = False
+    """also draw a figure for each environment"""
     add: tuple[str, ...] = ()
     """curves of other code, each as LABEL=PATH[,env=ID][,seed=N][,name=NAME]. PATH: a
     csv file with the columns step,seconds,name,value, or a folder: all csv files in it
@@ -242,33 +246,55 @@ def returns_at(runs: pd.DataFrame, step: int) -> list[float]:
     return means
 
 
-def same_steps_table(table: pd.DataFrame) -> str:
-    """A line for each of the paper's environments: algorithms at steps they got to.
+def same_steps(table: pd.DataFrame) -> str:
+    """The section on returns at the steps of `AT`; empty if no run got to the least.
 
-    Empty if none got to the least of `AT`.
+    A line for each of the paper's environments; then a table for each, with all seeds.
     """
-    table = table[table.exp_name.isin(SHOWN) & table.env.isin(PAPER)]
-    table = table[table.status != "not run"]
+    table = table[table.env.isin(PAPER) & (table.status != "not run")]
     if table.evaluation.nunique() > 1:  # never averaged
         table = table.assign(label=table.label + ", " + table.evaluation)
-    columns = {}  # by step and label: cells of the environments
+    returns = {}  # by step, label and environment: one for each seed
     for step in AT:
-        for name, of_label in table.groupby("label", sort=False):
-            of_env = dict(list(of_label.groupby("env")))
-            means = {env: returns_at(runs, step) for env, runs in of_env.items()}
-            if any(means.values()):
-                cells = {
-                    e: f"{np.mean(m):.0f} ({len(m)})" for e, m in means.items() if m
-                }
-                columns[f"{step // 1000}k: {name}"] = cells
-    if not columns:
+        for (name, env), runs in table.groupby(["label", "env"], sort=False):
+            if values := returns_at(runs, step):
+                returns[step, name, env] = values
+    if not returns:
         return ""
+    shown = set(table.label[table.exp_name.isin(SHOWN)])
+    parts = ["## At the same steps", one_line_each(returns, shown)]
+    sac = set(table.label[table.exp_name.isin(SAC)])
+    for env in PAPER:
+        if own := {key[:2]: values for key, values in returns.items() if key[2] == env}:
+            parts += [f"### {env}", seeds_table(own, sac)]
+    return "\n\n".join(parts)
+
+
+def one_line_each(returns: dict[tuple, list[float]], shown: set[str]) -> str:
+    """A line for each of the paper's environments: means of the labels `shown`."""
+    columns = {}  # by step and label: cells of the environments
+    for (step, name, env), values in returns.items():
+        if name in shown:
+            cells = columns.setdefault(f"{step // 1000}k: {name}", {})
+            cells[env] = f"{np.mean(values):.0f} ({len(values)})"
     columns["the paper"] = PAPER
     lines = [
         [env, *(cells.get(env, "") for cells in columns.values())] for env in PAPER
     ]
-    text = markdown(" | ".join(["environment", *columns]), lines)
-    return f"## At the same steps\n\n{text}"
+    return markdown(" | ".join(["environment", *columns]), lines)
+
+
+def seeds_table(returns: dict[tuple, list[float]], sac: set[str]) -> str:
+    """One environment: a line for each step and label, beside the only label of SAC."""
+    lines = []
+    for (step, name), values in returns.items():
+        others = [returns[step, other] for other in sac if (step, other) in returns]
+        p = ""
+        if name not in sac and len(others) == 1 and min(len(values), len(*others)) >= 3:
+            p = f"{stats.mannwhitneyu(values, *others).pvalue:.2f}"
+        each = ", ".join(f"{value:.0f}" for value in values)
+        lines.append([f"{step:,}", name, f"{np.mean(values):.0f}", each, p])
+    return markdown("steps | algorithm | mean | each seed | p beside SAC", lines)
 
 
 def iqm_table(
@@ -356,7 +382,7 @@ def report(
         "# Comparison of runs",
         f"Written by `python tools/compare.py RUNS --out OUT{asked}`.",
         returns_table(table),
-        same_steps_table(table),
+        same_steps(table),
         "![Learning curves](learning_curves.png)" if len(drawn(table)) else "",
         published_table(table),
         "## Interquartile mean over environments",
@@ -397,7 +423,8 @@ def draw_curves(table: pd.DataFrame) -> Figure:
     panels = runs.groupby("env", sort=False)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    fig = Figure((3.6 * columns, 2.8 * lines + 1.2), layout="constrained")
+    width = max(6.5, 3.6 * columns)  # the legend's two columns
+    fig = Figure((width, 2.8 * lines + 1.2), layout="constrained")
     colour, shown = colours(table), {}
     for i, (env, own) in enumerate(panels, 1):
         ax = fig.add_subplot(lines, columns, i, title=env, xlabel="environment steps")
@@ -413,7 +440,7 @@ def draw_curves(table: pd.DataFrame) -> Figure:
     names = [name for name in shown if name not in DRAWN]
     names += [name for name in DRAWN if name in shown]
     handles = [shown[name] for name in names]
-    fig.legend(handles, names, loc="outside lower center", ncols=min(2, columns))
+    fig.legend(handles, names, loc="outside lower center", ncols=2)
     return fig
 
 
@@ -530,6 +557,10 @@ def compare(options: Options):
     with matplotlib.style.context(["default", STYLE]):
         if len(drawn(table)):
             save(draw_curves(table), out / "learning_curves")
+            if options.panels:
+                for env, own in table.groupby("env", sort=False):
+                    if len(drawn(own)):
+                        save(draw_curves(own), out / f"learning_curves_{env}")
         if len(scored):
             save(draw_iqm(scored, results, colours(table)), out / "iqm")
     print(f"{returns_table(table)}\n\nwritten: {out / 'comparison.md'}")
