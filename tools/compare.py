@@ -4,7 +4,7 @@
     python tools/compare.py runs results               # yours and ours
     python tools/compare.py runs --add "CleanRL=their/metrics.csv,env=Ant-v4,seed=1"
     python tools/compare.py runs --out results --copy  # and thinned runs, to commit
-    python tools/compare.py results --out results      # from those: the same files
+    python tools/compare.py results --out results --panels  # from those: the same files
 
 Writes OUT/comparison.md, learning_curves.png and .svg, iqm.png and .svg; with --panels
 also a figure for each environment, e.g. learning_curves_Ant-v4.png.
