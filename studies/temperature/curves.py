@@ -20,10 +20,11 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 FOLDERS = HERE.parents[1] / "results", HERE / "thinned"
-TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8}
+TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8, "Humanoid": 17}
 """with their numbers of action dimensions"""
 SETTINGS = {  # label: colour, experiments
     "MEow without tuning": ("tab:blue", ["meow_auto_continuous_action"]),
+    "with half of each batch recent": ("tab:green", ["auto_latest"]),
     "MEow whose alpha SAC's dual moves": ("tab:purple", ["auto_dual"]),
     "SAC": ("tab:orange", ["sac_continuous_action"]),
     "SAC with these normalisations": ("tab:brown", ["sac_normal_units_layers"]),

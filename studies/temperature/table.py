@@ -32,12 +32,15 @@ NAMES = {
     "auto_times100": "spread",  # with rewards a hundred times as large
     "auto_sure": "units",  # with --dropout 0
     "auto_more": "rho 0.72",
+    "auto_latest": "recent",  # a change of the script, not of `largest`
 }
 """of experiments, where the table calls the arm otherwise"""
 COMPARED = {  # algorithm: its experiments
     "the script": [SCRIPT],
+    "`recent`": ["auto_latest"],
     "SAC": ["sac_continuous_action"],
     "SAC, normalised": ["sac_normal_units_layers"],
+    "SAC, recent": ["sac_recent"],
     "MEow, the paper's settings": ["meow_continuous_action"],
 }
 RULES = {  # what sets alpha: experiments
