@@ -281,7 +281,7 @@ def one_line_each(returns: dict[tuple, list[float]], shown: set[str]) -> str:
     lines = [
         [env, *(cells.get(env, "") for cells in columns.values())] for env in PAPER
     ]
-    return markdown(" | ".join(["environment", *columns]), lines)
+    return markdown(" | ".join(["task", *columns]), lines)
 
 
 def seeds_table(returns: dict[tuple, list[float]], sac: set[str]) -> str:

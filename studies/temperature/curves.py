@@ -17,6 +17,7 @@ import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 HERE = Path(__file__).parent
 FOLDERS = HERE.parents[1] / "results", HERE / "thinned"
@@ -25,6 +26,7 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8, "Humanoid": 17}
 SETTINGS = {  # label: colour, experiments
     "MEow without tuning": ("tab:blue", ["meow_auto_continuous_action"]),
     "with half of each batch recent": ("tab:green", ["auto_latest"]),
+    "with held noise": ("tab:red", ["auto_held"]),
     "MEow whose alpha SAC's dual moves": ("tab:purple", ["auto_dual"]),
     "SAC": ("tab:orange", ["sac_continuous_action"]),
     "SAC with these normalisations": ("tab:brown", ["sac_normal_units_layers"]),
@@ -78,9 +80,12 @@ def draw(column, task: str, dimensions: int):
             column[1].plot(curve.alpha, **style)
             column[2].plot(curve.entropy / dimensions, **style)
     column[1].set_yscale("log")
+    low, high = column[1].get_ylim()
+    column[1].set_ylim(low / 2, 2 * high)  # room for a power of ten
     for colour, target in TARGETS.items():
         column[2].axhline(target, color=colour, linewidth=0.5, linestyle="--")
     column[2].set_xlabel("steps")
+    column[2].xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def main():
