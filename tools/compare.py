@@ -275,7 +275,7 @@ def one_line_each(returns: dict[tuple, list[float]], shown: set[str]) -> str:
     columns = {}  # by step and label: cells of the environments
     for (step, name, env), values in returns.items():
         if name in shown:
-            cells = columns.setdefault(f"{step // 1000}k: {name}", {})
+            cells = columns.setdefault(f"{step // 1000}k {name}", {})
             cells[env] = f"{np.mean(values):.0f} ({len(values)})"
     columns["the paper"] = PAPER
     lines = [
