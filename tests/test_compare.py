@@ -499,6 +499,10 @@ def test_seeds_are_tested_beside_sac(tmp_path, run_compare):
     assert "\n".join(lines) in run_compare(tmp_path)[1]
     write_run(tmp_path, SAC, 4, [4] * 9, tau=0.5, **step)
     assert "| 10, 11, 12 |  |" in run_compare(tmp_path)[1]
+    write_run(tmp_path / "other", "sql_continuous_action", 1, [2] * 9, **step)
+    text = run_compare(tmp_path / "other")[1]
+    assert "| 90,000 | SQL | 2 | 2 |  |" in text
+    assert "| the paper |" not in text
 
 
 # --- Published returns ----------------------------------------------------------------

@@ -267,16 +267,18 @@ def same_steps(table: pd.DataFrame) -> str:
     for env in PAPER:
         if own := {key[:2]: values for key, values in returns.items() if key[2] == env}:
             parts += [f"### {env}", seeds_table(own, sac)]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def one_line_each(returns: dict[tuple, list[float]], shown: set[str]) -> str:
-    """A line for each of the paper's environments: means of the labels `shown`."""
+    """A line for each of the paper's environments: means of labels `shown`, if any."""
     columns = {}  # by step and label: cells of the environments
     for (step, name, env), values in returns.items():
         if name in shown:
             cells = columns.setdefault(f"{step // 1000}k {name}", {})
             cells[env] = f"{np.mean(values):.0f} ({len(values)})"
+    if not columns:
+        return ""
     columns["the paper"] = PAPER
     lines = [
         [env, *(cells.get(env, "") for cells in columns.values())] for env in PAPER
@@ -288,10 +290,11 @@ def seeds_table(returns: dict[tuple, list[float]], sac: set[str]) -> str:
     """One environment: a line for each step and label, beside the only label of SAC."""
     lines = []
     for (step, name), values in returns.items():
-        others = [returns[step, other] for other in sac if (step, other) in returns]
+        theirs = [returns[step, other] for other in sac if (step, other) in returns]
         p = ""
-        if name not in sac and len(others) == 1 and min(len(values), len(*others)) >= 3:
-            p = f"{stats.mannwhitneyu(values, *others).pvalue:.2f}"
+        if name not in sac and len(theirs) == 1:
+            if len(values) >= 3 and len(theirs[0]) >= 3:
+                p = f"{stats.mannwhitneyu(values, theirs[0]).pvalue:.2f}"
         each = ", ".join(f"{value:.0f}" for value in values)
         lines.append([f"{step:,}", name, f"{np.mean(values):.0f}", each, p])
     return markdown("steps | algorithm | mean | each seed | p beside SAC", lines)
