@@ -9,7 +9,7 @@ import sac_continuous_action as sac
 import sql_continuous_action as sql
 
 pytestmark = pytest.mark.slow
-SAC = {"policy_lr": 1e-3}
+SAC = {"policy_lr": 1e-3, "total_timesteps": 6_000}
 SQL = {"policy_lr": 1e-3, "q_lr": 1e-3, "reward_scale": 10}
 
 

@@ -176,6 +176,31 @@ def averages(script: ModuleType):
     script.make_policy, script.evaluate = make_watched_policy, evaluate_all
 
 
+def held(script: ModuleType):
+    """The noise of acting is held for k steps, k ~ Zeta(2).
+
+    A resumed run draws other k.
+    """
+    make_policy = script.make_policy
+
+    def make_held_policy(*inputs):  # ..., run, name
+        policy, run, name = make_policy(*inputs), inputs[-2], inputs[-1]
+        if name != "acting":
+            return policy
+        rng, left, kept = np.random.default_rng(run.args.seed), 0, None
+
+        def acting(obs, z):
+            nonlocal left, kept
+            if left == 0:
+                left, kept = rng.zipf(2), z
+            left -= 1
+            return policy(obs, kept)
+
+        return acting
+
+    script.make_policy = make_held_policy
+
+
 # --- MEow without tuning --------------------------------------------------------------
 def plain(script: ModuleType):
     """m and h without LayerNorm."""
@@ -330,32 +355,7 @@ def raw(script: ModuleType):
     script.RunningMeanStd = RunningMeanStd
 
 
-def held(script: ModuleType):
-    """The noise of acting is held for k steps, k ~ Zeta(2).
-
-    A resumed run draws other k.
-    """
-    make_policy = script.make_policy
-
-    def make_held_policy(network, norm, theta, n, run, name):
-        policy = make_policy(network, norm, theta, n, run, name)
-        if name != "acting":
-            return policy
-        rng, left, kept = np.random.default_rng(run.args.seed), 0, None
-
-        def acting(obs, z):
-            nonlocal left, kept
-            if left == 0:
-                left, kept = rng.zipf(2), z
-            left -= 1
-            return policy(obs, kept)
-
-        return acting
-
-    script.make_policy = make_held_policy
-
-
-FOR_SAC = ("normal", "units", "layers", "recent", "averages")
+FOR_SAC = ("normal", "units", "layers", "recent", "averages", "held")
 FOR_SAC_ALONE = ("normal", "units", "layers")
 LOSSES = ("near", "huber", "two", "conservative")
 JOINED = (["near", "two"], ["near", "conservative"])
@@ -368,6 +368,7 @@ ARMS = {
         layers,
         recent,
         averages,
+        held,
         plain,
         bounded,
         random,
@@ -378,7 +379,6 @@ ARMS = {
         two,
         conservative,
         raw,
-        held,
     )
 }
 
