@@ -133,6 +133,7 @@ class Args(RunArgs):
     sigma_max: float = 0.4  # upper bound of the standard deviation of u
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept in the replay buffer
+    recent_size: int = 10_000  # half of a batch is of this many newest ones (0: none)
     learning_starts: int = 5_000  # random steps before the first of one update per step
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
@@ -150,7 +151,7 @@ class Args(RunArgs):
         environments.json_object("--env-kwargs", self.env_kwargs)
         counts = "batch_size buffer_size learning_starts eval_frequency eval_envs"
         self.check(counts, lambda x: x >= 1, "at least 1")
-        self.check("eval_episodes", lambda x: x >= 0, "at least 0")
+        self.check("eval_episodes recent_size", lambda x: x >= 0, "at least 0")
         if self.max_episode_steps is not None:
             self.check("max_episode_steps", lambda x: x >= 1, "at least 1")
         positive = "learning_rate max_grad_norm"
@@ -318,6 +319,27 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict):
         self.added = state["added"]
         self.rows[: len(self)].copy_(state["rows"])
+
+
+class RecentReplayBuffer(ReplayBuffer):
+    """Half of each batch is of the newest transitions, whose actions are near the
+    policy's: Q says most about these (emphasised recent experience, Wang & Ross 2019).
+    """
+
+    def __init__(self, recent_size: int, *sizes):
+        super().__init__(*sizes)
+        self.recent_size = recent_size
+
+    def sample(self, rng: np.random.Generator) -> Tensor:
+        """`batch` (B, row): half of it drawn from the newest `recent_size` ones."""
+        if self.recent_size == 0:
+            return super().sample(rng)
+        newest = np.full(len(self.batch), len(self))  # how many each is drawn from
+        newest[: len(newest) // 2] = min(self.recent_size, len(self))
+        age = rng.integers(0, newest)
+        index = torch.from_numpy((self.added - 1 - age) % self.capacity)
+        index = index.to(self.rows.device)
+        return torch.index_select(self.rows, 0, index, out=self.batch)
 
 
 def split_batch(batch: Tensor, obs_dim: int, act_dim: int) -> tuple[Tensor, ...]:
@@ -622,7 +644,8 @@ def train(args: Args, run: Run):
     env = run.closing(make_env(args))
     eval_envs = make_eval_envs(args, run)
     capacity = min(args.buffer_size, args.total_timesteps)
-    replay = ReplayBuffer(capacity, *env.sizes, args.batch_size, run.device)
+    sizes = (capacity, *env.sizes, args.batch_size, run.device)
+    replay = RecentReplayBuffer(args.recent_size, *sizes)
     norm = RunningMeanStd(env.sizes[0], run.device)
     rewards = RunningMeanStd(1, run.device)
     flow = make_flow(args, *env.sizes).to(run.device)

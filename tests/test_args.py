@@ -35,6 +35,7 @@ BELOW_ZERO = {"log_sigma_min", "log_sigma_max", "target_entropy"}
 ZERO = {
     "seed",
     "eval_episodes",
+    "recent_size",
     "target_entropy",
     "checkpoint_frequency",
     "gamma",

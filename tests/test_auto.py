@@ -288,6 +288,31 @@ def test_update_against_autograd_and_torch_optim(compiled):
     assert any(0.02 < w < 1 for w in weights)
 
 
+@pytest.mark.parametrize(("n", "recent_size"), [(80, 30), (150, 30), (20, 30)])
+def test_half_of_a_batch_is_of_the_newest(n, recent_size):
+    """Of n transitions in a ring of 100, each as often as it should be."""
+    replay = auto.RecentReplayBuffer(recent_size, 100, 1, 1, 60_000, "cpu")
+    for i in range(n):
+        replay.add([i], [0], [0], 0, False)
+    drawn = replay.sample(np.random.default_rng(0))[:, 0].long()
+    for half, kept in (drawn[:30_000], recent_size), (drawn[30_000:], 100):
+        counts = torch.bincount(half, minlength=n)
+        kept = min(kept, n)
+        assert counts[: n - kept].sum() == 0
+        expected = 30_000 / kept
+        assert (counts[-kept:] - expected).abs().max() < 6 * expected**0.5
+
+
+def test_without_recent_ones_a_batch_is_drawn_evenly():
+    sizes = 50, 1, 1, 8, "cpu"
+    buffers = auto.ReplayBuffer(*sizes), auto.RecentReplayBuffer(0, *sizes)
+    for replay in buffers:
+        for i in range(70):
+            replay.add([i], [0], [0], 0, False)
+    batches = [replay.sample(np.random.default_rng(0)) for replay in buffers]
+    assert torch.equal(*batches)
+
+
 def test_acting_stores_u():
     """The policy sees normalised observations, the buffer has its u, the environment
     gets tanh(u)."""

@@ -20,7 +20,7 @@ import falls
 import slopes
 import table
 
-MEOW = "recent plain bounded random evenly heavy huber near two"
+MEOW = "plain bounded random evenly heavy huber near two"
 MEOW = [*MEOW.split(), "conservative", "raw", "held"]
 KEEPING_THE_IDENTITY = "base plain bounded random two".split()
 
@@ -117,15 +117,20 @@ def test_units_are_the_scripts():
     assert replay.rows[:4, -2].max() == 8  # the rows themselves stay
 
 
-def test_recent_draws_half_from_the_newest():
-    script = arms.changed_script("recent")
-    replay = script.ReplayBuffer(30_000, 1, 1, 400, "cpu")
-    replay.rows[:, 0] = torch.arange(30_000)
-    replay.added = 42_000  # rows 2,000 to 11,999 are the newest 10,000
-    batch = replay.sample(np.random.default_rng(0))[:, 0]
-    assert batch[:200].min() >= 2_000
-    assert batch[:200].max() < 12_000
-    assert batch[200:].max() > 20_000
+def test_recent_is_the_scripts():
+    """The same draws; what comes after it still changes what is drawn."""
+    buffers = [
+        arms.RecentReplayBuffer(10_000, 20_000, 1, 1, 400, "cpu"),
+        arms.changed_script("sac+recent").ReplayBuffer(20_000, 1, 1, 400, "cpu"),
+        arms.changed_script("sac+recent+units").ReplayBuffer(20_000, 1, 1, 400, "cpu"),
+    ]
+    for replay in buffers:
+        replay.rows[:] = torch.arange(20_000.0)[:, None]
+        replay.added = 29_000
+        replay.sample(np.random.default_rng(0))
+    script, arm, with_units = (replay.batch for replay in buffers)
+    assert torch.equal(arm, script)
+    assert torch.equal(with_units[:, 0], script[:, 0])
 
 
 def test_conservative_adds_the_gap_of_v_and_q():
@@ -140,7 +145,7 @@ def test_conservative_adds_the_gap_of_v_and_q():
     target = torch.randn(8).double()
     td = arms.changed_script("base").meow_loss(q[:, 0], d, target)
     torch.testing.assert_close(script.meow_loss(q, d, target), td + gap.mean())
-    replay = script.ReplayBuffer(50, 3, 1, 4, "cpu")
+    replay = script.RecentReplayBuffer(9, 50, 3, 1, 4, "cpu")
     replay.added = 45_000
     replay.sample(np.random.default_rng(0))
     assert float(flow.weight) == pytest.approx(0.025)
@@ -298,7 +303,7 @@ def test_a_run_with_averages_is_the_same_run(script, tmp_path):
     assert rows[0] == [row for row in rows[1] if row not in averaged]
 
 
-@pytest.mark.parametrize("arm", [*MEOW, "sac+normal+units+layers", "sac+held"])
+@pytest.mark.parametrize("arm", [*MEOW, "sac+recent+normal+units+layers", "sac+held"])
 def test_a_run_of_an_arm_goes_on(arm, tmp_path):
     """From a checkpoint at step 46, exactly (but for the noise that is held)."""
     (tmp_path / "whole").mkdir()
@@ -475,11 +480,12 @@ def test_slopes_are_of_the_true_simulator(tmp_path, output_of, monkeypatch):
 
 def test_a_wrong_word_says_which_there_are(tmp_path):
     code, _ = launch(["nonsense"], tmp_path)
-    assert "nonsense is not one of base, sac, normal" in code
+    assert "nonsense is not one of base, sac, recent" in code
     for arm in ("two+near", "two+conservative", "near+huber", "huber+two"):
         code, _ = launch([arm, *quick()], tmp_path)
         assert f"{arm} can't be joined" in code
-    for arm in ("layers", "normal", "sac+near"):
+    assert "recent comes before" in launch(["sac+units+recent", *quick()], tmp_path)[0]
+    for arm in ("layers", "normal", "recent", "sac+near"):
         code, _ = launch([arm, *quick()], tmp_path)
         assert "is no change of" in code
 

@@ -6,9 +6,9 @@
 
 The words before the options are changes of `ARMS`, joined by +; with `sac` they change
 sac_continuous_action.py instead of meow_auto_continuous_action.py, where only those of
-`FOR_SAC` make sense. `normal`, `units` and `layers` are for SAC alone: they give it
-what the script without tuning has. All options are the script's. The run is named
-after the arm (auto_near_two, sac_normal).
+`FOR_SAC` make sense. `recent`, `normal`, `units` and `layers` are for SAC alone: they
+give it what the script without tuning has. All options are the script's. The run is
+named after the arm (auto_near_two, sac_normal).
 """
 
 import importlib.util
@@ -23,12 +23,29 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from meow_auto_continuous_action import RunningMeanStd, reward_unit
+from meow_auto_continuous_action import (
+    RecentReplayBuffer,
+    RunningMeanStd,
+    reward_unit,
+)
 
 ROOT = Path(__file__).parents[2]
 
 
 # --- For SAC, and for both ------------------------------------------------------------
+def recent(script: ModuleType):
+    """SAC: half of each batch from the newest 10,000, as in the script without tuning.
+
+    Before all others.
+    """
+
+    class ReplayBuffer(RecentReplayBuffer):
+        def __init__(self, *sizes):
+            super().__init__(10_000, *sizes)
+
+    script.ReplayBuffer = ReplayBuffer
+
+
 def normal(script: ModuleType):
     """SAC: observations less their running mean, over their deviation, cut at 5.
 
@@ -123,21 +140,6 @@ def layers(script: ModuleType):
             super().__init__(*parts[:-2])
 
     script.MLP = MLP
-
-
-def recent(script: ModuleType):
-    """Half of each batch from the newest 10,000 transitions."""
-
-    class ReplayBuffer(script.ReplayBuffer):
-        def sample(self, rng):
-            index = rng.integers(0, len(self), len(self.batch))
-            half = len(index) // 2
-            newest = min(len(self), 10_000)
-            index[:half] = (self.added - 1 - index[:half] % newest) % self.capacity
-            index = torch.from_numpy(index).to(self.rows.device)
-            return torch.index_select(self.rows, 0, index, out=self.batch)
-
-    script.ReplayBuffer = ReplayBuffer
 
 
 def averages(script: ModuleType):
@@ -332,7 +334,7 @@ def conservative(script: ModuleType):
             gap = self.soft_values(obs) - q
             return torch.stack([q, self.weight * gap], dim=-1), d
 
-    class ReplayBuffer(script.ReplayBuffer):
+    class RecentReplayBuffer(script.RecentReplayBuffer):
         def sample(self, rng):
             for flow in flows:
                 flow.weight.fill_(0.05 * max(0.0, 1 - self.added / 90_000))
@@ -341,7 +343,7 @@ def conservative(script: ModuleType):
     def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:
         return loss_of_td(q[:, 0], d, target) + q[:, 1].mean()
 
-    script.EnergyFlow, script.ReplayBuffer = EnergyFlow, ReplayBuffer
+    script.EnergyFlow, script.RecentReplayBuffer = EnergyFlow, RecentReplayBuffer
     script.meow_loss = meow_loss
 
 
@@ -355,18 +357,18 @@ def raw(script: ModuleType):
     script.RunningMeanStd = RunningMeanStd
 
 
-FOR_SAC = ("normal", "units", "layers", "recent", "averages", "held")
-FOR_SAC_ALONE = ("normal", "units", "layers")
+FOR_SAC = ("recent", "normal", "units", "layers", "averages", "held")
+FOR_SAC_ALONE = ("recent", "normal", "units", "layers")
 LOSSES = ("near", "huber", "two", "conservative")
 JOINED = (["near", "two"], ["near", "conservative"])
 """those of them that go together, in this order"""
 ARMS = {
     function.__name__: function
     for function in (
+        recent,
         normal,
         units,
         layers,
-        recent,
         averages,
         held,
         plain,
@@ -396,6 +398,8 @@ def changed_script(arm: str) -> ModuleType:
     of_the_loss = [word for word in changes if word in LOSSES]
     if of_the_loss[1:] and of_the_loss not in JOINED:
         sys.exit(f"error: {'+'.join(of_the_loss)} can't be joined like that")
+    if "recent" in changes[1:]:
+        sys.exit("error: recent comes before the others")
     for word in changes:
         if word not in ARMS:
             known = ", ".join(ARMS)
