@@ -69,8 +69,8 @@ Shapes: B batch, A action, S observation, P parameters.
 
 What differs from meow_continuous_action.py besides: one m, where MEow takes the smaller
 of two V_k; observations are normalised; hidden layers have LayerNorm and start
-orthogonal, the last ones start at zero, so that g is the identity; and the replay
-buffer keeps u, of which nothing is cut off.
+orthogonal, the last ones start at zero, so that g is the identity; the replay buffer
+keeps u, of which nothing is cut off; and half of each batch is of its newest rows.
 """
 
 import json
