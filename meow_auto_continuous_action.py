@@ -137,6 +137,7 @@ class Args(RunArgs):
     learning_starts: int = 5_000  # random steps before the first of one update per step
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
+    hold_noise: float = 2.0  # noise of acting stays for k ~ Zeta(this) steps (0: one)
 
     settings = BUDGETS
     settings_name = "the paper's number of steps"
@@ -162,6 +163,7 @@ class Args(RunArgs):
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
         self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1")
+        self.check("hold_noise", lambda x: x == 0 or 1 < x <= 100, "0, or above 1")
         self.check("target_entropy", lambda x: -100 <= x <= 0, "from -100 to 0")
         below = f"below --sigma-max, {self.sigma_max}"
         self.check("sigma_start", lambda x: x < self.sigma_max, below)
@@ -638,6 +640,32 @@ def make_policy(network, norm, theta: Tensor, n: int, run: Run, name: str):
     return policy
 
 
+class HeldNoise:
+    """z ~ N(0, I) for acting, held for k ~ Zeta(hold_noise) steps, each time anew.
+
+    So it tries what takes longer than a step (Dabney et al., 2021, "Temporally-extended
+    epsilon-greedy exploration").
+    """
+
+    def __init__(self, hold_noise: float, act_dim: int):
+        self.hold_noise, self.left = hold_noise, 0
+        self.z = np.zeros((1, act_dim), np.float32)
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """z of the next step. -> (1, A)."""
+        if self.left == 0:
+            self.z = rng.standard_normal(self.z.shape, dtype=np.float32)
+            self.left = rng.zipf(self.hold_noise) if self.hold_noise else 1
+        self.left -= 1
+        return self.z
+
+    def state_dict(self) -> dict:
+        return {"left": int(self.left), "z": torch.from_numpy(self.z)}
+
+    def load_state_dict(self, state: dict):
+        self.left, self.z = state["left"], state["z"].numpy()
+
+
 def train(args: Args, run: Run):
     """Trains the flow, from the run's checkpoint if it has one."""
     rng = np.random.default_rng(args.seed)  # exploration, replay and dropout
@@ -648,6 +676,7 @@ def train(args: Args, run: Run):
     replay = RecentReplayBuffer(args.recent_size, *sizes)
     norm = RunningMeanStd(env.sizes[0], run.device)
     rewards = RunningMeanStd(1, run.device)
+    noise = HeldNoise(args.hold_noise, env.sizes[1])
     flow = make_flow(args, *env.sizes).to(run.device)
     theta = flatten_parameters(flow)  # the flow's parameters are views of it
     learner = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, decay
@@ -659,6 +688,7 @@ def train(args: Args, run: Run):
     play = make_policy(flow, norm, theta, args.eval_episodes, run, "evaluation")
     parts = {"env": env, "learner": learner, "replay": replay}
     parts |= {"norm": norm, "rewards": rewards, "alpha": [flow.alpha]}
+    parts |= {"noise": noise}
     run.start({"flow": flow, "norm": norm}, rng, env.sizes, **parts)
 
     def eval_policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -676,8 +706,8 @@ def train(args: Args, run: Run):
         if not learning:
             u = np.arctanh(rng.uniform(-1, 1, flow.act_dim)).astype(np.float32)
         else:
-            z = rng.standard_normal((1, flow.act_dim), dtype=np.float32)
-            (u,), (log_prob,) = act(obs[None], z)  # u = g^-1(sigma z|s), z ~ N(0, I)
+            z = noise.draw(rng)  # N(0, I)
+            (u,), (log_prob,) = act(obs[None], z)  # u = g^-1(sigma z|s)
             unit = reward_unit(rewards)
             batch = replay.sample(rng)
             norm.normalise(batch, *env.sizes)

@@ -36,6 +36,7 @@ ZERO = {
     "seed",
     "eval_episodes",
     "recent_size",
+    "hold_noise",
     "target_entropy",
     "checkpoint_frequency",
     "gamma",
