@@ -64,6 +64,7 @@ alpha     EnergyFlow.alpha   temperature, units per nat; rho: args.temperature
 d         q_and_distance     squared distance: about 1 for the policy's own actions
 w         far_weight         weight of a transition; gets no gradient
 theta     theta              all parameters in one vector; theta': target_theta
+          theta_bar          slow average of theta: the policy that is evaluated, saved
 y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, P parameters.
 
@@ -137,6 +138,7 @@ class Args(RunArgs):
     learning_starts: int = 5_000  # random steps before the first of one update per step
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
+    policy_average: float = 1e-3  # evaluated: average of theta over 1 / this steps
     hold_noise: float = 2.0  # noise of acting stays for k ~ Zeta(this) steps (0: one)
 
     settings = BUDGETS
@@ -161,7 +163,8 @@ class Args(RunArgs):
         self.check(sizes, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")
         self.check("alpha_lr", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
-        self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        averages = "tau policy_average"
+        self.check(averages, lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1")
         self.check("hold_noise", lambda x: x == 0 or 1 < x <= 100, "0, or above 1")
         self.check("target_entropy", lambda x: -100 <= x <= 0, "from -100 to 0")
@@ -680,16 +683,19 @@ def train(args: Args, run: Run):
     flow = make_flow(args, *env.sizes).to(run.device)
     theta = flatten_parameters(flow)  # the flow's parameters are views of it
     learner = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, decay
+    average = make_flow(args, *env.sizes).to(run.device)  # is evaluated and saved
+    average.alpha = flow.alpha
+    theta_bar = flatten_parameters(average)
     shape = (flow.n_couplings, 2, args.batch_size, flow.hidden)  # 2 hidden layers each
     kept = torch.ones(shape, dtype=torch.bool, device=run.device)
     update = make_update(flow, args)
     update = run.compile("the update", update, *learner, replay.batch, kept)
     act = make_policy(flow, norm, theta, 1, run, "acting")
-    play = make_policy(flow, norm, theta, args.eval_episodes, run, "evaluation")
+    play = make_policy(average, norm, theta_bar, args.eval_episodes, run, "evaluation")
     parts = {"env": env, "learner": learner, "replay": replay}
-    parts |= {"norm": norm, "rewards": rewards, "alpha": [flow.alpha]}
+    parts |= {"flow": average, "norm": norm, "rewards": rewards, "alpha": [flow.alpha]}
     parts |= {"noise": noise}
-    run.start({"flow": flow, "norm": norm}, rng, env.sizes, **parts)
+    run.start({"flow": average, "norm": norm}, rng, env.sizes, **parts)
 
     def eval_policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
         return np.tanh(play(obs, z)[0])
@@ -714,6 +720,7 @@ def train(args: Args, run: Run):
             split_batch(batch, *env.sizes)[3].div_(unit)  # r <- r / unit
             draw_dropout(kept, args.dropout, rng)
             values = update()
+            theta_bar.lerp_(theta, args.policy_average)
             if args.autotune:
                 follow_entropy(flow.alpha, float(log_prob) / flow.act_dim, args)
         next_obs, reward, terminated, truncated, info = env.step(np.tanh(u))

@@ -340,6 +340,28 @@ def test_without_holding_noise_is_new_at_each_step():
         assert (z == expected).all()
 
 
+def test_the_average_of_theta_is_evaluated_and_saved():
+    """theta_bar <- 3/4 theta_bar + 1/4 theta after each update; of 1 it is theta."""
+    thetas = []
+
+    def look(run):
+        thetas.append(run.parts["learner"][0].clone())
+
+    run = trained(auto, 4, after=look, policy_average=0.25)
+    first = RANDOM_STEPS - 1
+    theta_bar = thetas[first]
+    for theta in thetas[first + 1 :]:
+        theta_bar = 0.75 * theta_bar + 0.25 * theta
+    saved = torch.nn.utils.parameters_to_vector(run.policy["flow"].parameters())
+    evaluated, acting = (run.tensors[name][0] for name in ("evaluation", "acting"))
+    for vector in (saved, evaluated):
+        torch.testing.assert_close(vector, theta_bar)
+        assert (vector - thetas[-1]).abs().max() > 1e-3
+    assert torch.equal(acting, thetas[-1])
+    run = trained(auto, 4, policy_average=1)
+    assert torch.equal(run.tensors["evaluation"][0], run.tensors["acting"][0])
+
+
 def test_acting_stores_u():
     """The policy sees normalised observations, the buffer has its u, the environment
     gets tanh(u)."""
