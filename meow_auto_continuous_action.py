@@ -138,8 +138,7 @@ class Args(RunArgs):
     learning_starts: int = 5_000  # random steps before the first of one update per step
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
-    policy_average: float = 1e-3  # evaluated: average of theta over 1 / this steps
-    hold_noise: float = 2.0  # noise of acting stays for k ~ Zeta(this) steps (0: one)
+    policy_average: float = 1e-3  # b: the average over about 1 / b steps is evaluated
 
     settings = BUDGETS
     settings_name = "the paper's number of steps"
@@ -166,7 +165,6 @@ class Args(RunArgs):
         averages = "tau policy_average"
         self.check(averages, lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1")
-        self.check("hold_noise", lambda x: x == 0 or 1 < x <= 100, "0, or above 1")
         self.check("target_entropy", lambda x: -100 <= x <= 0, "from -100 to 0")
         below = f"below --sigma-max, {self.sigma_max}"
         self.check("sigma_start", lambda x: x < self.sigma_max, below)
@@ -643,32 +641,6 @@ def make_policy(network, norm, theta: Tensor, n: int, run: Run, name: str):
     return policy
 
 
-class HeldNoise:
-    """z ~ N(0, I) for acting, held for k ~ Zeta(hold_noise) steps, each time anew.
-
-    So it tries what takes longer than a step (Dabney et al., 2021, "Temporally-extended
-    epsilon-greedy exploration").
-    """
-
-    def __init__(self, hold_noise: float, act_dim: int):
-        self.hold_noise, self.left = hold_noise, 0
-        self.z = np.zeros((1, act_dim), np.float32)
-
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """z of the next step. -> (1, A)."""
-        if self.left == 0:
-            self.z = rng.standard_normal(self.z.shape, dtype=np.float32)
-            self.left = rng.zipf(self.hold_noise) if self.hold_noise else 1
-        self.left -= 1
-        return self.z
-
-    def state_dict(self) -> dict:
-        return {"left": int(self.left), "z": torch.from_numpy(self.z)}
-
-    def load_state_dict(self, state: dict):
-        self.left, self.z = state["left"], state["z"].numpy()
-
-
 def train(args: Args, run: Run):
     """Trains the flow, from the run's checkpoint if it has one."""
     rng = np.random.default_rng(args.seed)  # exploration, replay and dropout
@@ -679,7 +651,6 @@ def train(args: Args, run: Run):
     replay = RecentReplayBuffer(args.recent_size, *sizes)
     norm = RunningMeanStd(env.sizes[0], run.device)
     rewards = RunningMeanStd(1, run.device)
-    noise = HeldNoise(args.hold_noise, env.sizes[1])
     flow = make_flow(args, *env.sizes).to(run.device)
     theta = flatten_parameters(flow)  # the flow's parameters are views of it
     learner = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, decay
@@ -694,7 +665,6 @@ def train(args: Args, run: Run):
     play = make_policy(average, norm, theta_bar, args.eval_episodes, run, "evaluation")
     parts = {"env": env, "learner": learner, "replay": replay}
     parts |= {"flow": average, "norm": norm, "rewards": rewards, "alpha": [flow.alpha]}
-    parts |= {"noise": noise}
     run.start({"flow": average, "norm": norm}, rng, env.sizes, **parts)
 
     def eval_policy(obs: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -712,15 +682,15 @@ def train(args: Args, run: Run):
         if not learning:
             u = np.arctanh(rng.uniform(-1, 1, flow.act_dim)).astype(np.float32)
         else:
-            z = noise.draw(rng)  # N(0, I)
-            (u,), (log_prob,) = act(obs[None], z)  # u = g^-1(sigma z|s)
+            z = rng.standard_normal((1, flow.act_dim), dtype=np.float32)
+            (u,), (log_prob,) = act(obs[None], z)  # u = g^-1(sigma z|s), z ~ N(0, I)
             unit = reward_unit(rewards)
             batch = replay.sample(rng)
             norm.normalise(batch, *env.sizes)
             split_batch(batch, *env.sizes)[3].div_(unit)  # r <- r / unit
             draw_dropout(kept, args.dropout, rng)
             values = update()
-            theta_bar.lerp_(theta, args.policy_average)
+            theta_bar.lerp_(theta, args.policy_average)  # += b (theta - theta_bar)
             if args.autotune:
                 follow_entropy(flow.alpha, float(log_prob) / flow.act_dim, args)
         next_obs, reward, terminated, truncated, info = env.step(np.tanh(u))

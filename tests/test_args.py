@@ -36,7 +36,6 @@ ZERO = {
     "seed",
     "eval_episodes",
     "recent_size",
-    "hold_noise",
     "target_entropy",
     "checkpoint_frequency",
     "gamma",

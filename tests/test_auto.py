@@ -313,33 +313,6 @@ def test_without_recent_ones_a_batch_is_drawn_evenly():
     assert torch.equal(*batches)
 
 
-def test_noise_is_held_for_some_steps():
-    """k ~ Zeta(2) is 1 with probability 6 / pi^2 = 0.61; a restored one goes on."""
-    noise, rng = auto.HeldNoise(2.0, 3), np.random.default_rng(0)
-    drawn = np.concatenate([noise.draw(rng) for _ in range(20_000)])
-    starts = np.flatnonzero((drawn[1:] != drawn[:-1]).all(1))
-    lengths = np.diff(starts)
-    assert (lengths == 1).mean() == pytest.approx(0.61, abs=0.02)
-    assert (lengths == 2).mean() == pytest.approx(0.61 / 4, abs=0.02)
-    assert lengths.max() > 50
-    assert drawn[starts].std(0) == pytest.approx(1, abs=0.05)
-    while noise.left == 0:
-        noise.draw(rng)
-    restored = auto.HeldNoise(2.0, 3)
-    restored.load_state_dict(noise.state_dict())
-    same = copy.deepcopy(rng)
-    for _ in range(20):
-        assert (restored.draw(same) == noise.draw(rng)).all()
-
-
-def test_without_holding_noise_is_new_at_each_step():
-    noise = auto.HeldNoise(0, 3)
-    drawn = [noise.draw(np.random.default_rng(i)) for i in range(3)]
-    for i, z in enumerate(drawn):
-        expected = np.random.default_rng(i).standard_normal((1, 3), dtype=np.float32)
-        assert (z == expected).all()
-
-
 def test_the_average_of_theta_is_evaluated_and_saved():
     """theta_bar <- 3/4 theta_bar + 1/4 theta after each update; of 1 it is theta."""
     thetas = []

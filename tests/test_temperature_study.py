@@ -21,7 +21,7 @@ import slopes
 import table
 
 MEOW = "plain bounded random evenly heavy huber near two"
-MEOW = [*MEOW.split(), "conservative", "raw"]
+MEOW = [*MEOW.split(), "conservative", "raw", "held"]
 KEEPING_THE_IDENTITY = "base plain bounded random two".split()
 
 
@@ -250,20 +250,22 @@ def test_of_two_values_the_smaller_one_counts():
     torch.testing.assert_close(script.meow_loss(q, d, y), expected)
 
 
-def test_held_is_the_scripts_noise():
-    script, seen = arms.changed_script("sac"), []
-    run = SimpleNamespace(args=script.Args(seed=5))
-    script.make_policy = lambda *_: lambda _, z: seen.append(z)
+def test_held_noise_lasts_some_steps():
+    script, seen = arms.changed_script("base"), []
+    run = SimpleNamespace(args=script.Args())
+    script.make_policy = lambda *_: lambda _, z: seen.append(float(z[0, 0]))
     arms.held(script)
-    network, rng = SimpleNamespace(act_dim=2), np.random.default_rng(5)
-    acting = script.make_policy(network, None, 1, run, "acting")
-    noise = arms.HeldNoise(2.0, 2)
-    for _ in range(100):
-        acting(None, None)
-        assert (seen[-1] == noise.draw(rng)).all()
-    evaluation = script.make_policy(network, None, 1, run, "evaluation")
-    evaluation(None, "another")
-    assert seen[-1] == "another"
+    acting = script.make_policy(None, None, 1, run, "acting")
+    for i in range(2000):
+        acting(None, np.full((1, 1), i))
+    starts = [i for i in range(2000) if i == 0 or seen[i] != seen[i - 1]]
+    assert all(seen[i] == i for i in starts)
+    lengths = np.diff(starts)
+    assert 0.5 < (lengths == 1).mean() < 0.7  # 1 / zeta(2) = 0.61
+    assert lengths.max() > 10
+    evaluation = script.make_policy(None, None, 1, run, "evaluation")
+    evaluation(None, np.full((1, 1), -1.0))
+    assert seen[-1] == -1
 
 
 def test_averages_are_evaluated_and_change_nothing():

@@ -6,9 +6,9 @@
 
 The words before the options are changes of `ARMS`, joined by +; with `sac` they change
 sac_continuous_action.py instead of meow_auto_continuous_action.py, where only those of
-`FOR_SAC` make sense. Those of `FOR_SAC_ALONE` give SAC what the script without tuning
-has. All options are the script's. The run is named after the arm (auto_near_two,
-sac_normal).
+`FOR_SAC` make sense. `recent`, `normal`, `units` and `layers` are for SAC alone: they
+give it what the script without tuning has. All options are the script's. The run is
+named after the arm (auto_near_two, sac_normal).
 """
 
 import importlib.util
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from meow_auto_continuous_action import (
-    HeldNoise,
     RecentReplayBuffer,
     RunningMeanStd,
     reward_unit,
@@ -180,19 +179,26 @@ def averages(script: ModuleType):
 
 
 def held(script: ModuleType):
-    """SAC: the noise of acting is held for k ~ Zeta(2) steps, as in that script.
+    """The noise of acting is held for k steps, k ~ Zeta(2).
 
-    A resumed run draws other noise.
+    A resumed run draws other k.
     """
     make_policy = script.make_policy
 
-    def make_held_policy(network, theta, n, run, name):
-        policy = make_policy(network, theta, n, run, name)
+    def make_held_policy(*inputs):  # ..., run, name
+        policy, run, name = make_policy(*inputs), inputs[-2], inputs[-1]
         if name != "acting":
             return policy
-        rng = np.random.default_rng(run.args.seed)
-        noise = HeldNoise(2.0, network.act_dim)
-        return lambda obs, _: policy(obs, noise.draw(rng))
+        rng, left, kept = np.random.default_rng(run.args.seed), 0, None
+
+        def acting(obs, z):
+            nonlocal left, kept
+            if left == 0:
+                left, kept = rng.zipf(2), z
+            left -= 1
+            return policy(obs, kept)
+
+        return acting
 
     script.make_policy = make_held_policy
 
@@ -351,8 +357,8 @@ def raw(script: ModuleType):
     script.RunningMeanStd = RunningMeanStd
 
 
-FOR_SAC_ALONE = ("recent", "normal", "units", "layers", "held")
-FOR_SAC = (*FOR_SAC_ALONE, "averages")
+FOR_SAC = ("recent", "normal", "units", "layers", "averages", "held")
+FOR_SAC_ALONE = ("recent", "normal", "units", "layers")
 LOSSES = ("near", "huber", "two", "conservative")
 JOINED = (["near", "two"], ["near", "conservative"])
 """those of them that go together, in this order"""
@@ -363,8 +369,8 @@ ARMS = {
         normal,
         units,
         layers,
-        held,
         averages,
+        held,
         plain,
         bounded,
         random,
