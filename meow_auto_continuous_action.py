@@ -64,14 +64,14 @@ alpha     EnergyFlow.alpha   temperature, units per nat; rho: args.temperature
 d         q_and_distance     squared distance: about 1 for the policy's own actions
 w         far_weight         weight of a transition; gets no gradient
 theta     theta              all parameters in one vector; theta': target_theta
-          theta_bar          slow average of theta: the policy that is evaluated, saved
+          theta_bar          average of theta: the policy that is evaluated and saved
 y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, P parameters.
 
 What differs from meow_continuous_action.py besides: one m, where MEow takes the smaller
 of two V_k; observations are normalised; hidden layers have LayerNorm and start
-orthogonal, the last ones start at zero, so that g is the identity; the replay buffer
-keeps u, of which nothing is cut off; and half of each batch is of its newest rows.
+orthogonal, the last ones start at zero, so that g is the identity; and the replay
+buffer keeps u, of which nothing is cut off.
 """
 
 import json
@@ -134,11 +134,11 @@ class Args(RunArgs):
     sigma_max: float = 0.4  # upper bound of the standard deviation of u
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept in the replay buffer
-    recent_size: int = 10_000  # half of a batch is of this many newest ones (0: none)
+    recent_size: int = 0  # half of a batch is of this many newest ones (0: none)
     learning_starts: int = 5_000  # random steps before the first of one update per step
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
-    policy_average: float = 1e-3  # b: the average over about 1 / b steps is evaluated
+    policy_average: float = 1.0  # b: the average over about 1 / b steps is evaluated
 
     settings = BUDGETS
     settings_name = "the paper's number of steps"

@@ -392,18 +392,34 @@ def test_the_pages_have_the_tables(capsys, monkeypatch):
 
 def test_returns_of_a_task_stand_beside_each_other(tmp_path):
     names = "meow_auto_continuous_action__1 meow_auto_continuous_action__2"
-    names += " sac_continuous_action__1 sac_continuous_action_longer__1"
-    for i, name in enumerate([*names.split(), "sac_continuous_action__1"]):
+    names += " sac_continuous_action__2 sac_continuous_action_longer__2"
+    for i, name in enumerate([*names.split(), "sac_continuous_action__2"]):
         run = tmp_path / f"Ant-v4__{name}__{i}"
         run.mkdir()
         rows = ["step,seconds,name,value", "10,1,eval/return_mean,1.0"]
         rows += [f"20,2,eval/return_mean,{i}.6", "20,2,eval/return_std,9.0"]
         (run / "metrics.csv").write_text("\n".join(rows) + "\n")
-    script, sac = "| Ant-v4 | the script | 1 | 1, 2 |", "| Ant-v4 | SAC | 3 | 3 |"
+    script = "| Ant-v4 | the script | 1 | 1 | 2 |  |  |  |  |"
+    sac = "| Ant-v4 | SAC | 3 |  | 3 |  |  |  |  |"
     assert table.beside([tmp_path], "Ant-v4", (20,), table.COMPARED) == [script, sac]
-    script, sac = "| Ant-v4 | the script | 1 | 1, 1 |", "| Ant-v4 | SAC | 2 | 2 |"
+    script = "| Ant-v4 | the script | 1 | 1 | 1 |  |  |  |  |"
+    sac = "| Ant-v4 | SAC | 2 |  | 2 |  |  |  |  |"
     assert table.beside([tmp_path], "Ant-v4", (10, 20), table.COMPARED) == [script, sac]
     assert table.beside([tmp_path], "Ant-v4", (10, 15), table.COMPARED) == []
+
+
+def test_evaluations_of_the_average_stand_beside_those_of_theta(tmp_path):
+    """Of the arm that evaluates both, and of runs that evaluate the average alone."""
+    both = "eval/return_mean,1\n20,2,averaged/0.001,2", "eval/return_mean,4"
+    names = "auto_latest__1", "auto_latest__2", "auto_latest_averaged__3"
+    for name, rows in zip(names, (*both, "eval/return_mean,7"), strict=True):
+        run = tmp_path / f"Ant-v4__{name}__0"
+        run.mkdir()
+        (run / "metrics.csv").write_text(f"step,seconds,name,value\n20,2,{rows}\n")
+    assert table.beside([tmp_path], "Ant-v4", (20,), table.COMPARED) == [
+        "| Ant-v4 | `recent` | 2 | 1 | 4 |  |  |  |  |",
+        "| Ant-v4 | `recent`, averaged | 4 | 2 |  | 7 |  |  |  |",
+    ]
 
 
 def test_when_a_run_walks():
@@ -498,6 +514,6 @@ def test_units_is_the_script_where_alpha_is_the_same(tmp_path):
             "step,seconds,name,value\n20,2,eval/return_mean,5\n"
         )
     walker = table.beside([tmp_path], "Walker2d-v4", (20,), table.RULES)
-    assert walker == ["| Walker2d-v4 | the script | 5 | 5 |"]
+    assert walker == ["| Walker2d-v4 | the script | 5 |  | 5 |  |  |  |  |"]
     hopper = table.beside([tmp_path], "Hopper-v4", (20,), table.RULES)
-    assert hopper == ["| Hopper-v4 | `units` | 5 | 5 |"]
+    assert hopper == ["| Hopper-v4 | `units` | 5 |  | 5 |  |  |  |  |"]

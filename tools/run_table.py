@@ -57,6 +57,8 @@ DEFAULTS = {
     "shift_units": "nats",
     "replay_pre_tanh": False,
     "bf16": False,
+    "recent_size": 0,
+    "policy_average": 1.0,
 }
 # where a run was on its machine: not copied
 WHERE = {"runs_dir": "runs", "resume": None}

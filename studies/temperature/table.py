@@ -33,12 +33,17 @@ NAMES = {
     "auto_sure": "units",  # with --dropout 0
     "auto_more": "rho 0.72",
     "auto_latest": "recent",  # a change of the script, not of `largest`
+    "auto_latest_held": "recent+held",
+    "auto_latest_averaged": "recent, averaged",  # with the options for both
 }
 """of experiments, where the table calls the arm otherwise"""
 COMPARED = {  # algorithm: its experiments
     "the script": [SCRIPT],
     "`recent`": ["auto_latest"],
+    "`recent`, averaged": ["auto_latest", "auto_latest_averaged"],
     "`held`": ["auto_held"],
+    "`recent+held`": ["auto_latest_held"],
+    "`recent+held`, averaged": ["auto_latest_held"],
     "SAC": ["sac_continuous_action"],
     "SAC, normalised": ["sac_normal_units_layers"],
     "MEow, the paper's settings": ["meow_continuous_action"],
@@ -52,6 +57,9 @@ RULES = {  # what sets alpha: experiments
 }
 ONE_ALPHA = "HalfCheetah-v4", "Walker2d-v4"
 """tasks of 6 action dimensions: the script's alpha is that of `units`, 0.48 / 6"""
+RETURN, AVERAGED = "eval/return_mean", "averaged/0.001"
+"""evaluations of theta, and of its average, in runs that have both"""
+SEEDS = [str(seed) for seed in range(1, 7)]
 ALPHA_AT = 10_000, 90_000  # steps
 ENOUGH = 2_000
 """a return of which a Hopper hops and a Walker2d walks"""
@@ -88,10 +96,12 @@ def own_options(command: str) -> str:
     return " ".join(kept)
 
 
-def returns_of(run: Path) -> pd.Series:
-    """A run's evaluations, by step."""
+def returns_of(run: Path, averaged: bool = False) -> pd.Series:
+    """A run's evaluations, by step; those of the average of theta, if it has both."""
     rows = pd.read_csv(run / "metrics.csv")
-    return rows[rows.name == "eval/return_mean"].set_index("step").value
+    both = "auto_latest_averaged" not in run.name
+    name = AVERAGED if averaged and both else RETURN
+    return rows[rows.name == name].set_index("step").value
 
 
 def experiments_of(task: str, name: str) -> list[str]:
@@ -103,8 +113,8 @@ def experiments_of(task: str, name: str) -> list[str]:
     return (COMPARED | RULES)[name]
 
 
-def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> list[pd.Series]:
-    """Evaluations of the longest run of each seed, of one name.
+def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> dict:
+    """Evaluations of the longest run of each seed, of one name: seed -> pd.Series.
 
     Runs without one at each of these steps are left out.
     """
@@ -112,21 +122,22 @@ def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> list[pd.S
     runs = [run for f in folders for pattern in patterns for run in f.glob(pattern)]
     longest = {}
     for run in sorted(runs, key=lambda run: run.name.split("__")[2:]):
-        seed, returns = run.name.split("__")[2], returns_of(run)
+        seed, returns = run.name.split("__")[2], returns_of(run, "averaged" in name)
         if len(returns) > len(longest.get(seed, ())):
             longest[seed] = returns
-    return [run for run in longest.values() if set(late) <= set(run.index)]
+    return {s: run for s, run in longest.items() if set(late) <= set(run.index)}
 
 
 def beside(folders: list[Path], task: str, late: tuple[int, ...], names) -> list[str]:
     """One task: the start of a line for each name that was run, mean and each seed."""
     lines = []
     for name in names:
-        values = [run[list(late)].mean() for run in by_seed(folders, task, name, late)]
-        if values:
-            each = ", ".join(f"{value:.0f}" for value in values)
-            mean = sum(values) / len(values)
-            lines.append(f"| {task} | {name} | {mean:.0f} | {each} |")
+        runs = by_seed(folders, task, name, late)
+        values = pd.Series({s: run[list(late)].mean() for s, run in runs.items()})
+        if len(values):
+            each = [f"{values[s]:.0f}" if s in values else "" for s in SEEDS]
+            cells = [task, name, f"{values.mean():.0f}", *each]
+            lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -187,7 +198,8 @@ def main() -> int:
     options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
     folders, late = [options.results, options.thinned], options.late
 
-    header = ["task", "algorithm", "mean", "each seed"]
+    seeds = [f"seed {seed}" for seed in SEEDS]
+    header = ["task", "algorithm", "mean", *seeds]
     lines = [text for task in TASKS for text in beside(folders, task, late, COMPARED)]
     print_table(header, lines)
 
@@ -196,7 +208,7 @@ def main() -> int:
     for name in COMPARED:
         tasks = "Hopper-v4", "Walker2d-v4"
         runs = [by_seed(folders, task, name, late) for task in tasks]
-        cells = [first_above(r, late[-1]) for r in runs]
+        cells = [first_above(r.values(), late[-1]) for r in runs]
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     print_table(header, lines)
@@ -206,7 +218,7 @@ def main() -> int:
     print_table(header, lines)
 
     early, end = ALPHA_AT
-    header = ["task", "rule", "mean", "each seed", f"alpha at {early:,} and {end:,}"]
+    header = ["task", "rule", "mean", *seeds, f"alpha at {early:,}, {end:,}"]
     lines = [text for task in TASKS for text in rules(folders, task, late)]
     print_table(header, lines)
 
