@@ -384,8 +384,8 @@ def test_the_pages_have_the_tables(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["table.py"])
     assert table.main() == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
-    assert [len(text.splitlines()) > 3 for text in tables] == [True] * 5
-    pages = "README.md", "README.md", "README.md", "why.md", "details.md"
+    assert [len(text.splitlines()) > 3 for text in tables] == [True] * 6
+    pages = [*["README.md"] * 4, "why.md", "details.md"]
     for text, page in zip(tables, pages, strict=True):
         assert text in (ROOT / "studies/temperature" / page).read_text()
 
@@ -420,6 +420,20 @@ def test_evaluations_of_the_average_stand_beside_those_of_theta(tmp_path):
         "| Ant-v4 | `recent` | 2 | 1 | 4 |  |  |  |  |",
         "| Ant-v4 | `recent`, averaged | 4 | 2 |  | 7 |  |  |  |",
     ]
+
+
+def test_theta_is_compared_with_its_average_late(tmp_path):
+    """In runs that have both to the end."""
+    steps = [(40_000, 9, 9), (50_000, 4, 6), (60_000, 2, 7), (70_000, 0, 0)]
+    for name, kept in {"latest__1": steps, "latest__2": steps[:2]}.items():
+        run = tmp_path / f"Ant-v4__auto_{name}__0"
+        run.mkdir()
+        rows = [
+            f"{t},1,eval/return_mean,{a}\n{t},1,averaged/0.001,{b}" for t, a, b in kept
+        ]
+        (run / "metrics.csv").write_text("\n".join(["step,seconds,name,value", *rows]))
+    line = "| Ant-v4 | recent | 1 | 3 | 2 | 6 | 6 |"
+    assert table.averages(tmp_path, 60_000) == [line]
 
 
 def test_when_a_run_walks():

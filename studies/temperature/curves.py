@@ -26,6 +26,7 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8, "Humanoid": 17}
 SETTINGS = {  # label: colour, experiments
     "MEow without tuning": ("tab:blue", ["meow_auto_continuous_action"]),
     "with half of each batch recent": ("tab:green", ["auto_latest"]),
+    "the same, the average of theta evaluated": ("black", ["auto_latest_averaged"]),
     "with held noise": ("tab:red", ["auto_held"]),
     "MEow whose alpha SAC's dual moves": ("tab:purple", ["auto_dual"]),
     "SAC": ("tab:orange", ["sac_continuous_action"]),

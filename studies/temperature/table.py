@@ -3,10 +3,10 @@
     python studies/temperature/table.py
 
 First each task's runs beside SAC's and MEow's: a run's number is the mean of its
-evaluations at the steps of --late. When these runs learned to walk. Tasks on which no
-setting was chosen. Then the rules that set alpha, today's and those of before, with
-mean temperatures early and late. Last a line per run of the study, with its returns on
-the way.
+evaluations at the steps of --late. When these runs learned to walk. Evaluations of
+theta and of its average in the same runs. Tasks on which no setting was chosen. Then
+the rules that set alpha, today's and those of before, with mean temperatures early and
+late. Last a line per run of the study, with its returns on the way.
 """
 
 import json
@@ -24,6 +24,10 @@ SAME = (
 """options of every run, which have their own columns or change no number"""
 
 SCRIPT = "meow_auto_continuous_action"
+RETURN, AVERAGED = "eval/return_mean", "averaged/0.001"
+"""evaluations of theta, and of its average, in runs that have both"""
+ALONE = "auto_latest_averaged"
+"""the experiment that evaluates the average alone"""
 NAMES = {
     SCRIPT: "the script",
     "auto": "dual",
@@ -34,13 +38,13 @@ NAMES = {
     "auto_more": "rho 0.72",
     "auto_latest": "recent",  # a change of the script, not of `largest`
     "auto_latest_held": "recent+held",
-    "auto_latest_averaged": "recent, averaged",  # with the options for both
+    ALONE: "recent, averaged",  # with the options for both
 }
 """of experiments, where the table calls the arm otherwise"""
 COMPARED = {  # algorithm: its experiments
     "the script": [SCRIPT],
     "`recent`": ["auto_latest"],
-    "`recent`, averaged": ["auto_latest", "auto_latest_averaged"],
+    "`recent`, averaged": ["auto_latest", ALONE],
     "`held`": ["auto_held"],
     "`recent+held`": ["auto_latest_held"],
     "`recent+held`, averaged": ["auto_latest_held"],
@@ -57,10 +61,10 @@ RULES = {  # what sets alpha: experiments
 }
 ONE_ALPHA = "HalfCheetah-v4", "Walker2d-v4"
 """tasks of 6 action dimensions: the script's alpha is that of `units`, 0.48 / 6"""
-RETURN, AVERAGED = "eval/return_mean", "averaged/0.001"
-"""evaluations of theta, and of its average, in runs that have both"""
 SEEDS = [str(seed) for seed in range(1, 7)]
 ALPHA_AT = 10_000, 90_000  # steps
+SETTLED = 50_000
+"""the step from which theta is compared with its average"""
 ENOUGH = 2_000
 """a return of which a Hopper hops and a Walker2d walks"""
 OTHERS = "InvertedDoublePendulum-v4", "Pusher-v5", "Reacher-v4"
@@ -96,11 +100,9 @@ def own_options(command: str) -> str:
     return " ".join(kept)
 
 
-def returns_of(run: Path, averaged: bool = False) -> pd.Series:
-    """A run's evaluations, by step; those of the average of theta, if it has both."""
+def returns_of(run: Path, name: str = RETURN) -> pd.Series:
+    """A run's evaluations, by step."""
     rows = pd.read_csv(run / "metrics.csv")
-    both = "auto_latest_averaged" not in run.name
-    name = AVERAGED if averaged and both else RETURN
     return rows[rows.name == name].set_index("step").value
 
 
@@ -122,7 +124,9 @@ def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> dict:
     runs = [run for f in folders for pattern in patterns for run in f.glob(pattern)]
     longest = {}
     for run in sorted(runs, key=lambda run: run.name.split("__")[2:]):
-        seed, returns = run.name.split("__")[2], returns_of(run, "averaged" in name)
+        _, arm, seed, _ = run.name.split("__")
+        both = name.endswith("averaged") and arm != ALONE
+        returns = returns_of(run, AVERAGED if both else RETURN)
         if len(returns) > len(longest.get(seed, ())):
             longest[seed] = returns
     return {s: run for s, run in longest.items() if set(late) <= set(run.index)}
@@ -147,6 +151,12 @@ def first_above(runs: list[pd.Series], end: int) -> str:
     return ", ".join(f"{s[0] // 1000}" if len(s) else "never" for s in steps)
 
 
+def arm_of(experiment: str) -> str:
+    """What the tables call it."""
+    plain = experiment.removeprefix("auto_").replace("_", "+")
+    return NAMES.get(experiment, plain)
+
+
 def line(run: Path, steps: tuple[int, ...]) -> str:
     """One run: task, arm, its own options, seed, commit, returns; "" without any."""
     task, arm, seed, _ = run.name.split("__")
@@ -155,8 +165,7 @@ def line(run: Path, steps: tuple[int, ...]) -> str:
     shown = [f"{returns[step]:.0f}" if step in returns else "" for step in steps]
     if not any(shown):
         return ""
-    arm = NAMES.get(arm, arm.removeprefix("auto_").replace("_", "+"))
-    words = [arm, own_options(about["command"])]
+    words = [arm_of(arm), own_options(about["command"])]
     cells = [task, " ".join(words).strip(), seed, about["git_commit"][:7], *shown]
     return "| " + " | ".join(cells) + " |"
 
@@ -168,6 +177,19 @@ def others(thinned: Path, task: str) -> list[str]:
         arm = {SCRIPT: "the script"}.get(run.name.split("__")[1], "SAC")
         returns = ", ".join(f"{value:.4g}" for value in returns_of(run))
         lines.append(f"| {task} | {arm} | {returns} |")
+    return lines
+
+
+def averages(thinned: Path, end: int) -> list[str]:
+    """Runs with both evaluations: means and lowest ones from `SETTLED` to `end`."""
+    lines = []
+    for run in sorted(thinned.glob("*__*")):
+        task, arm, seed, _ = run.name.split("__")
+        both = [returns_of(run, name) for name in (RETURN, AVERAGED)]
+        if all(end in returns for returns in both):
+            late = [r[(r.index >= SETTLED) & (r.index <= end)] for r in both]
+            cells = [f"{x:.0f}" for r in late for x in (r.mean(), r.min())]
+            lines.append("| " + " | ".join([task, arm_of(arm), seed, *cells]) + " |")
     return lines
 
 
@@ -212,6 +234,9 @@ def main() -> int:
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     print_table(header, lines)
+
+    header = ["task", "arm", "seed", "theta: mean", "lowest", "average: mean", "lowest"]
+    print_table(header, averages(options.thinned, late[-1]))
 
     header = ["no setting was chosen on", "algorithm", "returns on the way"]
     lines = [text for task in OTHERS for text in others(options.thinned, task)]
