@@ -325,8 +325,10 @@ class ReplayBuffer:
 
 
 class RecentReplayBuffer(ReplayBuffer):
-    """Half of each batch is of the newest transitions, whose actions are near the
-    policy's: Q says most about these (emphasised recent experience, Wang & Ross 2019).
+    """Half of each batch is of the newest transitions, whose actions Q must know best.
+
+    As in Wang and Ross, "Boosting Soft Actor-Critic: Emphasizing Recent Experience
+    without Forgetting the Past" (2019), but for the size, which is fixed here.
     """
 
     def __init__(self, recent_size: int, *sizes):
