@@ -327,8 +327,8 @@ class ReplayBuffer:
 class RecentReplayBuffer(ReplayBuffer):
     """Half of each batch is of the newest transitions, whose actions Q must know best.
 
-    As in Wang and Ross, "Boosting Soft Actor-Critic: Emphasizing Recent Experience
-    without Forgetting the Past" (2019), but for the size, which is fixed here.
+    Compare Wang and Ross, "Boosting Soft Actor-Critic: Emphasizing Recent Experience
+    without Forgetting the Past" (2019).
     """
 
     def __init__(self, recent_size: int, *sizes):
