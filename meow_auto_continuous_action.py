@@ -649,15 +649,16 @@ def train(args: Args, run: Run):
     env = run.closing(make_env(args))
     eval_envs = make_eval_envs(args, run)
     capacity = min(args.buffer_size, args.total_timesteps)
-    sizes = (capacity, *env.sizes, args.batch_size, run.device)
-    replay = RecentReplayBuffer(args.recent_size, *sizes)
+    replay = RecentReplayBuffer(
+        args.recent_size, capacity, *env.sizes, args.batch_size, run.device
+    )
     norm = RunningMeanStd(env.sizes[0], run.device)
     rewards = RunningMeanStd(1, run.device)
     flow = make_flow(args, *env.sizes).to(run.device)
     theta = flatten_parameters(flow)  # the flow's parameters are views of it
     learner = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, decay
     average = make_flow(args, *env.sizes).to(run.device)  # is evaluated and saved
-    average.alpha = flow.alpha
+    average.alpha = flow.alpha  # the same tensor
     theta_bar = flatten_parameters(average)
     shape = (flow.n_couplings, 2, args.batch_size, flow.hidden)  # 2 hidden layers each
     kept = torch.ones(shape, dtype=torch.bool, device=run.device)

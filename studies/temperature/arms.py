@@ -7,8 +7,8 @@
 The words before the options are changes of `ARMS`, joined by +; with `sac` they change
 sac_continuous_action.py instead of meow_auto_continuous_action.py, where only those of
 `FOR_SAC` make sense. `recent`, `normal`, `units` and `layers` are for SAC alone: they
-give it what the script without tuning has. All options are the script's. The run is
-named after the arm (auto_near_two, sac_normal).
+give it what the script without tuning has, the first one as an option. All options are
+the script's. The run is named after the arm (auto_near_two, sac_normal).
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 # --- For SAC, and for both ------------------------------------------------------------
 def recent(script: ModuleType):
-    """SAC: half of each batch from the newest 10,000, as in the script without tuning.
+    """SAC: half of each batch from the newest 10,000, as with --recent-size.
 
     Before all others.
     """
