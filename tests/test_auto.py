@@ -395,8 +395,9 @@ def test_rewards_of_a_batch_are_in_their_unit():
 
 
 def test_a_restored_run_goes_on_exactly():
-    """With the temperature where it was, and the unit of the rewards."""
-    checkpoints, moving = [], dict(autotune=True)
+    """With temperature, average of theta and the unit of the rewards where they were."""
+    checkpoints = []
+    moving = dict(autotune=True, policy_average=0.3, recent_size=20)
 
     def keep(run):
         checkpoints.append(run.checkpointed())
@@ -406,6 +407,6 @@ def test_a_restored_run_goes_on_exactly():
     assert rest.metrics == whole.metrics[-3:]
     assert len({m["flow/alpha"] for m in rest.metrics}) == 3
     assert rest.policy["flow"].alpha == whole.policy["flow"].alpha
-    for name in ("rewards", "norm"):
+    for name in ("flow", "rewards", "norm"):
         states = [run.parts[name].state_dict() for run in (rest, whole)]
         torch.testing.assert_close(*states, rtol=0, atol=0)
