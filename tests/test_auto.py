@@ -395,7 +395,7 @@ def test_rewards_of_a_batch_are_in_their_unit():
 
 
 def test_a_restored_run_goes_on_exactly():
-    """With temperature, average of theta and the unit of the rewards where they were."""
+    """With temperature, average of theta and unit of the rewards where they were."""
     checkpoints = []
     moving = dict(autotune=True, policy_average=0.3, recent_size=20)
 
@@ -408,5 +408,6 @@ def test_a_restored_run_goes_on_exactly():
     assert len({m["flow/alpha"] for m in rest.metrics}) == 3
     assert rest.policy["flow"].alpha == whole.policy["flow"].alpha
     for name in ("flow", "rewards", "norm"):
-        states = [run.parts[name].state_dict() for run in (rest, whole)]
+        parts = [(run.parts | run.policy)[name] for run in (rest, whole)]
+        states = [part.state_dict() for part in parts]
         torch.testing.assert_close(*states, rtol=0, atol=0)
