@@ -25,12 +25,12 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8, "Humanoid": 17}
 """with their numbers of action dimensions"""
 SETTINGS = {  # label: colour, experiments
     "MEow without tuning": ("tab:blue", ["meow_auto_continuous_action"]),
-    "with half of each batch recent": ("tab:green", ["auto_latest"]),
-    "the same, the average of theta evaluated": ("black", ["auto_latest_averaged"]),
-    "with held noise": ("tab:red", ["auto_held"]),
-    "MEow whose alpha SAC's dual moves": ("tab:purple", ["auto_dual"]),
+    "half of each batch recent": ("tab:green", ["auto_latest"]),
+    "half recent, averaged": ("black", ["auto_latest_averaged"]),
+    "noise held": ("tab:red", ["auto_held"]),
+    "alpha moved by SAC's dual": ("tab:purple", ["auto_dual"]),
     "SAC": ("tab:orange", ["sac_continuous_action"]),
-    "SAC with these normalisations": ("tab:brown", ["sac_normal_units_layers"]),
+    "SAC, normalised": ("tab:brown", ["sac_normal_units_layers"]),
 }
 IN_UNITS = ["sac_normal_units_layers"]
 """whose temperature is in units of the rewards' deviation, and not drawn"""
