@@ -64,7 +64,7 @@ alpha     EnergyFlow.alpha   temperature, units per nat; rho: args.temperature
 d         q_and_distance     squared distance: about 1 for the policy's own actions
 w         far_weight         weight of a transition; gets no gradient
 theta     theta              all parameters in one vector; theta': target_theta
-          theta_bar          average of theta: the policy that is evaluated and saved
+          theta_bar          average of theta at rate b: the policy evaluated and saved
 y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, P parameters.
 

@@ -181,15 +181,12 @@ def width(space: spaces.Box) -> np.ndarray:
 
 
 def flat_size(space: spaces.Space) -> int:
-    """Numbers in the vector that --flatten makes of an observation, 0 if it can't.
-
-    flatdim's documentation has two answers for what can't be flattened: ValueError for
-    a kind without a fixed size, NotImplementedError for a kind that it doesn't know.
-    """
+    """Numbers in the vector that --flatten makes of an observation, 0 if it can't."""
     try:
-        return spaces.flatdim(space)
-    except (ValueError, NotImplementedError):
+        flat = spaces.flatten_space(space)
+    except NotImplementedError:  # a kind of space that Gymnasium doesn't know
         return 0
+    return flat.shape[0] if isinstance(flat, spaces.Box) else 0
 
 
 def flat_hint(space: spaces.Space) -> str:

@@ -1,5 +1,7 @@
 """tools/compare.py: statistics, the table of synthetic runs, copies, bad input."""
 
+import dataclasses
+import importlib
 import json
 import math
 import os
@@ -718,3 +720,16 @@ def test_missing_package(tmp_path):
     )
     expected = "error: scipy is missing: pip install '.[bench]'\n"
     assert (result.returncode, result.stderr) == (1, expected)
+
+
+@pytest.mark.parametrize("name", ["meow", "meow_auto", "sac"])
+def test_a_kept_run_has_each_option_or_the_value_it_had(name):
+    """Or runs from before an option would be rows of their own beside new ones."""
+    script = importlib.import_module(f"{name}_continuous_action")
+    options = {field.name for field in dataclasses.fields(script.Args)}
+    files = list((ROOT / "results").glob(f"*__{name}_continuous_action__*/args.json"))
+    assert files
+    for file in files:
+        about = json.loads(file.read_text())
+        known = about["args"].keys() | about.get("settings", {}).keys()
+        assert options <= known | run_table.DEFAULTS.keys() | run_table.NEUTRAL

@@ -9,6 +9,7 @@ the rules that set alpha, today's and those of before, with mean temperatures ea
 late. Last a line per run of the study, with its returns on the way.
 """
 
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -100,9 +101,12 @@ def own_options(command: str) -> str:
     return " ".join(kept)
 
 
+read_csv = functools.cache(pd.read_csv)  # several tables have the same runs
+
+
 def returns_of(run: Path, name: str = RETURN) -> pd.Series:
     """A run's evaluations, by step."""
-    rows = pd.read_csv(run / "metrics.csv")
+    rows = read_csv(run / "metrics.csv")
     return rows[rows.name == name].set_index("step").value
 
 
@@ -195,7 +199,7 @@ def averages(thinned: Path, end: int) -> list[str]:
 
 def rules(folders: list[Path], task: str, late: tuple[int, ...]) -> list[str]:
     """The lines of `beside` for one task and `RULES`, and mean alphas at `ALPHA_AT`."""
-    rows = pd.read_csv(HERE / "entropy.csv")
+    rows = read_csv(HERE / "entropy.csv")
     lines = []
     for text in beside(folders, task, late, RULES):
         experiments = experiments_of(task, text.split(" | ")[1])
