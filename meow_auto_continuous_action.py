@@ -35,10 +35,11 @@ Since da = prod_i (1 - tanh(u_i)^2) du and du = dx, the last term of Q cancels i
 which is a Gaussian integral: V is the soft value of Q, exactly, at EVERY alpha, and
 pi(a|s) = exp((Q - V)/alpha) is the density of tanh(u). (In MEow a network gives sigma,
 and kappa = alpha/sigma^2 follows; here it is the other way round.) When alpha moves, m
-and g stay, kappa but for its floor; the policy widens or narrows. So SAC's dual may
-move it (--autotune): log alpha <- log alpha + eta e, where e = H + log pi(a|s) / A,
-within +-1. It needn't move where rewards are measured in a unit of their own: with the
-mean and the standard deviation of all rewards so far,
+and g stay, kappa but for its floor; the policy widens or narrows. So alpha may move at
+any time, as with SAC's rule (--autotune), which holds the entropy at a target H; but
+then it falls until Q knows little of actions (studies/temperature/details.md). It
+needn't move where rewards are measured in a unit of their own: with the mean and the
+standard deviation of all rewards so far, and A action dimensions,
 
     r <- r / max(std(r), |mean(r)| / 10),   alpha = rho / A
 
@@ -51,16 +52,17 @@ average, in each state of every task. One loss trains everything, the batch mean
 Q is quadratic: far from the policy it falls faster than actions lose their worth.
 Fitted there, it would lift V(s) above what the policy gets. So a far action that is
 worth more than Q says weighs little, one that is worth less in full. The loss's Q has
-dropout in g, which lowers it by about 1/2 sum_i kappa_i Var(x_i) and makes actions
-farther; V and the policy go without. An Ant learned little without the weights, and
-little without dropout (studies/temperature).
+dropout in g, which lowers it by about 1/2 sum_i kappa_i Var(x_i) and raises d; V and
+the policy are computed without. An Ant learned little without the weights, and little
+without dropout (studies/temperature).
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
 r         reward             in units of `reward_unit`, as all that follows
 m         EnergyFlow.m       Q of the mode x = 0, but for its tanh term
-kappa     EnergyFlow.kappa   curvature: exp(h(s)) + alpha / sigma_max^2
+kappa     EnergyFlow.kappa   curvature: kappa_0 exp(10 tanh(h/10)) + alpha / sigma_max^2
 alpha     EnergyFlow.alpha   temperature, units per nat; rho: args.temperature
+H, eta    follow_entropy     with --autotune: target of the entropy, step of log alpha
 d         q_and_distance     squared distance: about 1 for the policy's own actions
 w         far_weight         weight of a transition; gets no gradient
 theta     theta              all parameters in one vector; theta': target_theta
@@ -69,9 +71,9 @@ y         target             soft target, with theta'
 Shapes: B batch, A action, S observation, P parameters.
 
 What differs from meow_continuous_action.py besides: one m, where MEow takes the smaller
-of two V_k; observations are normalised; hidden layers have LayerNorm and start
-orthogonal, the last ones start at zero, so that g is the identity; and the replay
-buffer keeps u, of which nothing is cut off.
+of two V_k; observations are normalised; m and h have LayerNorm and orthogonal hidden
+layers too; the couplings' last layers start at zero, so that g is the identity; the
+replay buffer keeps u, of which nothing is cut off; tau is 0.01, sigma at most 0.4.
 """
 
 import json
@@ -259,7 +261,7 @@ class RunningMeanStd:
         self.count.copy_(total)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (..., D) with mean 0 and variance 1, clipped to +-5 as the authors do."""
+        """x (..., D) with mean 0, variance 1, clipped to +-5 as MEow's authors do."""
         scaled = (x - self.mean) / torch.sqrt(self.var + 1e-8)
         return scaled.clamp(-5, 5).to(x.dtype)
 
@@ -423,10 +425,10 @@ class EnergyFlow(nn.Module):
 
     # the layers
     def kappa(self, obs: Tensor) -> Tensor:
-        """kappa(s) = exp(h(s)) + alpha / sigma_max^2. (B, S) -> (B, A).
+        """kappa_0 exp(10 tanh(h(s) / 10)) + alpha / sigma_max^2. (B, S) -> (B, A).
 
-        The first term stays within e^-10 and e^10 times its start; the second one keeps
-        sigma <= sigma_max.
+        The first term stays within e^-10 and e^10 times kappa_0, its start; the second
+        one keeps sigma <= sigma_max.
         """
         log_kappa = self.log_kappa_start + 10 * torch.tanh(self.h(obs) / 10)
         return torch.exp(log_kappa) + self.alpha / self.sigma_max**2
@@ -469,9 +471,13 @@ class EnergyFlow(nn.Module):
         log_z = 0.5 * torch.log(2 * math.pi * self.alpha / self.kappa(obs)).sum(-1)
         return self.m(obs)[:, 0] + self.alpha * log_z
 
+    def log_sigma(self, obs: Tensor) -> Tensor:
+        """Of sigma_i(s) = sqrt(alpha / kappa_i(s)). -> (B, A)."""
+        return 0.5 * torch.log(self.alpha / self.kappa(obs))
+
     def log_prob(self, obs: Tensor, u: Tensor) -> Tensor:
         """log pi(a|s) = log N(x; 0, sigma^2) - sum log(1 - tanh(u)^2). -> (B,)."""
-        log_sigma = 0.5 * torch.log(self.alpha / self.kappa(obs))
+        log_sigma = self.log_sigma(obs)
         z = self.to_x(u, obs) * torch.exp(-log_sigma)
         return log_prior(z) - log_sigma.sum(-1) - log_tanh_slope(u).sum(-1)
 
@@ -479,7 +485,7 @@ class EnergyFlow(nn.Module):
         """u = g^-1(sigma z|s), z ~ N(0, I), and log pi(tanh u|s). -> (B, A), (B,)."""
         if z is None:
             z = obs.new_empty(len(obs), self.act_dim).normal_()
-        log_sigma = 0.5 * torch.log(self.alpha / self.kappa(obs))
+        log_sigma = self.log_sigma(obs)
         u = self.to_u(z * torch.exp(log_sigma), obs)
         return u, log_prior(z) - log_sigma.sum(-1) - log_tanh_slope(u).sum(-1)
 

@@ -34,8 +34,9 @@ loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated) V(s');
 where an action far from the policy is worth more than Q says.
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
-which are the paper's. Shapes: N environments, B batch, A action, S observation,
-P parameters, T vector steps.
+which are the paper's. What the other script has besides, batches with more of the
+newest transitions and an average of theta, wasn't tried here. Shapes: N environments,
+B batch, A action, S observation, P parameters, T vector steps.
 """
 
 import contextlib
@@ -190,7 +191,7 @@ class RunningMeanStd:
         self.count.copy_(total)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (..., D) with mean 0 and variance 1, clipped to +-5 as the authors do."""
+        """x (..., D) with mean 0, variance 1, clipped to +-5 as MEow's authors do."""
         scaled = (x - self.mean) / torch.sqrt(self.var + 1e-8)
         return scaled.clamp(-5, 5).to(x.dtype)
 
@@ -506,10 +507,10 @@ class EnergyFlow(nn.Module):
 
     # the layers
     def kappa(self, obs: Tensor) -> Tensor:
-        """kappa(s) = exp(h(s)) + alpha / sigma_max^2. (B, S) -> (B, A).
+        """kappa_0 exp(10 tanh(h(s) / 10)) + alpha / sigma_max^2. (B, S) -> (B, A).
 
-        The first term stays within e^-10 and e^10 times its start; the second one keeps
-        sigma <= sigma_max.
+        The first term stays within e^-10 and e^10 times kappa_0, its start; the second
+        one keeps sigma <= sigma_max.
         """
         log_kappa = self.log_kappa_start + 10 * torch.tanh(self.h(obs) / 10)
         return torch.exp(log_kappa) + self.alpha / self.sigma_max**2
@@ -552,9 +553,13 @@ class EnergyFlow(nn.Module):
         log_z = 0.5 * torch.log(2 * math.pi * self.alpha / self.kappa(obs)).sum(-1)
         return self.m(obs)[:, 0] + self.alpha * log_z
 
+    def log_sigma(self, obs: Tensor) -> Tensor:
+        """Of sigma_i(s) = sqrt(alpha / kappa_i(s)). -> (B, A)."""
+        return 0.5 * torch.log(self.alpha / self.kappa(obs))
+
     def log_prob(self, obs: Tensor, u: Tensor) -> Tensor:
         """log pi(a|s) = log N(x; 0, sigma^2) - sum log(1 - tanh(u)^2). -> (B,)."""
-        log_sigma = 0.5 * torch.log(self.alpha / self.kappa(obs))
+        log_sigma = self.log_sigma(obs)
         z = self.to_x(u, obs) * torch.exp(-log_sigma)
         return log_prior(z) - log_sigma.sum(-1) - log_tanh_slope(u).sum(-1)
 
@@ -562,7 +567,7 @@ class EnergyFlow(nn.Module):
         """u = g^-1(sigma z|s), z ~ N(0, I), and log pi(tanh u|s). -> (B, A), (B,)."""
         if z is None:
             z = obs.new_empty(len(obs), self.act_dim).normal_()
-        log_sigma = 0.5 * torch.log(self.alpha / self.kappa(obs))
+        log_sigma = self.log_sigma(obs)
         u = self.to_u(z * torch.exp(log_sigma), obs)
         return u, log_prior(z) - log_sigma.sum(-1) - log_tanh_slope(u).sum(-1)
 

@@ -237,7 +237,7 @@ class RunningMeanStd:
         self.count.copy_(total)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (..., D) with mean 0 and variance 1, clipped to +-5 as the authors do."""
+        """x (..., D) with mean 0, variance 1, clipped to +-5 as MEow's authors do."""
         scaled = (x - self.mean) / torch.sqrt(self.var + 1e-8)
         return scaled.clamp(-5, 5).to(x.dtype)
 

@@ -111,6 +111,8 @@ def parse_args(Args, program: str, description: str, argv=None):
         given = peek(Args, argv)
         saved = load_named_file(given, program)
         if saved:
+            if given.resume:
+                check_options(Args, saved)
             default = Args(**saved["args"])
         else:
             default = Args.for_env(given.env_id)
@@ -160,6 +162,15 @@ def load_named_file(given: RunArgs, program: str) -> dict | None:
     if given.resume not in (None, "auto"):
         return load_file("--resume", given.resume, program)
     return None
+
+
+def check_options(Args, saved: dict):
+    """Raises: UsageError if a run to go on with was begun without some option."""
+    names = {field.name for field in dataclasses.fields(Args)}
+    if lacking := sorted(names - saved["args"].keys()):
+        lacks = " ".join(option(name) for name in lacking)
+        begun = f"{saved['path']} was begun by an earlier version, without {lacks}"
+        raise UsageError(f"{begun}: go on with that commit, which its args.json names")
 
 
 def check_unchanged(args: RunArgs, made: RunArgs, may_change: str, path):

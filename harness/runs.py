@@ -125,20 +125,26 @@ class Run(Session):
     """One training run.
 
     A script calls `start`, goes over `steps` and ends each with `log` and `end_step`.
+    program: the script's name; launcher, words: the command line and its options.
     """
 
     def __init__(
-        self, args: RunArgs, program: str, command: str, checkpoint: dict | None
+        self,
+        args: RunArgs,
+        program: str,
+        launcher: list[str],
+        words: list[str],
+        checkpoint: dict | None,
     ):
         if checkpoint and "description" not in checkpoint:
             path = checkpoint["path"]
             raise UsageError(f"--resume: {path} holds a policy, not a checkpoint")
         super().__init__(args, choose_device(args.cuda), args.compile)
-        self.program, self.checkpoint = program, checkpoint
+        self.program, self.launcher, self.checkpoint = program, launcher, checkpoint
         self.folder = checkpoint["path"].parent if checkpoint else run_folder(args)
         self.description = {
             "script": f"{program}.py",
-            "command": command,
+            "command": shlex.join([*launcher, *words]),
             "compiled": self.compile.enabled,
             "args": dataclasses.asdict(args),
             **describe_machine(self.device),
@@ -176,9 +182,14 @@ class Run(Session):
             say(f"warning: --learning-starts {starts}: all {total} steps are random")
 
     def _check_resumed(self, checkpoint: dict):
-        """Raises: UsageError if nothing is to do. Says where results may differ."""
+        """Raises: UsageError if nothing is to do, or for what another command began.
+
+        Says where results may differ.
+        """
         check_sizes(checkpoint, self.sizes, self.args.env_id)
         before, now = checkpoint["description"], self.description
+        if shlex.split(before["command"])[: len(self.launcher)] != self.launcher:
+            raise UsageError(f"{self.folder} was begun by: {before['command']}")
         steps = self.args.total_timesteps
         step = checkpoint["step"]
         if step > steps or (step == steps and checkpoint["finished"]):
@@ -323,7 +334,7 @@ class Run(Session):
 
     def again(self, option: str) -> str:
         """The command that takes this run up."""
-        return shlex.join(["python", f"{self.program}.py", option, str(self.folder)])
+        return shlex.join([*self.launcher, option, str(self.folder)])
 
     def describe_checkpoint(self) -> str:
         """What is left of a run that failed."""
@@ -433,8 +444,11 @@ def train_run(run: Run, train):
         raise kind(text) from error.__cause__
 
 
-def run_command(Args, train, evaluate_saved, program: str, description: str, argv):
+def run_command(Args, train, evaluate_saved, launcher: list[str] | None, argv):
     """Carries out a command line: evaluates a policy, or trains."""
+    module = sys.modules[train.__module__]
+    program = Path(module.__file__).stem
+    description = module.__doc__.split("\n\n    ")[0]
     args, saved = parse_args(Args, program, description, argv)
     configure_process(args.torch_threads)
     if args.evaluate is not None:
@@ -451,23 +465,27 @@ def run_command(Args, train, evaluate_saved, program: str, description: str, arg
         # a folder without either belongs to a run that starts, anew or again
         if final.exists() or (folder / "checkpoint.pt").exists():
             saved = load_file("--resume", folder, program)
+    launcher = launcher or ["python", f"{program}.py"]
     words = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", f"{program}.py", *words])
-    with Run(args, program, command, saved) as run:
+    with Run(args, program, launcher, words, saved) as run:
         train_run(run, train)
 
 
-def main(Args, train, evaluate_saved, argv: list[str] | None = None) -> int:
+def main(
+    Args,
+    train,
+    evaluate_saved,
+    argv: list[str] | None = None,
+    launcher: list[str] | None = None,
+) -> int:
     """A script's command line; the exit code.
 
     train(args, run) trains; evaluate_saved(args, saved, session) gives the returns
-    and the lengths of episodes with a saved policy.
+    and the lengths of episodes with a saved policy. launcher: how the command line
+    begins, where that isn't `python SCRIPT.py`.
     """
-    module = sys.modules[train.__module__]
-    program = Path(module.__file__).stem
-    description = module.__doc__.split("\n\n    ")[0]
     try:
-        run_command(Args, train, evaluate_saved, program, description, argv)
+        run_command(Args, train, evaluate_saved, launcher, argv)
         print(end="", flush=True)  # so that a reader that stopped is noticed here
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

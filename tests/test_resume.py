@@ -347,6 +347,16 @@ def test_settings_of_another_version_are_refused(stopped, tmp_path):
     is_one_sentence(result, 2, "another version", "autotune")
 
 
+def test_a_run_begun_without_an_option_does_not_get_it(stopped, tmp_path):
+    """Its numbers would be others from here on; its policy plays all the same."""
+    content = read(stopped / "checkpoint.pt")
+    del content["args"]["max_grad_norm"]
+    torch.save(content, stopped / "checkpoint.pt")
+    result = launch(SCRIPT, ["--resume", stopped], tmp_path)
+    is_one_sentence(result, 2, "earlier version, without --max-grad-norm")
+    assert launch(SCRIPT, ["--evaluate", stopped], tmp_path).returncode == 0
+
+
 def test_a_shortened_log_is_refused(stopped, tmp_path):
     (stopped / "metrics.csv").write_text("step,seconds,name,value\n")
     is_one_sentence(

@@ -6,9 +6,9 @@
 
 The words before the options are changes of `ARMS`, joined by +; with `sac` they change
 sac_continuous_action.py instead of meow_auto_continuous_action.py, where only those of
-`FOR_SAC` make sense. `recent`, `normal`, `units` and `layers` are for SAC alone: they
-give it what the script without tuning has, the first one as an option. All options are
-the script's. The run is named after the arm (auto_near_two, sac_normal).
+`FOR_SAC` make sense. All of these but `held` are for SAC alone: they give it what the
+script without tuning has. All options are the script's. The run is named after the arm
+(auto_near_two, sac_normal).
 """
 
 import importlib.util
@@ -34,10 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 # --- For SAC, and for both ------------------------------------------------------------
 def recent(script: ModuleType):
-    """SAC: half of each batch from the newest 10,000, as with --recent-size.
-
-    Before all others.
-    """
+    """SAC: half of each batch from the newest 10,000, as with --recent-size."""
 
     class ReplayBuffer(RecentReplayBuffer):
         def __init__(self, *sizes):
@@ -143,7 +140,7 @@ def layers(script: ModuleType):
 
 
 def averages(script: ModuleType):
-    """Averages of the policy's parameters are evaluated too; nothing else changes.
+    """SAC: averages of the actor's parameters are evaluated too; all else stays.
 
     Over about the last 1,000, 2,000 and 5,000 steps: averaged/0.001 and so on. When a
     run is resumed, they begin anew.
@@ -282,10 +279,7 @@ def near(script: ModuleType):
 
 
 def two(script: ModuleType):
-    """Two networks m_k, and so two Q_k and V_k, of which the smaller one counts.
-
-    After near, if with it.
-    """
+    """Two networks m_k, and so two Q_k and V_k, of which the smaller one counts."""
 
     class EnergyFlow(script.EnergyFlow):
         def __init__(self, obs_dim, act_dim, args):
@@ -319,7 +313,7 @@ def conservative(script: ModuleType):
     """The loss and lambda (V - Q), that is -lambda alpha log pi(a|s), of the batch.
 
     lambda falls from 0.05 to 0 over the first 90,000 steps. flow/q is not the script's
-    here. After near, if with it.
+    here.
     """
     flows, loss_of_td = [], script.meow_loss
 
@@ -357,12 +351,12 @@ def raw(script: ModuleType):
     script.RunningMeanStd = RunningMeanStd
 
 
-FOR_SAC = ("recent", "normal", "units", "layers", "averages", "held")
-FOR_SAC_ALONE = ("recent", "normal", "units", "layers")
+FOR_SAC_ALONE = ("recent", "normal", "units", "layers", "averages")
+FOR_SAC = (*FOR_SAC_ALONE, "held")
 LOSSES = ("near", "huber", "two", "conservative")
 JOINED = (["near", "two"], ["near", "conservative"])
-"""those of them that go together, in this order"""
-ARMS = {
+"""those of them that go together"""
+ARMS = {  # in the order in which they are applied
     function.__name__: function
     for function in (
         recent,
@@ -387,24 +381,23 @@ ARMS = {
 
 def changed_script(arm: str) -> ModuleType:
     """A script of its own with these changes. Raises: SystemExit for a wrong word."""
-    words = arm.split("+")
+    words = set(arm.split("+"))
     sac = "sac" in words
     name = "sac_continuous_action" if sac else "meow_auto_continuous_action"
     spec = importlib.util.spec_from_file_location(f"arm_{arm}", ROOT / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
     spec.loader.exec_module(script)
-    changes = [word for word in words if word not in ("sac", "base")]
+    if unknown := words - {"sac", "base", *ARMS}:
+        known = ", ".join(ARMS)
+        sys.exit(f"error: {min(unknown)} is not one of base, sac, {known}")
+    changes = [word for word in ARMS if word in words]
     of_the_loss = [word for word in changes if word in LOSSES]
     if of_the_loss[1:] and of_the_loss not in JOINED:
-        sys.exit(f"error: {'+'.join(of_the_loss)} can't be joined like that")
-    if "recent" in changes[1:]:
-        sys.exit("error: recent comes before the others")
+        sys.exit(f"error: {'+'.join(of_the_loss)} can't be joined")
+    possible = FOR_SAC if sac else ARMS.keys() - FOR_SAC_ALONE
     for word in changes:
-        if word not in ARMS:
-            known = ", ".join(ARMS)
-            sys.exit(f"error: {word} is not one of base, sac, {known}")
-        if (word not in FOR_SAC) if sac else (word in FOR_SAC_ALONE):
+        if word not in possible:
             sys.exit(f"error: {word} is no change of {name}.py")
         ARMS[word](script)
     script.label = "_".join(["sac" if sac else "auto", *changes])
@@ -416,8 +409,10 @@ def main(argv: list[str]) -> int:
         print(__doc__, end="")
         return 2
     script = changed_script(argv[0])
+    launcher = ["python", "studies/temperature/arms.py", argv[0]]
     words = ["--exp-name", script.label, *argv[1:]]
-    return script.main(script.Args, script.train, script.evaluate_saved, words)
+    train, evaluate_saved = script.train, script.evaluate_saved
+    return script.main(script.Args, train, evaluate_saved, words, launcher)
 
 
 if __name__ == "__main__":

@@ -64,8 +64,10 @@ def main(argv: list[str]) -> int:
     module = importlib.import_module(name)
     with physics_of(arm):
         if hasattr(module, "train"):
+            launcher = ["python", "studies/walkable_floor/physics.py", *argv[:2]]
             words = ["--exp-name", f"{name}_{arm}", *words]
-            return module.main(module.Args, module.train, module.evaluate_saved, words)
+            train, evaluate_saved = module.train, module.evaluate_saved
+            return module.main(module.Args, train, evaluate_saved, words, launcher)
         with mock.patch("sys.argv", [script, *words]):
             return module.main() or 0
 
