@@ -56,6 +56,11 @@ dropout in g, which lowers it by about 1/2 sum_i kappa_i Var(x_i) and raises d; 
 the policy are computed without. An Ant learned little without the weights, and little
 without dropout (studies/temperature).
 
+Only actions near the policy pull it toward what is better, and of all that are kept few
+are near: half of each batch is of the newest transitions. Adam's steps move the mode in
+and out of its gait, so that an average of theta is evaluated and saved, while theta
+itself chooses the actions of training: theta_bar <- (1 - b) theta_bar + b theta.
+
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
 r         reward             in units of `reward_unit`, as all that follows
@@ -136,11 +141,11 @@ class Args(RunArgs):
     sigma_max: float = 0.4  # upper bound of the standard deviation of u
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept in the replay buffer
-    recent_size: int = 0  # half of a batch is of this many newest ones (0: none)
+    recent_size: int = 10_000  # half of a batch is of this many newest (0: none)
     learning_starts: int = 5_000  # random steps before the first of one update per step
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
-    policy_average: float = 1.0  # b: the average over about 1 / b steps is evaluated
+    policy_average: float = 1e-3  # b: an average over about 1 / b steps is evaluated
 
     settings = BUDGETS
     settings_name = "the paper's number of steps"

@@ -11,11 +11,11 @@ import meow_continuous_action as meow
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("script", "steps"), [(meow, 8_000), (meow_auto, 10_000)])
-def test_inverted_pendulum_is_solved(script, steps, tmp_path):
+@pytest.mark.parametrize("script", [meow, meow_auto])
+def test_inverted_pendulum_is_solved(script, tmp_path):
     """Most of the last three evaluations reach at least half of the maximum.
 
     MEow with the target's soft value negated got 58.
     """
-    returns = inverted_pendulum(script, tmp_path, total_timesteps=steps)
+    returns = inverted_pendulum(script, tmp_path)
     assert statistics.median(returns[-3:]) > 500

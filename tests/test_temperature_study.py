@@ -398,8 +398,8 @@ def test_the_pages_have_the_tables(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["table.py"])
     assert table.main() == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
-    assert [len(text.splitlines()) > 3 for text in tables] == [True] * 6
-    pages = [*["README.md"] * 4, "why.md", "details.md"]
+    assert [len(text.splitlines()) > 3 for text in tables] == [True] * 7
+    pages = [*["README.md"] * 3, *["newest.md"] * 2, "why.md", "details.md"]
     for text, page in zip(tables, pages, strict=True):
         assert text in (ROOT / "studies/temperature" / page).read_text()
 
@@ -420,20 +420,6 @@ def test_returns_of_a_task_stand_beside_each_other(tmp_path):
     sac = "| Ant-v4 | SAC | 2 |  | 2 |  |  |  |  |"
     assert table.beside([tmp_path], "Ant-v4", (10, 20), table.COMPARED) == [script, sac]
     assert table.beside([tmp_path], "Ant-v4", (10, 15), table.COMPARED) == []
-
-
-def test_evaluations_of_the_average_stand_beside_those_of_theta(tmp_path):
-    """Of the arm that evaluates both, and of runs that evaluate the average alone."""
-    both = "eval/return_mean,1\n20,2,averaged/0.001,2", "eval/return_mean,4"
-    names = "auto_latest__1", "auto_latest__2", "auto_latest_averaged__3"
-    for name, rows in zip(names, (*both, "eval/return_mean,7"), strict=True):
-        run = tmp_path / f"Ant-v4__{name}__0"
-        run.mkdir()
-        (run / "metrics.csv").write_text(f"step,seconds,name,value\n20,2,{rows}\n")
-    assert table.beside([tmp_path], "Ant-v4", (20,), table.COMPARED) == [
-        "| Ant-v4 | `recent` | 2 | 1 | 4 |  |  |  |  |",
-        "| Ant-v4 | `recent`, averaged | 4 | 2 |  | 7 |  |  |  |",
-    ]
 
 
 def test_theta_is_compared_with_its_average_late(tmp_path):
@@ -533,7 +519,7 @@ def test_a_wrong_word_says_which_there_are(tmp_path):
         assert "is no change of" in code
 
 
-def test_units_is_the_script_where_alpha_is_the_same(tmp_path):
+def test_units_is_uniform_where_alpha_is_the_same(tmp_path):
     for task in ("Walker2d-v4", "Hopper-v4"):
         run = tmp_path / f"{task}__auto_units__2__0"
         run.mkdir()
@@ -541,6 +527,6 @@ def test_units_is_the_script_where_alpha_is_the_same(tmp_path):
             "step,seconds,name,value\n20,2,eval/return_mean,5\n"
         )
     walker = table.beside([tmp_path], "Walker2d-v4", (20,), table.RULES)
-    assert walker == ["| Walker2d-v4 | the script | 5 |  | 5 |  |  |  |  |"]
+    assert walker == ["| Walker2d-v4 | `uniform` | 5 |  | 5 |  |  |  |  |"]
     hopper = table.beside([tmp_path], "Hopper-v4", (20,), table.RULES)
     assert hopper == ["| Hopper-v4 | `units` | 5 |  | 5 |  |  |  |  |"]

@@ -25,9 +25,7 @@ TASKS = {"HalfCheetah": 6, "Hopper": 3, "Walker2d": 6, "Ant": 8, "Humanoid": 17}
 """with their numbers of action dimensions"""
 SETTINGS = {  # label: colour, experiments
     "MEow without tuning": ("tab:blue", ["meow_auto_continuous_action"]),
-    "half of each batch recent": ("tab:green", ["auto_latest"]),
-    "half recent, averaged": ("black", ["auto_latest_averaged"]),
-    "noise held": ("tab:red", ["auto_held"]),
+    "without recent transitions and average": ("tab:green", ["auto_uniform"]),
     "alpha moved by SAC's dual": ("tab:purple", ["auto_dual"]),
     "SAC": ("tab:orange", ["sac_continuous_action"]),
     "SAC, normalised": ("tab:brown", ["sac_normal_units_layers"]),

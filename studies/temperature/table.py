@@ -2,11 +2,15 @@
 
     python studies/temperature/table.py
 
-First each task's runs beside SAC's and MEow's: a run's number is the mean of its
-evaluations at the steps of --late. When these runs learned to walk. Evaluations of
-theta and of its average in the same runs. Tasks on which no setting was chosen. Then
-the rules that set alpha, today's and those of before, with mean temperatures early and
-late. Last a line per run of the study, with its returns on the way.
+1. Each task's runs beside SAC's and MEow's: a run's number is the mean of its
+   evaluations at the steps of --late.
+2. When these runs learned to walk.
+3. Tasks on which no setting was chosen.
+4. Changes of the script's batches, of what is evaluated and of the noise, as in 1.
+5. Evaluations of theta and of its average in the same runs.
+6. The rules that set alpha, today's and earlier ones, with mean temperatures early and
+   late.
+7. A line per run of the study, with its returns on the way.
 """
 
 import functools
@@ -27,41 +31,43 @@ SAME = (
 SCRIPT = "meow_auto_continuous_action"
 RETURN, AVERAGED = "eval/return_mean", "averaged/0.001"
 """evaluations of theta, and of its average, in runs that have both"""
-ALONE = "auto_latest_averaged"
-"""the experiment that evaluates the average alone"""
 NAMES = {
     SCRIPT: "the script",
+    "sac_continuous_action": "SAC",
     "auto": "dual",
+    "auto_uniform": "uniform",  # the script without recent transitions and average
     "auto_fixed": "base",  # with --temperature fixed
     "auto_tenth": "spread",  # with --return-ratio 0.1
     "auto_times100": "spread",  # with rewards a hundred times as large
     "auto_sure": "units",  # with --dropout 0
     "auto_more": "rho 0.72",
-    "auto_latest": "recent",  # a change of the script, not of `largest`
+    "auto_latest": "recent",  # a change of `uniform`, not of `largest`
     "auto_latest_held": "recent+held",
-    ALONE: "recent, averaged",  # with the options for both
 }
 """of experiments, where the table calls the arm otherwise"""
 COMPARED = {  # algorithm: its experiments
     "the script": [SCRIPT],
-    "`recent`": ["auto_latest"],
-    "`recent`, averaged": ["auto_latest", ALONE],
-    "`held`": ["auto_held"],
-    "`recent+held`": ["auto_latest_held"],
-    "`recent+held`, averaged": ["auto_latest_held"],
     "SAC": ["sac_continuous_action"],
     "SAC, normalised": ["sac_normal_units_layers"],
     "MEow, the paper's settings": ["meow_continuous_action"],
 }
+CHANGES = {
+    "the script": [SCRIPT],
+    "`uniform`": ["auto_uniform"],
+    "`recent`": ["auto_latest"],
+    "`held`": ["auto_held"],
+    "`recent+held`": ["auto_latest_held"],
+}
 RULES = {  # what sets alpha: experiments
     "the script": [SCRIPT],
+    "`uniform`": ["auto_uniform"],
     "`units`": ["auto_units"],
     "`spread`": ["auto_spread", "auto_averages_spread"],
     "`largest`": ["auto_largest"],
     "alpha stays 0.1": ["auto_fixed"],
 }
 ONE_ALPHA = "HalfCheetah-v4", "Walker2d-v4"
-"""tasks of 6 action dimensions: the script's alpha is that of `units`, 0.48 / 6"""
+"""tasks of 6 action dimensions: the alpha of `uniform` is that of `units`, 0.48 / 6"""
 SEEDS = [str(seed) for seed in range(1, 7)]
 ALPHA_AT = 10_000, 90_000  # steps
 SETTLED = 50_000
@@ -111,12 +117,12 @@ def returns_of(run: Path, name: str = RETURN) -> pd.Series:
 
 
 def experiments_of(task: str, name: str) -> list[str]:
-    """Those of one name; on `ONE_ALPHA` `units` counts as the script."""
-    if task in ONE_ALPHA and name == "the script":
+    """Those of one name; on `ONE_ALPHA` `units` counts as `uniform`."""
+    if task in ONE_ALPHA and name == "`uniform`":
         return RULES[name] + RULES["`units`"]
     if task in ONE_ALPHA and name == "`units`":
         return []
-    return (COMPARED | RULES)[name]
+    return (COMPARED | CHANGES | RULES)[name]
 
 
 def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> dict:
@@ -128,9 +134,7 @@ def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> dict:
     runs = [run for f in folders for pattern in patterns for run in f.glob(pattern)]
     longest = {}
     for run in sorted(runs, key=lambda run: run.name.split("__")[2:]):
-        _, arm, seed, _ = run.name.split("__")
-        both = name.endswith("averaged") and arm != ALONE
-        returns = returns_of(run, AVERAGED if both else RETURN)
+        seed, returns = run.name.split("__")[2], returns_of(run)
         if len(returns) > len(longest.get(seed, ())):
             longest[seed] = returns
     return {s: run for s, run in longest.items() if set(late) <= set(run.index)}
@@ -178,7 +182,7 @@ def others(thinned: Path, task: str) -> list[str]:
     """Each run of a task of `OTHERS`: all its evaluations."""
     lines = []
     for run in sorted(thinned.glob(f"{task}__*")):
-        arm = {SCRIPT: "the script"}.get(run.name.split("__")[1], "SAC")
+        arm = arm_of(run.name.split("__")[1])
         returns = ", ".join(f"{value:.4g}" for value in returns_of(run))
         lines.append(f"| {task} | {arm} | {returns} |")
     return lines
@@ -239,12 +243,16 @@ def main() -> int:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     print_table(header, lines)
 
-    header = ["task", "arm", "seed", "theta: mean", "lowest", "average: mean", "lowest"]
-    print_table(header, averages(options.thinned, late[-1]))
-
     header = ["no setting was chosen on", "algorithm", "returns on the way"]
     lines = [text for task in OTHERS for text in others(options.thinned, task)]
     print_table(header, lines)
+
+    header = ["task", "arm", "mean", *seeds]
+    lines = [text for task in TASKS for text in beside(folders, task, late, CHANGES)]
+    print_table(header, lines)
+
+    header = ["task", "arm", "seed", "theta: mean", "lowest", "average: mean", "lowest"]
+    print_table(header, averages(options.thinned, late[-1]))
 
     early, end = ALPHA_AT
     header = ["task", "rule", "mean", *seeds, f"alpha at {early:,}, {end:,}"]
