@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import sys
 
 import pytest
@@ -58,7 +59,10 @@ def test_a_run_is_named_after_its_arm(tmp_path, capsys):
     words += options(learning_starts=3, eval_episodes=0, compile=False)
     with contextlib.chdir(tmp_path):
         assert physics.main(["own_floor", "meow_isaacgym.py", *words]) == 0
-    assert only_run(tmp_path).name.startswith("Ant__meow_isaacgym_own_floor__1__")
+    run = only_run(tmp_path)
+    assert run.name.startswith("Ant__meow_isaacgym_own_floor__1__")
+    begins = "python studies/walkable_floor/physics.py own_floor meow_isaacgym.py --"
+    assert json.loads((run / "args.json").read_text())["command"].startswith(begins)
     assert physics.main(["own", "nothing.py"]) == 2
     assert "error: there is no nothing.py" in capsys.readouterr().err
     assert physics.main(["nothing", "meow_isaacgym.py"]) == 2
