@@ -36,10 +36,13 @@ which is a Gaussian integral: V is the soft value of Q, exactly, at EVERY alpha,
 pi(a|s) = exp((Q - V)/alpha) is the density of tanh(u). (In MEow a network gives sigma,
 and kappa = alpha/sigma^2 follows; here it is the other way round.) When alpha moves, m
 and g stay, kappa but for its floor; the policy widens or narrows. So alpha may move at
-any time, as with SAC's rule (--autotune), which holds the entropy at a target H; but
-then it falls until Q knows little of actions (studies/temperature/details.md). It
-needn't move where rewards are measured in a unit of their own: with the mean and the
-standard deviation of all rewards so far, and A action dimensions,
+any time. SAC's rule (--autotune) holds the entropy at a target H; where it was tried Q
+then knew little of actions, mostly at a small alpha (studies/temperature/details.md):
+
+    log alpha <- log alpha + eta e,   e = H + log pi(a|s) / A, within +-1
+
+Alpha needn't move where rewards are measured in a unit of their own: with the mean and
+the standard deviation of all rewards so far, and A action dimensions,
 
     r <- r / max(std(r), |mean(r)| / 10),   alpha = rho / A
 
@@ -56,10 +59,12 @@ dropout in g, which lowers it by about 1/2 sum_i kappa_i Var(x_i) and raises d; 
 the policy are computed without. An Ant learned little without the weights, and little
 without dropout (studies/temperature).
 
-Only actions near the policy pull it toward what is better, and of all that are kept few
-are near: half of each batch is of the newest transitions. Adam's steps move the mode in
-and out of its gait, so that an average of theta is evaluated and saved, while theta
-itself chooses the actions of training: theta_bar <- (1 - b) theta_bar + b theta.
+Far actions hardly pull the policy toward what is better, and many that are kept are
+far: half of each batch is of the newest transitions. Adam's steps move the mode in and
+out of its gait: theta chooses the actions of training, its average is evaluated and
+saved,
+
+    theta_bar <- (1 - b) theta_bar + b theta
 
 Symbols   code               meaning
 g(u|s)    EnergyFlow.to_x    u to x by four couplings; `to_u` is its inverse
