@@ -4,8 +4,8 @@ import csv
 
 
 def evaluations(script, folder, **settings) -> list[float]:
-    """Mean returns of the evaluations of a run."""
-    settings |= dict(batch_size=128, tau=0.02, eval_episodes=3, runs_dir=folder)
+    """Returns of the evaluations of a run, of one episode each."""
+    settings |= dict(batch_size=128, tau=0.02, eval_episodes=1, runs_dir=folder)
     words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     assert script.main(script.Args, script.train, script.evaluate_saved, words) == 0
     (metrics,) = folder.glob("*/metrics.csv")

@@ -17,5 +17,6 @@ def test_inverted_pendulum_is_solved(script, tmp_path):
 
     MEow with the target's soft value negated got 58.
     """
-    returns = inverted_pendulum(script, tmp_path)
+    steps = 7_000 if script is meow else 8_000
+    returns = inverted_pendulum(script, tmp_path, total_timesteps=steps)
     assert statistics.median(returns[-3:]) > 500
