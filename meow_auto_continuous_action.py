@@ -47,7 +47,8 @@ the standard deviation of all rewards so far, and A action dimensions,
     r <- r / max(std(r), |mean(r)| / 10),   alpha = rho / A
 
 Then the policy's noise costs Q sum_i kappa_i sigma_i^2 / 2 = rho / 2 of this unit, on
-average, in each state of every task. One loss trains everything, the batch mean of
+average, in each state of every task (less where the tanh term gives some back). One
+loss trains everything, the batch mean of
 
     w (Q - y)^2 / 2,   y = r + gamma (1 - terminated) V(s')
     w = 1 where y <= Q, else exp((4 - d) / 2) from 0.02 to 1,   d = |x / sigma|^2 / A
@@ -143,7 +144,7 @@ class Args(RunArgs):
     target_entropy: float = -0.65  # with --autotune: nats per action dimension
     alpha_lr: float = 1e-3  # with --autotune: eta, the largest step of log alpha
     sigma_start: float = 0.22  # standard deviation of u at the start
-    sigma_max: float = 0.4  # upper bound of the standard deviation of u
+    sigma_max: float = 0.4  # upper bound of sigma(s), the standard deviation of x
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept in the replay buffer
     recent_size: int = 10_000  # half of a batch is of this many newest (0: none)

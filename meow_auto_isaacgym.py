@@ -99,7 +99,7 @@ class Args(RunArgs):
     target_entropy: float = -0.65  # with --autotune: nats per action dimension
     alpha_lr: float = 1e-3  # with --autotune: eta, the largest step of log alpha
     sigma_start: float = 0.22  # standard deviation of u at the start
-    sigma_max: float = 0.4  # upper bound of the standard deviation of u
+    sigma_max: float = 0.4  # upper bound of sigma(s), the standard deviation of x
     batch_size: int = 1024  # transitions per update
     buffer_size: int = 15_000  # vector steps kept in the replay buffer
     learning_starts: int = 100  # random vector steps before the first update

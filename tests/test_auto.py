@@ -143,9 +143,26 @@ def test_the_noise_costs_the_same_in_any_number_of_dimensions(act_dim):
     """Q falls by rho / 2 on average, but for the tanh term, whatever the network."""
     flow, args = make_flow(3, act_dim, temperature=0.3)
     obs = torch.randn(1, 3).double().expand(20_000, -1)
+
+    def q_without_tanh(u):
+        return flow.q_values(obs, u) + flow.alpha * auto.log_tanh_slope(u).sum(-1)
+
     u, _ = flow.sample(obs)
-    cost = 0.5 * (flow.kappa(obs) * flow.to_x(u, obs) ** 2).sum(-1)
+    mode, _ = flow.sample(obs, torch.zeros_like(u))
+    cost = q_without_tanh(mode) - q_without_tanh(u)
     assert float(cost.mean()) == pytest.approx(args.temperature / 2, rel=0.05)
+
+
+def test_curvature_is_bounded():
+    """kappa_0 exp(10 tanh(h/10)) + alpha / sigma_max^2, for the largest h too."""
+    flow, args = make_flow(3, 2)
+    obs = torch.randn(5, 3).double()
+    floor = flow.alpha / args.sigma_max**2
+    kappa_0 = math.exp(flow.log_kappa_start)
+    for h in (-1e3, -3.0, 0.0, 3.0, 1e3):
+        flow.h.forward = lambda obs, h=h: obs.new_full((len(obs), 2), h)
+        expected = floor + kappa_0 * math.exp(10 * math.tanh(h / 10))
+        torch.testing.assert_close(flow.kappa(obs), expected.double().expand(5, 2))
 
 
 # --- The unit of rewards --------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_table(runs, run_compare):
         in text
     )
     assert "| TD3 (SB3) | 1 | no finished run of 30 steps on Swimmer-v4 | - |" in text
-    assert "differ in library versions or machine: 2.\n" in text
+    assert "differ in commit, library versions or machine: 2.\n" in text
     assert "- commit: c0ffee\n- versions: python None, mujoco 4.0\n" in text
     assert (
         "- machine: Z80, device cpu, 1 thread(s), compiled; 6502, device cpu, 1" in text
@@ -296,10 +296,12 @@ def test_of_runs_alike_the_newer_one_counts(tmp_path, run_compare):
     why = "have the same settings and seed: the second, newer one counts"
     assert err == f"warning: {old} and {new} {why}\n"
     assert not (tmp_path / "out" / old.name).exists()
-    digest = write_run(tmp_path / "runs", returns=(4, 5, 6), time="0a1b")
-    for moment, counts in ((1795198114, "3.000"), (1795198117, "6.000")):
-        os.utime(digest / "metrics.csv", (moment, moment))
-        assert cells(run_compare(old.parent)[1])[0][4] == counts
+    for tag in ("0a1b0c1d2e", "4256792868"):  # digests; the second is no time yet
+        digest = write_run(tmp_path / "runs", returns=(4, 5, 6), time=tag)
+        for moment, counts in ((1795198114, "3.000"), (1795198117, "6.000")):
+            os.utime(digest / "metrics.csv", (moment, moment))
+            assert cells(run_compare(old.parent)[1])[0][4] == counts
+        shutil.rmtree(digest)
 
 
 def test_several_settings_have_no_iqm(tmp_path, run_compare):
@@ -321,6 +323,7 @@ def test_not_run_and_unfinished(tmp_path, run_compare):
     write_run(root, seed=2, total_timesteps=50)
     write_run(root, seed=6, total_timesteps=50)
     write_run(root, seed=3, returns=(1, math.nan, 3))
+    write_run(root, seed=7, returns=(), total_timesteps=50, eval_episodes=0)
     empty = write_run(root, seed=4)
     (empty / "metrics.csv").write_text("step,seconds,name,value\n")
     # 3.0 becomes 3: still a number, but cut off
@@ -331,11 +334,12 @@ def test_not_run_and_unfinished(tmp_path, run_compare):
     _, text, err = run_compare(root, "--envs", "Ant-v4", "--algos", "sac", "new")
     assert f"{torn}: its last line is incomplete" in err
     table = [line[:5] for line in cells(text)]
-    assert table[:7] == [
+    assert table[:8] == [
         ["Hopper-v4", "MEow", "30", "1 (1)", "3.000"],
         ["Hopper-v4", "MEow", "30", "1 (3)", "return is not finite at step 20"],
         ["Hopper-v4", "MEow", "30", "1 (4)", "stopped at step 0"],
         ["Hopper-v4", "MEow", "30", "1 (5)", "stopped at step 30"],
+        ["Hopper-v4", "MEow", "50", "1 (7)", "not evaluated"],
         ["Hopper-v4", "MEow", "50", "1 (2)", "stopped at step 30"],
         ["Hopper-v4", "MEow", "50", "1 (6)", "stopped at step 30"],
         ["Hopper-v4", "SAC", "-", "0", "not run"],
@@ -507,6 +511,14 @@ def test_seeds_are_tested_beside_sac(tmp_path, run_compare):
     assert "| the paper |" not in text
 
 
+def test_a_run_without_evaluations_hides_none_and_nan_is_shown(tmp_path, run_compare):
+    step = dict(eval_frequency=10_000)
+    write_run(tmp_path, MEOW, 1, [], total_timesteps=50_000, **step)
+    write_run(tmp_path, MEOW, 1, [5] * 9, time=2, **step)
+    write_run(tmp_path, MEOW, 2, [5] * 8 + [math.nan], **step)
+    assert "| 90,000 | MEow | nan | 5, nan |  |" in run_compare(tmp_path)[1]
+
+
 # --- Published returns ----------------------------------------------------------------
 def test_published_returns_are_shown_as_far_as_ours_go(tmp_path, run_compare):
     for env, frequency in (("Hopper-v4", 50_000), ("Ant-v4", 500_000)):
@@ -596,6 +608,8 @@ def test_panels_are_figures_of_their_own(tmp_path, run_compare):
     names = {path.stem for path in (tmp_path / "out").glob("learning_curves*.png")}
     starts = "", "_Ant-v4", "_Hopper-v4"
     assert names == {f"learning_curves{start}" for start in starts}
+    run_compare(write_run(tmp_path, env="own/Foo-v0"), "--panels", out=tmp_path / "own")
+    assert (tmp_path / "own/learning_curves_own_Foo-v0.svg").exists()
 
 
 def test_figures_show_stopped_runs_of_algorithms_without_a_finished_one(tmp_path):
@@ -647,6 +661,10 @@ DAMAGES = [  # in the file, what becomes what; END: its end
     ("args.json", '"seed"', '"s"'),
     ("args.json", '"seed": 1', '"seed": "1"'),
     ("args.json", '"total_timesteps": 30', '"total_timesteps": 0'),
+    ("args.json", '"eval_episodes": 10', '"eval_episodes": null'),
+    ("args.json", '"alpha": 0.2', '"num_envs": "two"'),
+    ("args.json", '"git_commit": "c0ffee"', '"git_commit": null'),
+    ("args.json", '"env_id": "Hopper-v4"', '"env_id": 4'),
     ("metrics.csv", "step,seconds,name,value\n", ""),
     ("metrics.csv", "charts", "\udcff"),
     ("metrics.csv", "180.000", "inf"),
@@ -697,7 +715,7 @@ def test_mujoco_versions_do_not_mix(tmp_path, run_compare):
     assert "different MuJoCo versions: 3.1 (" in err
     code, text, _ = run_compare(tmp_path / "runs", "--allow-mixed-versions")
     assert code == 0
-    assert "differ in library versions or machine: 1.\n" in text
+    assert "differ in commit, library versions or machine: 1.\n" in text
 
 
 def test_usage_errors(tmp_path, run_compare):
@@ -733,3 +751,16 @@ def test_a_kept_run_has_each_option_or_the_value_it_had(name):
         about = json.loads(file.read_text())
         known = about["args"].keys() | about.get("settings", {}).keys()
         assert options <= known | run_table.DEFAULTS.keys() | run_table.NEUTRAL
+
+
+@pytest.mark.parametrize("name", ["meow", "meow_auto", "sac"])
+def test_the_kept_runs_have_the_settings_of_today(name):
+    """Whoever changes a default must run them again, or name them otherwise."""
+    script = importlib.import_module(f"{name}_continuous_action")
+    files = (ROOT / "results").glob(f"*__{name}_continuous_action__*/args.json")
+    for file in files:
+        about = json.loads(file.read_text())
+        had = {**run_table.DEFAULTS, **about.get("settings", {}), **about["args"]}
+        today = dataclasses.asdict(script.Args.for_env(had["env_id"]))
+        changed = {k for k in today.keys() - run_table.NEUTRAL if had[k] != today[k]}
+        assert changed == set(), file

@@ -137,6 +137,8 @@ BAD = {
     "keep . folder.pt": "ends in .pt",
     "play empty": "no policy (*.pt)",
     "play broken": "no README.md",
+    "play untabled": "no README.md with a table that begins with | policy |",
+    "film out.webp of_json.pt": "of_json.pt is no policy",
     "film out.webp": "which policies?",
     "film out.webp README.md": "README.md is no policy",
     "film out.webp nothing.pt": "can't read nothing.pt",
@@ -152,6 +154,10 @@ def test_bad_input_is_one_sentence_and_harms_nothing(words, tmp_path, monkeypatc
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/README.md").write_text("| play it |\n")
     (tmp_path / "broken").mkdir()
+    (tmp_path / "untabled").mkdir()
+    (tmp_path / "untabled/x.pt").write_text("")
+    (tmp_path / "untabled/README.md").write_text("| play it |\n")
+    torch.save({"format": "json"}, tmp_path / "of_json.pt")
     (tmp_path / "folder.pt").mkdir()
     (tmp_path / "broken/args.json").write_text("{}")
     (tmp_path / "broken/x.pt").write_text("")

@@ -422,6 +422,16 @@ def test_returns_of_a_task_stand_beside_each_other(tmp_path):
     assert table.beside([tmp_path], "Ant-v4", (10, 15), table.COMPARED) == []
 
 
+def test_sac_averaged_is_the_average(tmp_path):
+    run = tmp_path / "Ant-v4__sac_averages__1__0"
+    run.mkdir()
+    rows = ["step,seconds,name,value", "20,1,eval/return_mean,5.0"]
+    rows += ["20,1,averaged/0.001,7.0"]
+    (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    line = "| Ant-v4 | SAC, averaged | 7 | 7 |  |  |  |  |  |"
+    assert table.beside([tmp_path], "Ant-v4", (20,), table.COMPARED) == [line]
+
+
 def test_theta_is_compared_with_its_average_late(tmp_path):
     """In runs that have both to the end."""
     steps = [(40_000, 9, 9), (50_000, 4, 6), (60_000, 2, 7), (70_000, 0, 0)]

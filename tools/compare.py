@@ -28,6 +28,7 @@ also a figure for each environment, e.g. learning_curves_Ant-v4.png.
 
 import math
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -239,10 +240,10 @@ def returns_at(runs: pd.DataFrame, step: int) -> list[float]:
     """
     means = []
     for _, own in runs.groupby("seed"):
-        evals = max(own.evals, key=lambda evals: evals.step.max())
+        evals = max(own.evals, key=lambda evals: max(evals.step, default=0))
         late = (evals.step > 0.75 * step) & (evals.step <= step)
         if evals.step.max() >= step and late.any():
-            means.append(evals.value[late].mean())
+            means.append(evals.value[late].mean(skipna=False))
     return means
 
 
@@ -379,7 +380,7 @@ def report(
     table: pd.DataFrame, scored: pd.DataFrame, results: list[Aggregate], asked: str
 ) -> str:
     rows = table[table.status != "not run"].groupby("row")
-    mixed = rows[["versions", "machine"]].nunique().max(axis=1)
+    mixed = rows[["commit", "versions", "machine"]].nunique().max(axis=1)
     mixed = ", ".join(map(str, mixed.index[mixed > 1])) or "none"
     parts = [
         "# Comparison of runs",
@@ -393,7 +394,8 @@ def report(
         "![Interquartile means](iqm.png)" if len(scored) else "",
         "## Notes",
         __doc__.split("\n\n")[-1].strip()
-        + f"\n- Rows whose runs differ in library versions or machine: {mixed}.",
+        + "\n- Rows whose runs differ in commit, library versions or machine: "
+        + f"{mixed}.",
         "## How each row was made",
         "At the row's commit (`git checkout COMMIT`):",
         *(origin(runs) for _, runs in rows),
@@ -563,7 +565,8 @@ def compare(options: Options):
             if options.panels:
                 for env, own in table.groupby("env", sort=False):
                     if len(drawn(own)):
-                        save(draw_curves(own), out / f"learning_curves_{env}")
+                        name = re.sub(r"[^\w.-]", "_", env)  # of ns/Foo-v0 too
+                        save(draw_curves(own), out / f"learning_curves_{name}")
         if len(scored):
             save(draw_iqm(scored, results, colours(table)), out / "iqm")
     print(f"{returns_table(table)}\n\nwritten: {out / 'comparison.md'}")

@@ -40,6 +40,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import mujoco
 
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {file.stem for file in ROOT.glob("*.py")}
 NETWORKS = ("flow", "norm", "actor", "critics", "sampler", "critic")  # of all scripts
 LARGEST = 2**20  # bytes of a file; weights of larger ones are halved to 16 bits
 # Options that don't say what was trained.
@@ -98,11 +100,14 @@ def halved(value):
 def program_of(file: Path) -> str:
     """The script that wrote a policy. Raises: UsageError."""
     try:
-        return torch.load(file, weights_only=True)["format"]
+        program = torch.load(file, weights_only=True)["format"]
     except OSError as error:
         raise UsageError(f"can't read {file}: {error.strerror}") from None
     except Exception:  # whatever the unpickler raises
-        raise UsageError(f"{file} is no policy") from None
+        program = None
+    if program not in SCRIPTS:
+        raise UsageError(f"{file} is no policy")
+    return program
 
 
 def evaluate(file: Path, session_of, words: list[str]):
@@ -158,14 +163,17 @@ def plain_session(args) -> Session:
 def play(folder: Path):
     """Writes the tables of README.md in this folder: its text stays."""
     page, files = folder / "README.md", sorted(folder.glob("*.pt"))
-    if not files or not page.exists():
-        missing = "README.md with its tables" if files else "policy (*.pt)"
-        raise UsageError(f"there is no {missing} in {folder}")
+    if not files:
+        raise UsageError(f"there is no policy (*.pt) in {folder}")
+    lines = page.read_text().splitlines() if page.exists() else []
+    for first, *_ in TABLES:
+        if not any(line.startswith(f"| {first} |") for line in lines):
+            missing = f"README.md with a table that begins with | {first} |"
+            raise UsageError(f"there is no {missing} in {folder}")
     cards = []
     for file in files:
         cards.append(card(file))
         print(*cards[-1].values(), sep=" | ", flush=True)
-    lines = page.read_text().splitlines()
     for columns in TABLES:
         rows = [columns, ["---"] * len(columns)]
         rows += [[card[column] for column in columns] for card in cards]

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,9 +78,15 @@ def read_about(file: Path) -> dict:
     args = about.get("args", {})
     if lacking := NEEDED - (about.keys() | args.keys()):
         raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
-    for name, least in {"seed": 0, "total_timesteps": 1}.items():
-        if type(args[name]) is not int or args[name] < least:
+    least_of = {"seed": 0, "total_timesteps": 1, "eval_episodes": 0, "num_envs": 1}
+    for name, least in least_of.items():
+        number = args.get(name, 1)  # num_envs: of robots alone
+        if type(number) is not int or number < least:
             raise ValueError(f"{name} is not a whole number of at least {least}")
+    texts = {name: about[name] for name in ("script", "command", "git_commit", "cpu")}
+    for name, text in (texts | {"env_id": args["env_id"]}).items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is not a text")
     return about
 
 
@@ -130,7 +137,7 @@ def not_finite(evals: pd.DataFrame) -> str:
 def started(folder: Path) -> float:
     """Seconds since 1970, from the folder's name or else the time of its log."""
     tag = folder.resolve().name.rpartition("__")[2]
-    if tag.isdecimal():
+    if tag.isdecimal() and int(tag) < time.time():  # else it is a digest
         return int(tag)
     return (folder / "metrics.csv").stat().st_mtime
 
@@ -161,7 +168,9 @@ def read_run(folder: Path) -> dict:
     if (last := max(evals.step, default=0)) > total:
         raise UsageError(f"{file} goes on after the last step of args.json")
     status, reached = not_finite(evals), total
-    if last < total:
+    if args["eval_episodes"] == 0:
+        status = "not evaluated"
+    elif last < total:
         reached = last_step(folder, about, log)
         status = status or f"stopped at step {reached * num_envs:,}"
     settings = {"script": about["script"], **settings}

@@ -48,9 +48,12 @@ NAMES = {
 COMPARED = {  # algorithm: its experiments
     "the script": [SCRIPT],
     "SAC": ["sac_continuous_action"],
+    "SAC, averaged": ["sac_averages"],
     "SAC, normalised": ["sac_normal_units_layers"],
     "MEow, the paper's settings": ["meow_continuous_action"],
 }
+EVALUATED = {"SAC, averaged": AVERAGED}
+"""what is evaluated, where it isn't `RETURN`"""
 CHANGES = {
     "the script": [SCRIPT],
     "`uniform`": ["auto_uniform"],
@@ -134,7 +137,8 @@ def by_seed(folders: list[Path], task: str, name: str, late: tuple) -> dict:
     runs = [run for f in folders for pattern in patterns for run in f.glob(pattern)]
     longest = {}
     for run in sorted(runs, key=lambda run: run.name.split("__")[2:]):
-        seed, returns = run.name.split("__")[2], returns_of(run)
+        seed = run.name.split("__")[2]
+        returns = returns_of(run, EVALUATED.get(name, RETURN))
         if len(returns) > len(longest.get(seed, ())):
             longest[seed] = returns
     return {s: run for s, run in longest.items() if set(late) <= set(run.index)}
