@@ -139,6 +139,7 @@ BAD = {
     "play broken": "no README.md",
     "play untabled": "no README.md with a table that begins with | policy |",
     "film out.webp of_json.pt": "of_json.pt is no policy",
+    "film out.webp of_list.pt": "of_list.pt is no policy",
     "film out.webp": "which policies?",
     "film out.webp README.md": "README.md is no policy",
     "film out.webp nothing.pt": "can't read nothing.pt",
@@ -158,6 +159,7 @@ def test_bad_input_is_one_sentence_and_harms_nothing(words, tmp_path, monkeypatc
     (tmp_path / "untabled/x.pt").write_text("")
     (tmp_path / "untabled/README.md").write_text("| play it |\n")
     torch.save({"format": "json"}, tmp_path / "of_json.pt")
+    torch.save({"format": ["json"]}, tmp_path / "of_list.pt")
     (tmp_path / "folder.pt").mkdir()
     (tmp_path / "broken/args.json").write_text("{}")
     (tmp_path / "broken/x.pt").write_text("")
