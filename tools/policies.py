@@ -40,8 +40,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import mujoco
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = [file.stem for file in ROOT.glob("*.py")]
+SCRIPTS = [file.stem for file in Path(__file__).parent.parent.glob("*.py")]
 NETWORKS = ("flow", "norm", "actor", "critics", "sampler", "critic")  # of all scripts
 LARGEST = 2**20  # bytes of a file; weights of larger ones are halved to 16 bits
 # Options that don't say what was trained.
@@ -174,7 +173,7 @@ def play(folder: Path):
     for file in files:
         cards.append(card(file))
         print(*cards[-1].values(), sep=" | ", flush=True)
-    lines = page.read_text().splitlines()
+    lines = page.read_text().splitlines()  # its text may have been edited meanwhile
     for columns in TABLES:
         rows = [columns, ["---"] * len(columns)]
         rows += [[card[column] for column in columns] for card in cards]
