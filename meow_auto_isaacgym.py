@@ -678,26 +678,27 @@ METRICS = [
     "flow/q",
     "flow/v_next",
     "flow/target",
+    "flow/distance",
 ]
 
 
 def make_update(flow: EnergyFlow, args: Args):
-    """update(theta, theta', m, v, decay, batch, kept) -> METRICS (5,), a pure function
+    """update(theta, theta', m, v, decay, batch, kept) -> METRICS (6,), a pure function
     but that it changes the first five in place; it is compiled as a whole."""
     q_and_distance = function_of_parameters(flow.q_and_distance)
     soft_values = function_of_parameters(flow.soft_values)
 
-    def loss_and_q(theta, obs, u, target, kept):
+    def loss_and_aux(theta, obs, u, target, kept):
         q, d = q_and_distance(theta, obs, u, kept)  # Q(s,a)  (B,)
-        return meow_loss(q, d, target), q
+        return meow_loss(q, d, target), (q, d)
 
     def update(theta, target_theta, m, v, decay, batch, kept=None):
         parts = split_batch(batch, flow.obs_dim, flow.act_dim)
         obs, u, next_obs, reward, terminated = parts
         v_next = soft_values(target_theta, next_obs)  # V(s'), theta'  (B,)
         target = soft_target(reward, terminated, v_next, args.gamma)  # y  (B,)
-        gradient = torch.func.grad_and_value(loss_and_q, has_aux=True)
-        grad, (loss, q) = gradient(theta, obs, u, target, kept)
+        gradient = torch.func.grad_and_value(loss_and_aux, has_aux=True)
+        grad, (loss, (q, d)) = gradient(theta, obs, u, target, kept)
         grad, grad_norm = clip_gradient(grad, args.max_grad_norm)
         new_theta, *moments = adam(theta, m, v, decay, grad, args.learning_rate)
         averaged = (1 - args.tau) * target_theta + args.tau * new_theta  # new theta'
@@ -705,7 +706,7 @@ def make_update(flow: EnergyFlow, args: Args):
         for tensor, value in zip((theta, target_theta, m, v, decay), new, strict=True):
             tensor.copy_(value)
         means = q.mean(), v_next.mean(), target.mean()
-        return torch.stack([loss, grad_norm, *means])
+        return torch.stack([loss, grad_norm, *means, d.median()])
 
     return update
 

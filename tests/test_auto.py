@@ -298,6 +298,8 @@ def test_update_against_autograd_and_torch_optim(compiled):
         for p, p_target in pairs:
             p_target.copy_(0.9 * p_target + 0.1 * p.detach())
         assert metrics[:2].tolist() == pytest.approx([loss.item(), norm.item()])
+        means = [q.mean(), v_next.mean(), y.mean(), d.median()]
+        assert metrics[2:].tolist() == pytest.approx([m.item() for m in means])
         for vector, module in zip(state, (flow, target_flow), strict=False):
             expected = torch.nn.utils.parameters_to_vector(module.parameters())
             torch.testing.assert_close(vector, expected.detach(), rtol=1e-6, atol=1e-8)
