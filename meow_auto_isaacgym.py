@@ -34,9 +34,10 @@ loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated) V(s');
 where an action far from the policy is worth more than Q says.
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
-which are the paper's. What the other script has besides, batches with more of the
-newest transitions and an average of theta, wasn't tried here. Shapes: N environments,
-B batch, A action, S observation, P parameters, T vector steps.
+which are the paper's. Half of each batch from the newest transitions, and an average of
+theta that is evaluated, are options here (--recent-size, --policy-average), off unless
+asked for. Shapes: N environments, B batch, A action, S observation, P parameters,
+T vector steps.
 """
 
 import contextlib
@@ -102,10 +103,12 @@ class Args(RunArgs):
     sigma_max: float = 0.4  # upper bound of sigma(s), the standard deviation of x
     batch_size: int = 1024  # transitions per update
     buffer_size: int = 15_000  # vector steps kept in the replay buffer
+    recent_size: int = 0  # half of a batch is of the newest vector steps (0: all)
     learning_starts: int = 100  # random vector steps before the first update
     updates_per_step: int = 1  # updates per vector step
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
+    policy_average: float = 1.0  # b: an average over about 1 / b updates is evaluated
 
     settings = SIZES
     settings_name = "the sizes of the paper's runs"
@@ -122,13 +125,16 @@ class Args(RunArgs):
         counts += " updates_per_step eval_frequency"
         self.check(counts, lambda x: x >= 1, "at least 1")
         self.check("eval_episodes", lambda x: x >= 0, "at least 0")
+        # fewer may all be invalid after a resume
+        self.check("recent_size", lambda x: x == 0 or x >= 10, "0 or at least 10")
         positive = "learning_rate max_grad_norm"
         self.check(positive, lambda x: x > 0, "positive and finite")
         sizes = "temperature sigma_start sigma_max"
         self.check(sizes, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")
         self.check("alpha_lr", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("gamma", lambda x: 0 <= x <= 1, "from 0 to 1")
-        self.check("tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        averages = "tau policy_average"
+        self.check(averages, lambda x: 0 < x <= 1, "above 0 and at most 1")
         self.check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1")
         self.check("target_entropy", lambda x: -100 <= x <= 0, "from -100 to 0")
         below = f"below --sigma-max, {self.sigma_max}"
@@ -379,12 +385,12 @@ class VectorReplayBuffer:
         self.device_index.copy_(self.index)
         return self.gather(self.device_index)
 
-    def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """Places (3, n) of n transitions, uniform over the valid ones.
+    def draw(self, rng: np.random.Generator, n: int, oldest: int = 0) -> np.ndarray:
+        """Places (3, n) of n transitions, uniform over the valid ones from `oldest` on.
 
         They are those of row, next observation and final observation.
         """
-        index = rng.integers(0, len(self), n)
+        index = rng.integers(oldest, len(self), n)
         while True:  # a second time only where a simulator resets late
             step, env = np.divmod(index, self.num_envs)
             step += self.added - len(self) // self.num_envs
@@ -392,7 +398,7 @@ class VectorReplayBuffer:
             again = self.invalid[slot, env]
             if not again.any():
                 break
-            index[again] = rng.integers(0, len(self), again.sum())
+            index[again] = rng.integers(oldest, len(self), again.sum())
         block = step // self.max_steps % len(self.final_obs)
         places = np.stack([slot, (step + 1) % len(self.obs), block])
         return places * self.num_envs + env
@@ -429,6 +435,22 @@ class VectorReplayBuffer:
         for name in ("obs", "rows", "final_obs"):
             # shorter ones after fewer --total-timesteps
             getattr(self, name)[: len(state[name])].copy_(state[name])
+
+
+class RecentReplayBuffer(VectorReplayBuffer):
+    """Half of each batch is of the newest vector steps, if `recent_size` isn't 0."""
+
+    def __init__(self, recent_size: int, *sizes):
+        super().__init__(*sizes)
+        self.recent_size = recent_size
+
+    def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """Places (3, n), half of them in the newest `recent_size` vector steps."""
+        if self.recent_size == 0:
+            return super().draw(rng, n)
+        oldest = max(len(self) - self.recent_size * self.num_envs, 0)
+        newest = super().draw(rng, n // 2, oldest)
+        return np.concatenate([newest, super().draw(rng, n - n // 2)], axis=1)
 
 
 def split_batch(batch: Tensor, obs_dim: int, act_dim: int) -> tuple[Tensor, ...]:
@@ -764,7 +786,8 @@ def train(args: Args, run: Run):
     norm = RunningMeanStd(simulator.obs_dim, run.device)
     episodes = EpisodeStatistics(args.num_envs, run.device)
     rewards = RunningMeanStd(1, run.device)
-    replay = VectorReplayBuffer(
+    replay = RecentReplayBuffer(
+        args.recent_size,
         min(args.buffer_size, args.total_timesteps),
         args.num_envs,
         *sizes,
@@ -775,16 +798,19 @@ def train(args: Args, run: Run):
     flow = make_flow(args, *sizes).to(run.device)
     theta = flatten_parameters(flow)  # the flow's parameters are views of it
     learner = [theta, theta.clone(), *adam_moments(theta)]  # theta, theta', m, v, decay
+    average = make_flow(args, *sizes).to(run.device)  # is evaluated and saved
+    average.alpha = flow.alpha  # the same tensor
+    theta_bar = flatten_parameters(average)
     shape = (flow.n_couplings, 2, args.batch_size, flow.hidden)  # 2 hidden layers each
     kept = torch.ones(shape, dtype=torch.bool, device=run.device)
     update = make_update(flow, args)
     update = run.compile("the update", update, *learner, replay.batch, kept)
     act = make_policy(flow, theta, args.num_envs, run, "acting")
-    play = make_policy(flow, theta, args.eval_episodes, run, "evaluation")
+    play = make_policy(average, theta_bar, args.eval_episodes, run, "evaluation")
     parts = {"simulator": simulator, "norm": norm, "episodes": episodes}
-    parts |= {"learner": learner, "replay": replay}
+    parts |= {"flow": average, "learner": learner, "replay": replay}
     parts |= {"rewards": rewards, "alpha": [flow.alpha]}
-    run.start({"flow": flow, "norm": norm}, rng, sizes, **parts)
+    run.start({"flow": average, "norm": norm}, rng, sizes, **parts)
     obs = first_observations(simulator, replay, norm, episodes)
 
     def eval_policy(obs: Tensor, z: Tensor) -> Tensor:
@@ -809,6 +835,7 @@ def train(args: Args, run: Run):
                 split_batch(batch, *sizes)[3].div_(unit)  # r <- r / unit
                 draw_dropout(kept, args.dropout, rng)
                 values = update()
+                theta_bar.lerp_(theta, args.policy_average)  # += b (theta - theta_bar)
                 if args.autotune:
                     density = float(log_prob.mean()) / flow.act_dim
                     follow_entropy(flow.alpha, density, args)

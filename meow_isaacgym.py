@@ -425,12 +425,12 @@ class VectorReplayBuffer:
         self.device_index.copy_(self.index)
         return self.gather(self.device_index)
 
-    def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """Places (3, n) of n transitions, uniform over the valid ones.
+    def draw(self, rng: np.random.Generator, n: int, oldest: int = 0) -> np.ndarray:
+        """Places (3, n) of n transitions, uniform over the valid ones from `oldest` on.
 
         They are those of row, next observation and final observation.
         """
-        index = rng.integers(0, len(self), n)
+        index = rng.integers(oldest, len(self), n)
         while True:  # a second time only where a simulator resets late
             step, env = np.divmod(index, self.num_envs)
             step += self.added - len(self) // self.num_envs
@@ -438,7 +438,7 @@ class VectorReplayBuffer:
             again = self.invalid[slot, env]
             if not again.any():
                 break
-            index[again] = rng.integers(0, len(self), again.sum())
+            index[again] = rng.integers(oldest, len(self), again.sum())
         block = step // self.max_steps % len(self.final_obs)
         places = np.stack([slot, (step + 1) % len(self.obs), block])
         return places * self.num_envs + env
