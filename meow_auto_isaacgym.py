@@ -103,12 +103,12 @@ class Args(RunArgs):
     sigma_max: float = 0.4  # upper bound of sigma(s), the standard deviation of x
     batch_size: int = 1024  # transitions per update
     buffer_size: int = 15_000  # vector steps kept in the replay buffer
-    recent_size: int = 0  # half of a batch is of the newest vector steps (0: all)
+    recent_size: int = 0  # half of a batch is of this many newest (0: none)
     learning_starts: int = 100  # random vector steps before the first update
     updates_per_step: int = 1  # updates per vector step
     max_grad_norm: float = 30.0  # the gradient is scaled down to this norm
     dropout: float = 0.1  # probability in the couplings, in the update's Q pass only
-    policy_average: float = 1.0  # b: an average over about 1 / b updates is evaluated
+    policy_average: float = 1.0  # b: an average over about 1 / b steps is evaluated
 
     settings = SIZES
     settings_name = "the sizes of the paper's runs"
@@ -437,7 +437,7 @@ class VectorReplayBuffer:
             getattr(self, name)[: len(state[name])].copy_(state[name])
 
 
-class RecentReplayBuffer(VectorReplayBuffer):
+class RecentVectorReplayBuffer(VectorReplayBuffer):
     """Half of each batch is of the newest vector steps, if `recent_size` isn't 0."""
 
     def __init__(self, recent_size: int, *sizes):
@@ -786,7 +786,7 @@ def train(args: Args, run: Run):
     norm = RunningMeanStd(simulator.obs_dim, run.device)
     episodes = EpisodeStatistics(args.num_envs, run.device)
     rewards = RunningMeanStd(1, run.device)
-    replay = RecentReplayBuffer(
+    replay = RecentVectorReplayBuffer(
         args.recent_size,
         min(args.buffer_size, args.total_timesteps),
         args.num_envs,

@@ -51,8 +51,13 @@ def short_episodes():
         yield
 
 
-def quick(**options):
-    """The words of a quick run; keyword a_b replaces option --a-b."""
+def quick(script=None, **options):
+    """The words of a quick run; keyword a_b replaces option --a-b.
+
+    script: its options that change training, those of `auto` alone.
+    """
+    if script is auto:
+        options = dict(recent_size=10, policy_average=0.3) | options
     merged = QUICK | {f"--{k.replace('_', '-')}": str(v) for k, v in options.items()}
     return [*(word for pair in merged.items() for word in pair), "--no-compile"]
 
@@ -155,6 +160,38 @@ def test_replay_draws_uniformly():
     mean = 10_000 / len(rows)
     assert len(counts) == len(rows)
     assert (counts.double() - mean).abs().max() < 6 * math.sqrt(mean)
+
+
+@pytest.mark.parametrize(("steps", "recent"), [(15, 10), (50, 10), (8, 10), (50, 0)])
+def test_half_of_a_batch_is_of_the_newest_vector_steps(steps, recent):
+    """Each of them as often as it should be, late resets' rows never."""
+    env, batch_size = Counter(3, late=True), 40_000
+    sizes = 20, 3, 3, 2, Counter.max_steps, batch_size
+    replay = auto.RecentVectorReplayBuffer(recent, *sizes)
+    evenly = VectorReplayBuffer(*sizes)
+    for buffer in (replay, evenly):
+        buffer.start(env.obs())
+    added = []
+    for _ in range(steps):
+        *step, valid = env.step()
+        for buffer in (replay, evenly):
+            buffer.add(*step, valid)
+        added.append(valid)
+    slots = {step % 21: i for i, step in enumerate(range(steps)[-20:])}
+    if recent == 0:
+        drawn = [b.draw(np.random.default_rng(0), batch_size) for b in (replay, evenly)]
+        assert np.array_equal(*drawn)
+        return
+    slot, robot = np.divmod(replay.draw(np.random.default_rng(0), batch_size)[0], 3)
+    place = np.array([slots[number] for number in slot]) * 3 + robot
+    kept = torch.stack(added[-20:]).numpy().flatten()
+    for half, among in (place[:20_000], recent), (place[20_000:], 20):
+        valid = kept.copy()
+        valid[: max(len(kept) - 3 * among, 0)] = False
+        counts = np.bincount(half, minlength=len(kept))
+        assert (counts[~valid] == 0).all()
+        expected = 20_000 / valid.sum()
+        assert np.abs(counts[valid] - expected).max() < 6 * expected**0.5
 
 
 def test_replay_holds_each_observation_once():
@@ -313,6 +350,27 @@ def test_robots_act_by_tanh_of_what_is_stored(autotune, monkeypatch):
     unit = auto.reward_unit(moments[-2])
     for reward in run.parts["replay"].batch[:, -2]:
         assert (rows[..., 6] / unit - reward).abs().min() < 1e-5
+
+
+def test_the_average_of_theta_is_evaluated_and_saved():
+    """theta_bar <- 3/4 theta_bar + 1/4 theta after each update; theta itself by 1."""
+    thetas = []
+
+    def look(run):
+        thetas.append(run.parts["learner"][0].clone())
+
+    run = stepped(auto, look, policy_average=0.25, updates_per_step=1)
+    theta_bar = thetas[STARTS - 1]
+    for theta in thetas[STARTS:]:
+        theta_bar = 0.75 * theta_bar + 0.25 * theta
+    saved = torch.nn.utils.parameters_to_vector(run.policy["flow"].parameters())
+    evaluated, acting = (run.tensors[name][0] for name in ("evaluation", "acting"))
+    for vector in (saved, evaluated):
+        torch.testing.assert_close(vector, theta_bar)
+        assert (vector - thetas[-1]).abs().max() > 1e-4
+    assert torch.equal(acting, thetas[-1])
+    run = stepped(auto)
+    assert torch.equal(run.tensors["evaluation"][0], run.tensors["acting"][0])
 
 
 def test_rewards_of_steps_that_join_two_episodes_do_not_count(monkeypatch):
@@ -476,7 +534,7 @@ def load(run, name="checkpoint.pt"):
 def finished(request, tmp_path_factory):
     """A script and the folder of an uninterrupted quick run of it."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
-    assert command(request.param, quick(), folder) == 0
+    assert command(request.param, quick(request.param), folder) == 0
     return request.param, only_run(folder)
 
 
@@ -530,8 +588,9 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(
     """SIGTERM in the middle of a step: the run ends it, saves, and later goes on."""
     with monkeypatch.context() as patch:
         at_steps(patch, {36: lambda _: os.kill(os.getpid(), signal.SIGTERM)})
+        words = quick(finished[0], checkpoint_frequency=0)
         with pytest.raises(SystemExit) as stop:
-            command(finished[0], quick(checkpoint_frequency=0), tmp_path)
+            command(finished[0], words, tmp_path)
     assert stop.value.code == 128 + signal.SIGTERM
     assert load(only_run(tmp_path))["step"] == 37
     resumed_is_the_whole_run(finished, tmp_path)
@@ -548,7 +607,7 @@ def test_broken_and_resumed_run_is_the_uninterrupted_one(
 
     with monkeypatch.context() as patch:
         at_steps(patch, {37: broken})
-        assert command(finished[0], quick(), tmp_path) == 1
+        assert command(finished[0], quick(finished[0]), tmp_path) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
         "error: the simulator failed: pulled the plug; the last check"
@@ -633,12 +692,24 @@ BAD = [
         "--num-envs 100, --buffer-size 1000000000: the replay",
     ),
 ]
+BAD_WITHOUT_TUNING = [
+    (dict(recent_size=9), "--recent-size 9: must be 0 or at least 10"),
+    (dict(policy_average=0), "--policy-average 0.0: must be above 0 and at most 1"),
+]
 
 
 @all_scripts
 @pytest.mark.parametrize(("options", "code", "needle"), BAD, ids=lambda x: str(x)[:40])
 def test_bad_input_is_one_sentence(script, options, code, needle, tmp_path, capsys):
     one_sentence(command(script, quick(**options), tmp_path), code, needle, capsys)
+
+
+@pytest.mark.parametrize(("options", "needle"), BAD_WITHOUT_TUNING)
+def test_bad_options_without_tuning(options, needle, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(auto, quick(**options), tmp_path)
+    assert stop.value.code == 2
+    assert needle in capsys.readouterr().err
 
 
 def one_sentence(code, expected_code, needle, capsys):

@@ -140,6 +140,7 @@ def test_repeated_options_are_identical(pair):
     """Their texts and defaults, but for those that an algorithm or a simulator sets."""
     own = "exp_name env_id learning_starts batch_size buffer_size reward_shifting alpha"
     own += " tau deterministic_eval policy_lr q_lr autotune policy_frequency"
+    own += " recent_size policy_average"
     one, two = map(texts_of_options, pair)
     common = set(one) & set(two) - set(own.split())
     assert len(common) >= 2
