@@ -387,8 +387,13 @@ def test_values_before_falls(tmp_path, output_of, monkeypatch):
     torch.testing.assert_close(d, distance)
     torch.testing.assert_close(d_dropped, further)
     assert (d != d_dropped).any()
+    u, obs = rows[:, 4:5], norm(rows[:, :4])
+    torch.testing.assert_close(
+        falls.of_kept(saved, 4), flow.q_and_distance(obs[5:], u[5:])[1]
+    )
     monkeypatch.undo()
     out = output_of(falls, folder)
+    assert "the newest 60 actions: median d" in out
     assert "all states: V" in out
     assert "dropout: Q less by" in out
     assert "10 before a fall: V" in out

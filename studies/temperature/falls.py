@@ -5,7 +5,8 @@
 Of the newest 10,000 transitions of a run that is shorter than its replay buffer: all
 states of which is known what came, and those 1, 10 and 40 steps before an episode
 terminated. A state from which the policy falls whatever it does should be worth what
-still comes. Then what the loss's dropout does to Q of the policy's own actions.
+still comes. Then what the loss's dropout does to Q of the policy's own actions, and how
+far the actions that it learns from are from the policy.
 """
 
 import sys
@@ -26,6 +27,7 @@ from harness.files import load_file
 from harness.runs import explain
 
 RECENT, STEPS, MASKS = 10_000, (1, 10, 40), 8
+KEPT = 1_000, 10_000, 100_000
 ENOUGH = 400
 """steps after which what came is known: with gamma 0.99 the rest weighs under 2 %"""
 
@@ -104,6 +106,15 @@ def by_dropout(saved: dict) -> tuple[Tensor, Tensor, Tensor]:
     return unit * (q - q_dropped.mean(0)), d, d_dropped.mean(0)
 
 
+@torch.no_grad()
+def of_kept(saved: dict, newest: int) -> Tensor:
+    """d of the actions of so many newest transitions, without dropout. (N,)."""
+    flow, norm, *_ = parts_of(saved)
+    rows = saved["replay"]["rows"][-newest:]
+    obs, u, *_ = script.split_batch(rows, *saved["sizes"])
+    return flow.q_and_distance(norm(obs), u)[1]
+
+
 def tell(what: str, values: Tensor, returns: Tensor, d: Tensor | None = None):
     """Prints means of values and returns (N,), and the median of d (N,)."""
     text = "none of the newest episodes"
@@ -124,6 +135,9 @@ def main() -> int:
         less, d, d_dropped = by_dropout(saved)
         text = f"Q less by {less.mean():.2g}, median d {d_dropped.median():.2g}"
         print(f"dropout: {text} (without: {d.median():.2g})")
+        for newest in KEPT:
+            d = of_kept(saved, newest)
+            print(f"the newest {len(d):,} actions: median d {d.median():.2g}")
     except Exception as error:
         return explain(error)
     return 0
