@@ -78,13 +78,16 @@ def test_what_a_policy_is_paid_for(program, tmp_path, monkeypatch, capsys):
 def test_errors_are_one_sentence(tmp_path, monkeypatch, capsys):
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(b"nothing")
-    for path, words in (
-        (tmp_path, f"there is no {tmp_path}/checkpoint.pt"),
-        (damaged, "is not of meow_isaacgym or meow_auto_isaacgym"),
-        (ROOT / "policies/Ant-v4.pt", "is not of meow_isaacgym or meow_auto_isaacgym"),
-        (ROOT / "policies/Ant.pt", "has no reward unit: name the folder of its run"),
+    other = "is not of meow_isaacgym or meow_auto_isaacgym"
+    policies = ROOT / "policies"
+    for command, words in (
+        ([tmp_path], f"there is no {tmp_path}/checkpoint.pt"),
+        ([damaged], other),
+        ([policies / "Ant-v4.pt"], other),
+        ([policies / "Ant.pt"], "has no reward unit: name the folder of its run"),
+        ([policies / "Humanoid.pt", "--steps", 400], "--steps must be above 400"),
     ):
-        monkeypatch.setattr(sys, "argv", ["distances.py", str(path)])
+        monkeypatch.setattr(sys, "argv", ["distances.py", *map(str, command)])
         assert distances.main() != 0
         err = capsys.readouterr().err
         assert err.startswith("error: ")

@@ -166,6 +166,8 @@ def unit_of(script, saved: dict) -> float:
 
 def tell(options: Options):
     """Prints everything. Raises: UsageError, RunError."""
+    if options.steps <= REST or options.robots < 1:
+        raise UsageError(f"--steps must be above {REST}, --robots at least 1")
     script, args, saved = load(options.run)
     flow, rows, terms = play(script, args, saved, options.robots, options.steps)
     unit = unit_of(script, saved)
