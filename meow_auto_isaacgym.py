@@ -34,10 +34,13 @@ loss is the batch mean of w (Q - y)^2 / 2, y = r + gamma (1 - terminated) V(s');
 where an action far from the policy is worth more than Q says.
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
-which are the paper's. Half of each batch from the newest transitions, and an average of
-theta that is evaluated, are options here (--recent-size, --policy-average), off unless
-asked for. Shapes: N environments, B batch, A action, S observation, P parameters,
-T vector steps.
+which are the paper's. Two things of the other script are off unless asked for: half of
+each batch from the newest vector steps (--recent-size), and an average of theta that is
+evaluated and saved (--policy-average b),
+
+    theta_bar <- (1 - b) theta_bar + b theta
+
+Shapes: N environments, B batch, A action, S observation, P parameters, T vector steps.
 """
 
 import contextlib

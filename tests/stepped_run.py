@@ -133,6 +133,20 @@ def trained(
     return run
 
 
+def check_average(run, thetas: list, first: int):
+    """With --policy-average 0.25 theta_bar <- 3/4 theta_bar + 1/4 theta, from thetas
+    (after each step) at `first` on, is evaluated and saved; theta acts."""
+    theta_bar = thetas[first]
+    for theta in thetas[first + 1 :]:
+        theta_bar = 0.75 * theta_bar + 0.25 * theta
+    saved = torch.nn.utils.parameters_to_vector(run.policy["flow"].parameters())
+    evaluated, acting = (run.tensors[name][0] for name in ("evaluation", "acting"))
+    for vector in (saved, evaluated):
+        torch.testing.assert_close(vector, theta_bar)
+        assert (vector - thetas[-1]).abs().max() > 1e-3
+    assert torch.equal(acting, thetas[-1])
+
+
 def random_batch(n=32, dtype=torch.float64):
     """Rows obs | action | next_obs | reward | terminated; a quarter is terminated."""
     action = 2 * torch.rand(n, 3, dtype=dtype) - 1

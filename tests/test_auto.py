@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from stepped_run import RANDOM_STEPS, random_batch, trained
+from stepped_run import RANDOM_STEPS, check_average, random_batch, trained
 from torch.autograd.functional import jacobian
 
 import meow_auto_continuous_action as auto
@@ -333,23 +333,14 @@ def test_without_recent_ones_a_batch_is_drawn_evenly():
 
 
 def test_the_average_of_theta_is_evaluated_and_saved():
-    """theta_bar <- 3/4 theta_bar + 1/4 theta after each update; of 1 it is theta."""
+    """Of b = 1 it is theta."""
     thetas = []
 
     def look(run):
         thetas.append(run.parts["learner"][0].clone())
 
     run = trained(auto, 4, after=look, policy_average=0.25)
-    first = RANDOM_STEPS - 1
-    theta_bar = thetas[first]
-    for theta in thetas[first + 1 :]:
-        theta_bar = 0.75 * theta_bar + 0.25 * theta
-    saved = torch.nn.utils.parameters_to_vector(run.policy["flow"].parameters())
-    evaluated, acting = (run.tensors[name][0] for name in ("evaluation", "acting"))
-    for vector in (saved, evaluated):
-        torch.testing.assert_close(vector, theta_bar)
-        assert (vector - thetas[-1]).abs().max() > 1e-3
-    assert torch.equal(acting, thetas[-1])
+    check_average(run, thetas, RANDOM_STEPS - 1)
     run = trained(auto, 4, policy_average=1)
     assert torch.equal(run.tensors["evaluation"][0], run.tensors["acting"][0])
 

@@ -58,7 +58,8 @@ def load(path: Path):
     if not file.is_file():
         raise UsageError(f"there is no {file}")
     try:
-        program = torch.load(file, map_location="cpu", weights_only=True)["format"]
+        # mmap: without the replay buffer's numbers
+        program = torch.load(file, "cpu", weights_only=True, mmap=True)["format"]
         script = SCRIPTS[program]
     except Exception:  # a damaged file can make the unpickler raise anything
         text = f"{file} is not of {' or '.join(SCRIPTS)}"
@@ -103,9 +104,10 @@ def play(script, args, saved: dict, robots: int, steps: int):
         action, log_prob = flow.sample(seen, z)
         values = flow.soft_values(seen)
         if auto:
-            action, sigma = torch.tanh(action), flow.log_sigma(seen).exp()
+            action = torch.tanh(action)
         else:
-            values, sigma = values.amin(-1), flow.log_sigma(seen).exp()
+            values = values.amin(-1)
+        sigma = flow.log_sigma(seen).exp()
         obs, reward, terminated, truncated, _ = envs.step(action)
         step = dict(value=values, reward=reward, log_prob=log_prob)
         step |= dict(terminated=terminated, truncated=truncated)
