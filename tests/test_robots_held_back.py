@@ -1,7 +1,5 @@
-"""studies/robots_held_back: what came, how far actions lie, what the arms change."""
+"""studies/robots_held_back/distances.py: what came, how far actions lie; its errors."""
 
-import contextlib
-import io
 import sys
 
 import pytest
@@ -10,7 +8,6 @@ from conftest import ISAAC_SCRIPTS, ROOT, launch, only_run, options
 
 sys.path.insert(0, str(ROOT / "studies/robots_held_back"))
 
-import arms
 import distances
 
 script = distances.meow_auto_isaacgym
@@ -96,46 +93,3 @@ def test_errors_are_one_sentence(tmp_path, monkeypatch, capsys):
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert words in err
-
-
-def test_split_fits_m_to_near_actions_and_the_flow_to_all():
-    """Gradients in float64: m's of the weighted loss, the others' of the plain one."""
-    torch.manual_seed(0)
-    changed = arms.changed_script("split")
-    args = changed.Args(temperature=1.5)
-    flow = changed.make_flow(args, 3, 2).double().requires_grad_(True)
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    obs, u = torch.randn(64, 3).double(), torch.randn(64, 2).double()
-    target = flow.q_values(obs, u).detach() + torch.randn(64).double()
-
-    def gradients(loss_of):
-        q, d = flow.q_and_distance(obs, u)
-        grads = torch.autograd.grad(loss_of(q, d), list(flow.parameters()))
-        return dict(zip(dict(flow.named_parameters()), grads, strict=True))
-
-    def weighted(q, d):
-        energy = (0.75 * d).detach()
-        w = torch.where(target > q, torch.exp(1.5 - energy).clamp(max=1), 1.0)
-        assert (w < 0.5).any()
-        assert (w == 1).any()
-        return 0.5 * (w.detach() * (q - target) ** 2).mean()
-
-    found = gradients(lambda q, d: changed.meow_loss(q, d, target))
-    near = gradients(weighted)
-    plain = gradients(lambda q, _: 0.5 * ((q - target) ** 2).mean())
-    for name, grad in found.items():
-        of_m = name.startswith("m.")
-        torch.testing.assert_close(grad, (near if of_m else plain)[name])
-        assert not torch.equal(near[name], plain[name])
-
-
-def test_an_arm_trains_and_names_its_run(tmp_path):
-    words = options(env_id="Ingenuity", total_timesteps=12, num_envs=2, batch_size=4)
-    words += options(learning_starts=6, eval_episodes=0, compile=False)
-    with contextlib.chdir(tmp_path), contextlib.redirect_stderr(io.StringIO()) as err:
-        assert arms.main(["split", *words]) == 0
-        assert arms.main(["splits", *words]) == 2
-    assert "error: splits is not one of split\n" in err.getvalue()
-    assert "__auto_split__" in only_run(tmp_path).name

@@ -3,12 +3,14 @@
     python studies/temperature/arms.py base --env-id Ant-v4 --total-timesteps 90000
     python studies/temperature/arms.py near+two --env-id Ant-v4 --seed 2
     python studies/temperature/arms.py sac+normal+units+layers --env-id Ant-v4
+    python studies/temperature/arms.py robots+split --env-id Humanoid
 
 The words before the options are changes of `ARMS`, joined by +; with `sac` they change
 sac_continuous_action.py instead of meow_auto_continuous_action.py, where only those of
-`FOR_SAC` make sense. All of these but `held` are for SAC alone: they give it what the
-script without tuning has. All options are the script's. The run is named after the arm
-(auto_near_two, sac_normal).
+`FOR_SAC` make sense, with `robots` meow_auto_isaacgym.py, where those of `FOR_ROBOTS`
+do. All of FOR_SAC but `held` are for SAC alone: they give it what the script without
+tuning has. All options are the script's. The run is named after the arm: auto_near_two,
+sac_normal, robots_split.
 """
 
 import importlib.util
@@ -309,6 +311,34 @@ def two(script: ModuleType):
     script.soft_target, script.meow_loss = soft_target, meow_loss
 
 
+def split(script: ModuleType):
+    """V is fitted to the policy's own actions, the policy to all.
+
+    With the energy e = 1/2 sum_i kappa_i x_i^2 = rho d / 2, on average rho / 2 of the
+    policy's own actions, the loss is the batch mean of
+
+        w (Q - y)^2 / 2, of m alone,   w = exp(rho - e) where y > Q, at most 1
+        (Q - y)^2 / 2,   of kappa and g alone
+    """
+    rho = []  # of the newest flow
+
+    class EnergyFlow(script.EnergyFlow):
+        def __init__(self, obs_dim, act_dim, args):
+            super().__init__(obs_dim, act_dim, args)
+            rho[:] = [args.temperature]
+
+    def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:
+        e = 0.5 * rho[0] * d
+        of_m = q + e - e.detach()  # Q, with the gradient of m
+        of_flow = q.detach() + e.detach() - e  # Q, with that of kappa and g
+        w = torch.exp((2 - d) * (rho[0] / 2)).clamp(max=1)
+        w = torch.where(target > q, w, 1.0).detach()
+        for_m = 0.5 * (w * (of_m - target).square()).mean()
+        return for_m + 0.5 * (of_flow - target).square().mean()
+
+    script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
+
+
 def conservative(script: ModuleType):
     """The loss and lambda (V - Q), that is -lambda alpha log pi(a|s), of the batch.
 
@@ -353,7 +383,8 @@ def raw(script: ModuleType):
 
 FOR_SAC_ALONE = ("recent", "normal", "units", "layers", "averages")
 FOR_SAC = (*FOR_SAC_ALONE, "held")
-LOSSES = ("near", "huber", "two", "conservative")
+FOR_ROBOTS = ("split",)
+LOSSES = ("near", "huber", "two", "split", "conservative")
 JOINED = (["near", "two"], ["near", "conservative"])
 """those of them that go together"""
 ARMS = {  # in the order in which they are applied
@@ -373,34 +404,42 @@ ARMS = {  # in the order in which they are applied
         huber,
         near,
         two,
+        split,
         conservative,
         raw,
     )
+}
+SCRIPTS = {  # by the word that chooses it, with its arms
+    "base": ("meow_auto_continuous_action", ARMS.keys() - FOR_SAC_ALONE),
+    "sac": ("sac_continuous_action", FOR_SAC),
+    "robots": ("meow_auto_isaacgym", FOR_ROBOTS),
 }
 
 
 def changed_script(arm: str) -> ModuleType:
     """A script of its own with these changes. Raises: SystemExit for a wrong word."""
     words = set(arm.split("+"))
-    sac = "sac" in words
-    name = "sac_continuous_action" if sac else "meow_auto_continuous_action"
+    kinds = sorted(words & SCRIPTS.keys() - {"base"})
+    if kinds[1:]:
+        sys.exit(f"error: {'+'.join(kinds)} can't be joined")
+    kind = kinds[0] if kinds else "base"
+    name, possible = SCRIPTS[kind]
     spec = importlib.util.spec_from_file_location(f"arm_{arm}", ROOT / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
     spec.loader.exec_module(script)
-    if unknown := words - {"sac", "base", *ARMS}:
-        known = ", ".join(ARMS)
-        sys.exit(f"error: {min(unknown)} is not one of base, sac, {known}")
+    if unknown := words - {*SCRIPTS, *ARMS}:
+        known = ", ".join([*SCRIPTS, *ARMS])
+        sys.exit(f"error: {min(unknown)} is not one of {known}")
     changes = [word for word in ARMS if word in words]
     of_the_loss = [word for word in changes if word in LOSSES]
     if of_the_loss[1:] and of_the_loss not in JOINED:
         sys.exit(f"error: {'+'.join(of_the_loss)} can't be joined")
-    possible = FOR_SAC if sac else ARMS.keys() - FOR_SAC_ALONE
     for word in changes:
         if word not in possible:
             sys.exit(f"error: {word} is no change of {name}.py")
         ARMS[word](script)
-    script.label = "_".join(["sac" if sac else "auto", *changes])
+    script.label = "_".join(["auto" if kind == "base" else kind, *changes])
     return script
 
 
