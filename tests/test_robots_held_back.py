@@ -1,4 +1,4 @@
-"""studies/robots_held_back/distances.py: what came, how far actions lie; its errors."""
+"""studies/robots_held_back/distances.py: what came, dropout, d by age; its errors."""
 
 import sys
 
@@ -29,11 +29,11 @@ def test_what_came_is_the_discounted_soft_return_where_it_is_known():
     assert last == [100, 50, 100]
 
 
-def test_distances_are_those_of_each_age():
-    """About 1 for the policy's own actions; here those older than 300 steps are moved
-    by 3 sigma in each dimension of x, which adds 9."""
+def filled_replay(args) -> tuple:
+    """A random flow, and what is saved of its run: 5 robots' own actions in 1,000
+    steps, but that those older than 300 steps are moved by 3 sigma in each dimension
+    of x."""
     torch.manual_seed(0)
-    args = script.Args(temperature=0.3)
     flow = script.make_flow(args, 4, 2)
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -47,13 +47,38 @@ def test_distances_are_those_of_each_age():
     rows = torch.cat([u, torch.zeros(1000, 5, 3)], -1)
     rows = torch.cat([rows, torch.zeros(1, 5, 5)])  # the slot of the next step
     replay = {"added": 1000, "obs": obs, "rows": rows}
-    saved = {"replay": replay, "sizes": [4, 2], "norm": norm.state_dict()}
+    return flow, {"replay": replay, "sizes": [4, 2], "norm": norm.state_dict()}
+
+
+def test_distances_are_those_of_each_age():
+    """About 1 for the policy's own actions; 3 sigma add 9."""
+    flow, saved = filled_replay(script.Args(temperature=0.3))
     found = distances.distances(script, flow, saved)
     assert list(found) == ["0 to 300", "300 to 1,000", "0 to 1,000"]
     newest, older, every = (d.mean().item() for d in found.values())
     assert newest == pytest.approx(1, rel=0.1)
     assert older == pytest.approx(10, rel=0.05)
     assert every == pytest.approx(0.3 * 1 + 0.7 * 10, rel=0.05)
+
+
+def test_what_dropout_takes_from_q():
+    """Beside 100 masks of other numbers; none without dropout."""
+    args = script.Args(temperature=0.3, dropout=0.3)
+    flow, saved = filled_replay(args)
+    found = distances.lost_to_dropout(script, args, flow, saved)
+    with torch.no_grad():
+        obs = saved["replay"]["obs"][700:1000].reshape(-1, 4)
+        u, _ = flow.sample(obs)
+        lost = []
+        for _ in range(100):
+            kept = torch.rand(4, 2, 1500, 64) < 0.7
+            lost.append(flow.q_values(obs, u) - flow.q_and_distance(obs, u, kept)[0])
+    assert found > 0.01
+    assert found == pytest.approx(torch.stack(lost).mean().item(), rel=0.1)
+    args.dropout = 0.0
+    for network in flow.t:
+        network.dropout = 0.0
+    assert distances.lost_to_dropout(script, args, flow, saved) == 0
 
 
 @pytest.mark.slow

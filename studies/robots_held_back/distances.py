@@ -7,9 +7,10 @@
 and their terms, what an entropy of 1 nat in each dimension of the action is worth
 beside them (alpha A), how the actions spread, and V(s) beside what came: the discounted
 rewards and entropies, until the episode terminated or a time of which the rest weighs
-under 2 %. Of a run of meow_auto_isaacgym.py also d, the squared distance of the replay
-buffer's actions from the policy by their age (about 1 for its own), and how many would
-weigh less than 0.1 in the loss, were they worth more than Q says.
+under 2 %. Of a run of meow_auto_isaacgym.py also by how much the loss's dropout lowers
+Q of the policy's own actions, d, the squared distance of the replay buffer's actions
+from the policy by their age (about 1 for its own), and how many would weigh less than
+0.1 in the script's loss, were they worth more than Q says.
 """
 
 import sys
@@ -136,25 +137,45 @@ def came(rows: dict, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
     return returns, known
 
 
-@torch.no_grad()
-def distances(script, flow, saved: dict) -> dict[str, Tensor]:
-    """d (n,) of 4,096 kept actions, by their ages in vector steps."""
+def kept_actions(script, saved: dict, youngest: int, oldest: int):
+    """Normalised observations (4096, S) and u (4096, A), `youngest` to `oldest` vector
+    steps old."""
     kept, sizes = saved["replay"], saved["sizes"]
     norm = script.RunningMeanStd(sizes[0], "cpu")
     norm.load_state_dict(saved["norm"])
     slots, robots = kept["obs"].shape[:2]
-    filled = min(kept["added"], slots - 1)
+    age = torch.randint(youngest, oldest, (4096,))
+    robot = torch.randint(0, robots, (4096,))
+    slot = (kept["added"] - 1 - age) % slots
+    obs = norm(kept["obs"][slot, robot])
+    return obs, kept["rows"][slot, robot][:, : sizes[1]]
+
+
+@torch.no_grad()
+def distances(script, flow, saved: dict) -> dict[str, Tensor]:
+    """d (4096,) of kept actions, by their ages in vector steps."""
+    kept = saved["replay"]
+    filled = min(kept["added"], len(kept["obs"]) - 1)
     torch.manual_seed(0)
     spans = [(a, b) for a, b in pairwise(AGES) if b <= filled]
     found = {}
     for youngest, oldest in [*spans, (0, filled)]:
-        age = torch.randint(youngest, oldest, (4096,))
-        robot = torch.randint(0, robots, (4096,))
-        slot = (kept["added"] - 1 - age) % slots
-        obs = norm(kept["obs"][slot, robot])
-        u = kept["rows"][slot, robot][:, : sizes[1]]
+        obs, u = kept_actions(script, saved, youngest, oldest)
         found[f"{youngest:,} to {oldest:,}"] = flow.q_and_distance(obs, u)[1]
     return found
+
+
+@torch.no_grad()
+def lost_to_dropout(script, args, flow, saved: dict) -> float:
+    """What dropout takes from Q of the policy's own actions in the newest states."""
+    torch.manual_seed(0)
+    newest = min(saved["replay"]["added"], AGES[1])
+    obs, _ = kept_actions(script, saved, 0, newest)
+    u, _ = flow.sample(obs)
+    shape = (flow.n_couplings, 2, len(u), flow.hidden)
+    kept = torch.rand(shape) >= args.dropout
+    dropped = flow.q_and_distance(obs, u, kept)[0]
+    return (flow.q_values(obs, u) - dropped).mean().item()
 
 
 def unit_of(script, saved: dict) -> float:
@@ -188,6 +209,8 @@ def tell(options: Options):
     value = unit * rows["value"][known].mean()
     print(f"V {value:.3g}, what came {returns[known].mean():.3g}")
     if script is meow_auto_isaacgym:
+        lost = unit * lost_to_dropout(script, args, flow, saved)
+        print(f"dropout: Q less by {lost:.2g}")
         for ages, d in distances(script, flow, saved).items():
             light = 100 * (script.far_weight(d) < 0.1).float().mean()
             text = f"median d {d.median():.1f}, weight below 0.1 for {light:.0f} %"
