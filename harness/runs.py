@@ -166,8 +166,9 @@ class Run(Session):
         if self.checkpoint:
             self._check_resumed(self.checkpoint)
         self.folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
-        text = json.dumps(self.description, indent=2)
-        (self.folder / "args.json").write_text(text + "\n")
+        about = self.folder / "args.json"
+        self.closing(lock_file(about))
+        about.write_text(json.dumps(self.description, indent=2) + "\n")
         logger = Logger(self.args, self.folder, self.description, self.checkpoint)
         self.logger = self.closing(logger)
         if self.checkpoint:
@@ -412,6 +413,22 @@ def lock_run(folder: Path):
     except BlockingIOError:
         say("waiting for another process that trains this run")
         fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def lock_file(file: Path):
+    """Locks a run's file while open. Raises: UsageError if another process has it."""
+    lock = open(file, "a")
+    if fcntl is None:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UsageError(f"another process trains {file.parent}") from None
+    except OSError as error:
+        text = f"can't lock {file} ({error.strerror})"
+        say(f"note: {text}: don't train this run in two processes at once")
     return lock
 
 

@@ -31,6 +31,7 @@ from harness.logger import Logger
 from meow_continuous_action import Args
 
 AUTO = quick(resume="auto")
+LONGER = ["--total-timesteps", "70"]
 KILLED = """
 import sys
 from importlib import import_module
@@ -246,6 +247,29 @@ def test_auto_overwrites_no_finished_run_that_lost_its_checkpoint(tmp_path):
     longer = quick(resume="auto", total_timesteps=99, keep_policies=True)
     is_one_sentence(launch(SCRIPT, longer, tmp_path), 2, "checkpoint.pt")
     assert (folder / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_run_that_is_being_trained_is_refused(resume, tmp_path):
+    """--resume with its folder, in another process; afterwards it goes on."""
+    second = []
+
+    def resume_it(*_):
+        words = ["--resume", only_run(tmp_path), *LONGER]
+        second.append(run([sys.executable, SCRIPT, *words], tmp_path))
+
+    old = signal.signal(signal.SIGUSR1, resume_it)
+    words = quick(checkpoint_frequency=20, resume=resume)
+    first = launch(SCRIPT, words, tmp_path, signals={45: signal.SIGUSR1})
+    signal.signal(signal.SIGUSR1, old)
+    assert first.returncode == 0
+    folder = only_run(tmp_path)
+    is_one_sentence(second[0], 2, f"another process trains {folder}")
+    (tmp_path / "alone").mkdir()
+    assert launch(SCRIPT, quick(), tmp_path / "alone").returncode == 0
+    assert metrics(folder) == metrics(only_run(tmp_path / "alone"))
+    assert launch(SCRIPT, ["--resume", folder, *LONGER], tmp_path).returncode == 0
+    assert read(folder / "checkpoint.pt")["step"] == 70
 
 
 @pytest.mark.slow
