@@ -167,7 +167,7 @@ class Run(Session):
             self._check_resumed(self.checkpoint)
         self.folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
         about = self.folder / "args.json"
-        self.closing(lock_file(about))
+        self.closing(lock(about, wait=False))
         about.write_text(json.dumps(self.description, indent=2) + "\n")
         logger = Logger(self.args, self.folder, self.description, self.checkpoint)
         self.logger = self.closing(logger)
@@ -402,34 +402,27 @@ def run_folder(args: RunArgs) -> Path:
     return Path(args.runs_dir, re.sub(r"[^\w.-]", "_", name))
 
 
-def lock_run(folder: Path):
-    """Waits until no other `--resume auto` trains this run; locks it while open."""
-    (folder.parent / ".locks").mkdir(parents=True, exist_ok=True)
-    lock = open(folder.parent / ".locks" / folder.name, "w")
+def lock(file: Path, wait: bool):
+    """Opens a file that no other process locks as long as it is open.
+
+    Waits for another process that trains this run, or refuses. Raises: UsageError.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    locked = open(file, "a")
     if fcntl is None:
-        return lock
+        return locked
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if not wait:
+            locked.close()
+            raise UsageError(f"another process trains {file.parent}") from None
         say("waiting for another process that trains this run")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
-
-
-def lock_file(file: Path):
-    """Locks a run's file while open. Raises: UsageError if another process has it."""
-    lock = open(file, "a")
-    if fcntl is None:
-        return lock
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UsageError(f"another process trains {file.parent}") from None
-    except OSError as error:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+    except OSError as error:  # some network file systems lock nothing
         text = f"can't lock {file} ({error.strerror})"
         say(f"note: {text}: don't train this run in two processes at once")
-    return lock
+    return locked
 
 
 # --- The command line -----------------------------------------------------------------
@@ -472,7 +465,8 @@ def run_command(Args, train, evaluate_saved, launcher: list[str] | None, argv):
         return evaluate_policy(args, saved, evaluate_saved)
     if args.resume == "auto":
         folder = run_folder(args)
-        lock = lock_run(folder)  # noqa: F841 (held until the process ends)
+        # held until the command ends
+        waited = lock(folder.parent / ".locks" / folder.name, wait=True)  # noqa: F841
         final = folder / "policy_final.pt"
         if final.exists():
             step = load_file("--resume", final, program)["step"]

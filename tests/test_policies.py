@@ -2,10 +2,8 @@
 
 import contextlib
 import io
-import json
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -108,8 +106,7 @@ def test_the_policy_of_a_stopped_run_is_kept(tmp_path):
     folder = only_run(tmp_path)
     policies.keep(folder, tmp_path / "kept.pt")
     saved = torch.load(tmp_path / "kept.pt", weights_only=True)
-    about = {"format", "args", "sizes", "step", "git_commit", "launcher"}
-    assert set(saved) == about | {"flow"}
+    assert set(saved) == {"format", "args", "sizes", "step", "flow", "git_commit"}
     kept = stdout_of(SCRIPT, tmp_path / "kept.pt", tmp_path)
     assert kept == stdout_of(SCRIPT, folder / "checkpoint.pt", tmp_path)
     row = policies.card(tmp_path / "kept.pt")
@@ -186,7 +183,7 @@ def test_the_training_command_gives_the_same_options(finished, tmp_path):
     import meow_continuous_action as meow
 
     trained = meow.Args(**saved["args"])
-    command = policies.training_command(trained, saved["launcher"])
+    command = policies.training_command(trained, "meow_continuous_action")
     words = shlex.split(command)
     assert words[:2] == ["python", "meow_continuous_action.py"]
     assert "--batch-size 8" in command
@@ -194,17 +191,6 @@ def test_the_training_command_gives_the_same_options(finished, tmp_path):
     again, _ = harness.args.parse_args(meow.Args, "meow", "", words[2:])
     same = set(policies.KEEPING.split()) - {"env_id", "total_timesteps"}
     assert again.fixed(" ".join(same)) == trained.fixed(" ".join(same))
-
-
-def test_a_policy_of_an_arm_says_so(finished, tmp_path):
-    folder = shutil.copytree(finished(SCRIPT)[0], tmp_path / "run")
-    about = json.loads((folder / "args.json").read_text())
-    about["command"] = f"python arms.py near+two {about['command'].split(' ', 2)[2]}"
-    (folder / "args.json").write_text(json.dumps(about))
-    policies.keep(folder, tmp_path / "kept.pt")
-    row = policies.card(tmp_path / "kept.pt")
-    assert row["trained by"].startswith("`python arms.py near+two --env-id")
-    assert row["play it"].startswith("`python meow_continuous_action.py --evaluate")
 
 
 def test_play_writes_the_tables_and_leaves_the_text(finished, tmp_path):

@@ -1,5 +1,6 @@
 """studies/robots_held_back/distances.py: what came, dropout, d by age; its errors."""
 
+import re
 import sys
 
 import pytest
@@ -62,10 +63,11 @@ def test_distances_are_those_of_each_age():
 
 
 def test_what_dropout_takes_from_q():
-    """Beside 100 masks of other numbers; none without dropout."""
-    args = script.Args(temperature=0.3, dropout=0.3)
-    flow, saved = filled_replay(args)
-    found = distances.lost_to_dropout(script, args, flow, saved)
+    """Beside 100 masks of other numbers; none without dropout. The kept actions
+    themselves, far ones here, don't count."""
+    flow, saved = filled_replay(script.Args(temperature=0.3, dropout=0.3))
+    saved["replay"]["rows"][..., :2] += 3
+    found = distances.lost_to_dropout(script, flow, saved)
     with torch.no_grad():
         obs = saved["replay"]["obs"][700:1000].reshape(-1, 4)
         u, _ = flow.sample(obs)
@@ -75,10 +77,20 @@ def test_what_dropout_takes_from_q():
             lost.append(flow.q_values(obs, u) - flow.q_and_distance(obs, u, kept)[0])
     assert found > 0.01
     assert found == pytest.approx(torch.stack(lost).mean().item(), rel=0.1)
-    args.dropout = 0.0
     for network in flow.t:
         network.dropout = 0.0
-    assert distances.lost_to_dropout(script, args, flow, saved) == 0
+    assert distances.lost_to_dropout(script, flow, saved) == 0
+
+
+@pytest.mark.slow
+def test_the_kept_policy_walks():
+    """Five episodes, others than the page's; to stand brings 2,300."""
+    policy = ROOT / "studies/robots_held_back/walking.pt"
+    words = ["--evaluate", policy, "--eval-episodes", 5]
+    result = launch(ROOT / "meow_auto_isaacgym.py", words, ROOT)
+    assert result.returncode == 0, result.stderr
+    mean = re.search(r"return (\S+) \+-", result.stdout.splitlines()[-1])[1]
+    assert float(mean) > 2500
 
 
 @pytest.mark.slow

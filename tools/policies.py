@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import importlib
 import io
-import itertools
 import json
 import math
 import shlex
@@ -65,7 +64,6 @@ def keep(run: Path, file: Path):
     try:
         about = json.loads((run / "args.json").read_text())
         program = Path(about["script"]).stem
-        begun_by = launcher(about["command"])
     except (OSError, ValueError, LookupError, TypeError):
         text = f"{run} is no run: its args.json is missing or names no script"
         raise UsageError(text) from None
@@ -73,7 +71,7 @@ def keep(run: Path, file: Path):
     names = [name for name in NETWORKS if name in saved]
     content = {name: saved[name] for name in ("args", "sizes", "step", *names)}
     content["args"] |= {"resume": None, "runs_dir": "runs"}
-    content |= {"git_commit": about["git_commit"], "launcher": begun_by}
+    content["git_commit"] = about["git_commit"]
     if bytes_of(content) > LARGEST:
         for name in names:
             content[name] = {k: halved(v) for k, v in content[name].items()}
@@ -81,12 +79,6 @@ def keep(run: Path, file: Path):
         raise RunError(f"{file} would have {size:,} bytes, more than {LARGEST:,}")
     save_file(file, content, program)
     print(f"{file}: {program}.py, step {saved['step']:,}, {size:,} bytes")
-
-
-def launcher(command: str) -> list[str]:
-    """A command's words before its options."""
-    words = shlex.split(command)
-    return list(itertools.takewhile(lambda word: not word.startswith("-"), words))
 
 
 def bytes_of(content: dict) -> int:
@@ -130,10 +122,10 @@ def evaluate(file: Path, session_of, words: list[str]):
     return args, saved, returns, lengths
 
 
-def training_command(args, launcher: list[str]) -> str:
+def training_command(args, program: str) -> str:
     """The command that trained it: its options beside the script's own settings."""
     default = type(args).for_env(args.env_id).fixed(KEEPING)
-    words = [*launcher, "--env-id", args.env_id]
+    words = ["python", f"{program}.py", "--env-id", args.env_id]
     for name, value in args.fixed(KEEPING).items():
         if value == default[name]:
             continue
@@ -152,7 +144,6 @@ def card(file: Path) -> dict[str, str]:
     program, step, planned = saved["format"], saved["step"], args.total_timesteps
     stopped = f" of {planned:,}" if step < planned else ""
     trained = dataclasses.replace(args, evaluate=None)
-    begun_by = saved.get("launcher", ["python", f"{program}.py"])
     place = f"{file.parent.name}/{file.name}"
     return {
         "play it": f"`python {program}.py --evaluate {place}`",
@@ -160,7 +151,7 @@ def card(file: Path) -> dict[str, str]:
         "steps": f"{step:,}{stopped}",
         "commit": saved["git_commit"][:7],
         "policy": file.stem,
-        "trained by": f"`{training_command(trained, begun_by)}`",
+        "trained by": f"`{training_command(trained, program)}`",
     }
 
 

@@ -166,14 +166,14 @@ def distances(script, flow, saved: dict) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def lost_to_dropout(script, args, flow, saved: dict) -> float:
+def lost_to_dropout(script, flow, saved: dict) -> float:
     """What dropout takes from Q of the policy's own actions in the newest states."""
     torch.manual_seed(0)
     newest = min(saved["replay"]["added"], AGES[1])
     obs, _ = kept_actions(script, saved, 0, newest)
     u, _ = flow.sample(obs)
     shape = (flow.n_couplings, 2, len(u), flow.hidden)
-    kept = torch.rand(shape) >= args.dropout
+    kept = torch.rand(shape) >= flow.t[0].dropout
     dropped = flow.q_and_distance(obs, u, kept)[0]
     return (flow.q_values(obs, u) - dropped).mean().item()
 
@@ -209,7 +209,7 @@ def tell(options: Options):
     value = unit * rows["value"][known].mean()
     print(f"V {value:.3g}, what came {returns[known].mean():.3g}")
     if script is meow_auto_isaacgym:
-        lost = unit * lost_to_dropout(script, args, flow, saved)
+        lost = unit * lost_to_dropout(script, flow, saved)
         print(f"dropout: Q less by {lost:.2g}")
         for ages, d in distances(script, flow, saved).items():
             light = 100 * (script.far_weight(d) < 0.1).float().mean()

@@ -331,7 +331,7 @@ def split(script: ModuleType):
         e = 0.5 * rho[0] * d
         of_m = q + e - e.detach()  # Q, with the gradient of m
         of_flow = q.detach() + e.detach() - e  # Q, with that of kappa and g
-        w = torch.exp((2 - d) * (rho[0] / 2)).clamp(max=1)
+        w = torch.exp(rho[0] - e).clamp(max=1)
         w = torch.where(target > q, w, 1.0).detach()
         for_m = 0.5 * (w * (of_m - target).square()).mean()
         return for_m + 0.5 * (of_flow - target).square().mean()
