@@ -41,7 +41,7 @@ PAIRS = {
     (MEOW, SQL): ALGORITHM,
     (MEOW, AUTO): UNTUNED,
     (AUTO, ROBOTS): UNTUNED | ENVIRONMENT,
-    (AUTO, AUTO_ROBOTS): ENVIRONMENT,
+    (AUTO, AUTO_ROBOTS): ENVIRONMENT | {"meow_loss", "make_update"},
     (ROBOTS, AUTO_ROBOTS): UNTUNED,
     (SAC, SQL): ALGORITHM,
     (MEOW, "sb3_baselines.py"): OWN,
@@ -54,7 +54,7 @@ SHARED = {
     (MEOW, SAC): "make_env episode_seed evaluate ReplayBuffer split_batch adam",
     (MEOW, SQL): "make_env episode_seed evaluate ReplayBuffer split_batch adam",
     (MEOW, AUTO): "make_env evaluate ReplayBuffer Swish log_prior adam",
-    (AUTO, AUTO_ROBOTS): "EnergyFlow MLP make_update soft_target meow_loss METRICS",
+    (AUTO, AUTO_ROBOTS): "EnergyFlow MLP soft_target reward_unit adam METRICS",
     (ROBOTS, AUTO_ROBOTS): "evaluate VectorReplayBuffer first_observations adam",
     (AUTO, ROBOTS): "RunningMeanStd Swish log_prior adam",
     (SAC, SQL): "make_policy make_eval_envs adam_moments evaluate make_env",
@@ -140,7 +140,7 @@ def test_repeated_options_are_identical(pair):
     """Their texts and defaults, but for those that an algorithm or a simulator sets."""
     own = "exp_name env_id learning_starts batch_size buffer_size reward_shifting alpha"
     own += " tau deterministic_eval policy_lr q_lr autotune policy_frequency"
-    own += " recent_size policy_average"
+    own += " recent_size policy_average temperature dropout"
     one, two = map(texts_of_options, pair)
     common = set(one) & set(two) - set(own.split())
     assert len(common) >= 2
