@@ -41,8 +41,8 @@ Q is quadratic, so that most far actions are worth more than it says. Fitted to 
 and so V would rise above what the policy gets; kappa and g learn from them where the
 policy's data lie, and stay with them. The other script has one loss, in which far
 actions weigh little, and dropout: with these a Humanoid and Ingenuity forgot what they
-had learned, and the split loss learned MuJoCo's Hopper and Humanoid-v4 more slowly
-(studies/robots_held_back).
+had learned. On MuJoCo the split loss learned Hopper and Humanoid-v4 more slowly, in one
+stopped run each (studies/robots_held_back).
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
 which are the paper's. Two things of the other script are off unless asked for: half of

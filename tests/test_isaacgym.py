@@ -27,6 +27,7 @@ from test_isaac_simulators import HOW, stand_ins, timeline  # noqa: F401 (a fixt
 import meow_auto_isaacgym as auto
 import meow_isaacgym as meow
 import sac_isaacgym as sac
+from harness.compiling import flatten_parameters
 from harness.errors import UsageError
 from harness.runs import main
 from isaac_tasks import TASKS, SimulatorError, make_simulator
@@ -350,6 +351,46 @@ def test_robots_act_by_tanh_of_what_is_stored(autotune, monkeypatch):
     unit = auto.reward_unit(moments[-2])
     for reward in run.parts["replay"].batch[:, -2]:
         assert (rows[..., 6] / unit - reward).abs().min() < 1e-5
+
+
+def test_m_learns_from_near_actions_and_the_policy_from_all():
+    """Gradients of the update: m's are of the weighted loss, the others' of the plain
+    one. alpha was moved, and rho with it."""
+    torch.manual_seed(0)
+    args = auto.Args(temperature=0.3, sigma_max=2.0, max_grad_norm=1e9)
+    flow = auto.make_flow(args, 5, 2)
+    for parameter in flow.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    flow.alpha.fill_(0.75)
+    learner = copy.deepcopy(flow).requires_grad_(True)
+    theta = flatten_parameters(flow)
+    state = [theta, theta.clone(), *auto.adam_moments(theta)]
+    batch = torch.randn(64, 5 + 2 + 5 + 2)
+    batch[:, -1] = (batch[:, -1] > 1).float()
+    obs, u, next_obs, reward, terminated = auto.split_batch(batch, 5, 2)
+    y = reward + 0.99 * (1 - terminated) * flow.soft_values(next_obs)
+
+    q, x = learner.q_values(obs, u), learner.to_x(u, obs)
+    energy = 0.5 * (learner.kappa(obs) * x * x).sum(-1)
+    w = torch.where(y > q, torch.exp(1.5 - energy).clamp(max=1), 1.0).detach()
+    assert (w < 0.5).any()
+    assert (energy[w == 1] > 1.5).any()  # far ones that are worth less
+    weighted = 0.5 * (w * (q - y).square()).mean()
+    plain = 0.5 * (q - y).square().mean()
+    for loss, of_m in ((weighted, True), (plain, False)):
+        named = learner.named_parameters()
+        parameters = [p for name, p in named if name.startswith("m.") == of_m]
+        for p, grad in zip(
+            parameters,
+            torch.autograd.grad(loss, parameters, retain_graph=True),
+            strict=True,
+        ):
+            p.grad = grad
+    expected = torch.cat([p.grad.flatten() for p in learner.parameters()])
+
+    metrics = auto.make_update(flow, args)(*state, batch)
+    torch.testing.assert_close(10 * state[2], expected, rtol=1e-4, atol=1e-5)
+    assert metrics[0].item() == pytest.approx((weighted + plain).item(), rel=1e-5)
 
 
 def test_the_average_of_theta_is_evaluated_and_saved():

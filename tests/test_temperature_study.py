@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, interrupting, metrics, only_run, options, quick
+from conftest import ROOT, interrupting, metrics, only_run, quick
 
 sys.path.insert(0, str(ROOT / "studies/temperature"))
 
@@ -21,10 +21,11 @@ import slopes
 import table
 
 import meow_auto_continuous_action as auto
+import meow_auto_isaacgym
 
 MEOW = "plain bounded random evenly heavy huber near two"
 MEOW = [*MEOW.split(), "split", "conservative", "raw", "held"]
-KEEPING_THE_IDENTITY = "base plain bounded random two split robots".split()
+KEEPING_THE_IDENTITY = "base plain bounded random two split".split()
 
 
 def flow_of(arm, obs_dim=3, act_dim=1, **options):
@@ -135,36 +136,22 @@ def test_recent_is_the_scripts():
     assert torch.equal(with_units[:, 0], script[:, 0])
 
 
-@pytest.mark.parametrize("arm", ["split", "robots+split"])
-def test_split_fits_m_to_near_actions_and_the_flow_to_all(arm):
-    """Gradients: m's are of the weighted loss, the others' of the plain one."""
+def test_split_is_the_loss_of_the_robots():
+    """Its value, and its gradients of m, kappa and g."""
     torch.manual_seed(0)
-    flow, script = flow_of(arm, act_dim=2, temperature=1.5)
+    flow, script = flow_of("split", act_dim=2, temperature=1.5)
     flow.requires_grad_(True)
     obs, u = torch.randn(64, 3).double(), torch.randn(64, 2).double()
     target = flow.q_values(obs, u).detach() + torch.randn(64).double()
 
-    def gradients(loss_of):
-        q, d = flow.q_and_distance(obs, u)
-        grads = torch.autograd.grad(loss_of(q, d), list(flow.parameters()))
-        return dict(zip(dict(flow.named_parameters()), grads, strict=True))
+    def loss_and_gradients(loss_of, *rest):
+        loss = loss_of(*flow.q_and_distance(obs, u), target, *rest)
+        return loss, *torch.autograd.grad(loss, list(flow.parameters()))
 
-    def weighted(q, _):
-        x = flow.to_x(u, obs)
-        energy = 0.5 * (flow.kappa(obs) * x * x).sum(-1)
-        far = torch.exp(1.5 - energy).clamp(max=1)
-        w = torch.where(target > q, far, 1.0).detach()
-        assert (w < 0.5).any()
-        assert (w == 1).any()
-        return 0.5 * (w * (q - target) ** 2).mean()
-
-    found = gradients(lambda q, d: script.meow_loss(q, d, target))
-    near = gradients(weighted)
-    plain = gradients(lambda q, _: 0.5 * ((q - target) ** 2).mean())
-    for name, grad in found.items():
-        of_m = name.startswith("m.")
-        torch.testing.assert_close(grad, (near if of_m else plain)[name])
-        assert not torch.allclose(near[name], plain[name], rtol=1e-3)
+    rho = torch.tensor(1.5).double()
+    found = loss_and_gradients(script.meow_loss)
+    expected = loss_and_gradients(meow_auto_isaacgym.meow_loss, rho)
+    torch.testing.assert_close(found, expected)
 
 
 def test_conservative_adds_the_gap_of_v_and_q():
@@ -354,14 +341,6 @@ def test_a_run_of_an_arm_goes_on(arm, tmp_path):
     assert f"play it with {begins}--evaluate" in said
     about = json.loads((folder / "args.json").read_text())
     assert about["command"].startswith(begins)
-
-
-def test_an_arm_for_the_robots_trains(tmp_path):
-    words = options(env_id="Ingenuity", total_timesteps=12, num_envs=2, batch_size=4)
-    words += options(learning_starts=6, eval_episodes=0, compile=False)
-    code, said = launch(["robots+split", *words], tmp_path)
-    assert code == 0, said
-    assert only_run(tmp_path).name.startswith("Ingenuity__robots_split__1__")
 
 
 def test_the_script_does_not_go_on_with_a_run_of_an_arm(tmp_path, capsys):
@@ -565,11 +544,11 @@ def test_slopes_are_of_the_true_simulator(tmp_path, output_of, monkeypatch):
 
 def test_a_wrong_word_says_which_there_are(tmp_path):
     code, _ = launch(["nonsense"], tmp_path)
-    assert "nonsense is not one of base, sac, robots, recent" in code
-    for arm in ("two+conservative", "huber+near", "near+split", "robots+sac"):
+    assert "nonsense is not one of base, sac, recent" in code
+    for arm in ("two+conservative", "huber+near", "near+split"):
         code, _ = launch([arm, *quick()], tmp_path)
         assert f"{arm} can't be joined" in code
-    for arm in ("layers", "normal", "recent", "sac+near", "robots+near"):
+    for arm in ("layers", "normal", "recent", "sac+near"):
         code, _ = launch([arm, *quick()], tmp_path)
         assert "is no change of" in code
 

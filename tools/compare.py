@@ -257,9 +257,10 @@ def same_steps(table: pd.DataFrame) -> str:
         table = table.assign(label=table.label + ", " + table.evaluation)
     returns = {}  # by step, label and environment: one for each seed
     for step in AT:
-        for (name, env), runs in table.groupby(["label", "env"], sort=False):
-            if values := returns_at(runs, step):
-                returns[step, name, env] = values
+        for name, of_label in table.groupby("label", sort=False):
+            for env, runs in of_label.groupby("env", sort=False):
+                if values := returns_at(runs, step):
+                    returns[step, name, env] = values
     if not returns:
         return ""
     shown = set(table.label[table.exp_name.isin(SHOWN)])

@@ -10,7 +10,7 @@ rewards and entropies, until the episode terminated or a time of which the rest 
 under 2 %. Of a run of meow_auto_isaacgym.py also by how much the loss's dropout lowers
 Q of the policy's own actions, d, the squared distance of the replay buffer's actions
 from the policy by their age (about 1 for its own), and how many would weigh less than
-0.1 in the script's loss, were they worth more than Q says.
+0.1 for m in the script's loss, were they worth more than Q says.
 """
 
 import sys
@@ -211,8 +211,10 @@ def tell(options: Options):
     if script is meow_auto_isaacgym:
         lost = unit * lost_to_dropout(script, flow, saved)
         print(f"dropout: Q less by {lost:.2g}")
+        rho = flow.alpha * flow.act_dim
         for ages, d in distances(script, flow, saved).items():
-            light = 100 * (script.far_weight(d) < 0.1).float().mean()
+            weight = script.near_weight(0.5 * rho * d, rho)
+            light = 100 * (weight < 0.1).float().mean()
             text = f"median d {d.median():.1f}, weight below 0.1 for {light:.0f} %"
             print(f"actions of {ages} vector steps ago: {text}")
 

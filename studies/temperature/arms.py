@@ -3,14 +3,12 @@
     python studies/temperature/arms.py base --env-id Ant-v4 --total-timesteps 90000
     python studies/temperature/arms.py near+two --env-id Ant-v4 --seed 2
     python studies/temperature/arms.py sac+normal+units+layers --env-id Ant-v4
-    python studies/temperature/arms.py robots+split --env-id Humanoid
 
 The words before the options are changes of `ARMS`, joined by +; with `sac` they change
 sac_continuous_action.py instead of meow_auto_continuous_action.py, where only those of
-`FOR_SAC` make sense, with `robots` meow_auto_isaacgym.py, where those of `FOR_ROBOTS`
-do. All of FOR_SAC but `held` are for SAC alone: they give it what the script without
-tuning has. All options are the script's. The run is named after the arm: auto_near_two,
-sac_normal, robots_split.
+`FOR_SAC` make sense. All of these but `held` are for SAC alone: they give it what the
+script without tuning has. All options are the script's. The run is named after the arm:
+auto_near_two, sac_normal.
 """
 
 import importlib.util
@@ -312,7 +310,7 @@ def two(script: ModuleType):
 
 
 def split(script: ModuleType):
-    """V is fitted to the policy's own actions, the policy to all.
+    """V is fitted to the policy's own actions, the policy to all: the robots' loss.
 
     With the energy e = 1/2 sum_i kappa_i x_i^2 = rho d / 2, on average rho / 2 of the
     policy's own actions, the loss is the batch mean of
@@ -383,7 +381,6 @@ def raw(script: ModuleType):
 
 FOR_SAC_ALONE = ("recent", "normal", "units", "layers", "averages")
 FOR_SAC = (*FOR_SAC_ALONE, "held")
-FOR_ROBOTS = ("split",)
 LOSSES = ("near", "huber", "two", "split", "conservative")
 JOINED = (["near", "two"], ["near", "conservative"])
 """those of them that go together"""
@@ -412,17 +409,13 @@ ARMS = {  # in the order in which they are applied
 SCRIPTS = {  # by the word that chooses it, with its arms
     "base": ("meow_auto_continuous_action", ARMS.keys() - FOR_SAC_ALONE),
     "sac": ("sac_continuous_action", FOR_SAC),
-    "robots": ("meow_auto_isaacgym", FOR_ROBOTS),
 }
 
 
 def changed_script(arm: str) -> ModuleType:
     """A script of its own with these changes. Raises: SystemExit for a wrong word."""
     words = set(arm.split("+"))
-    kinds = sorted(words & SCRIPTS.keys() - {"base"})
-    if kinds[1:]:
-        sys.exit(f"error: {'+'.join(kinds)} can't be joined")
-    kind = kinds[0] if kinds else "base"
+    kind = "sac" if "sac" in words else "base"
     name, possible = SCRIPTS[kind]
     spec = importlib.util.spec_from_file_location(f"arm_{arm}", ROOT / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
