@@ -29,20 +29,20 @@ With u = atanh(a), x = g(u|s):
     policy:  u = g^-1(sigma z|s), z ~ N(0, I), sigma_i(s) = sqrt(alpha / kappa_i(s))
     r <- r / max(std(r), |mean(r)| / 10),   alpha = rho / A
 
-with the mean and the standard deviation of all rewards so far, of all environments. An
-action costs Q the energy e = 1/2 sum_i kappa_i x_i^2, the policy's own ones rho / 2 on
-average. m is fitted to these, the policy to all: with y = r + gamma (1 - terminated)
-V(s') the loss is the batch mean of
+with the mean and the standard deviation of all rewards so far, of all environments. Q
+takes the energy e = 1/2 sum_i kappa_i x_i^2 = rho d / 2 from an action, on average
+rho / 2 from the policy's own. With y = r + gamma (1 - terminated) V(s') the loss is the
+sum of two batch means,
 
-    w (Q - y)^2 / 2, of m alone,   w = exp(rho - e) where y > Q, at most 1
+    w (Q - y)^2 / 2, of m alone,   w = exp(rho - e) where y > Q, at most 1; else 1
     (Q - y)^2 / 2,   of kappa and g alone
 
-Q is quadratic, so that most far actions are worth more than it says. Fitted to them, m
-and so V would rise above what the policy gets; kappa and g learn from them where the
-policy's data lie, and stay with them. The other script has one loss, in which far
-actions weigh little, and dropout: with these a Humanoid and Ingenuity forgot what they
-had learned. On MuJoCo the split loss learned Hopper and Humanoid-v4 more slowly, in one
-stopped run each (studies/robots_held_back).
+So m, and V with it, is fitted to the policy's own actions. Far ones are mostly worth
+more than Q, a parabola, says: fitted to these too, V would rise above what the policy
+gets. kappa and g learn from all, so that the policy stays near the kept actions. The
+other script has one loss, in which far actions weigh little, and dropout: with these a
+Humanoid and Ingenuity forgot what they had learned. On MuJoCo the split loss learned
+Hopper and Humanoid-v4 more slowly, in one stopped run each (studies/robots_held_back).
 
 Tasks differ only in their numbers of steps, environments and transitions per update,
 which are the paper's. Two things of the other script are off unless asked for: half of
@@ -662,15 +662,14 @@ def soft_target(
 
 
 def near_weight(energy: Tensor, rho: Tensor) -> Tensor:
-    """exp(rho - e), at most 1. energy (B,), rho () -> (B,)."""
+    """w = exp(rho - e), at most 1. energy (B,), rho () -> (B,)."""
     return torch.exp(rho - energy).clamp(max=1)
 
 
 def meow_loss(q: Tensor, d: Tensor, target: Tensor, rho: Tensor) -> Tensor:
-    """Batch means of w (Q - y)^2 / 2, w = 1 where y <= Q, and of (Q - y)^2 / 2.
+    """Batch means of w (Q - y)^2 / 2, of m alone, and (Q - y)^2 / 2, of kappa and g.
 
-    m gets the gradient of the first alone, kappa and g that of the second. q, d, target
-    (B,), rho () -> ().
+    w = 1 where y <= Q. q, d, target (B,), rho () -> ().
     """
     energy = 0.5 * rho * d  # 1/2 sum_i kappa_i x_i^2
     q_of_m = q + energy - energy.detach()  # Q, with the gradient of m alone

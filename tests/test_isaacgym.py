@@ -377,16 +377,12 @@ def test_m_learns_from_near_actions_and_the_policy_from_all():
     assert (energy[w == 1] > 1.5).any()  # far ones that are worth less
     weighted = 0.5 * (w * (q - y).square()).mean()
     plain = 0.5 * (q - y).square().mean()
-    for loss, of_m in ((weighted, True), (plain, False)):
-        named = learner.named_parameters()
-        parameters = [p for name, p in named if name.startswith("m.") == of_m]
-        for p, grad in zip(
-            parameters,
-            torch.autograd.grad(loss, parameters, retain_graph=True),
-            strict=True,
-        ):
-            p.grad = grad
-    expected = torch.cat([p.grad.flatten() for p in learner.parameters()])
+    names, parameters = zip(*learner.named_parameters(), strict=True)
+    near = torch.autograd.grad(weighted, parameters, retain_graph=True)
+    every = torch.autograd.grad(plain, parameters)
+    pairs = zip(names, near, every, strict=True)
+    grads = [of_m if name.startswith("m.") else other for name, of_m, other in pairs]
+    expected = torch.cat([grad.flatten() for grad in grads])
 
     metrics = auto.make_update(flow, args)(*state, batch)
     torch.testing.assert_close(10 * state[2], expected, rtol=1e-4, atol=1e-5)

@@ -62,6 +62,13 @@ def test_distances_are_those_of_each_age():
     assert every == pytest.approx(0.3 * 1 + 0.7 * 10, rel=0.05)
 
 
+def test_actions_beyond_an_energy_of_rho_and_log_10_weigh_little():
+    """exp(rho - rho d / 2) is 0.1 at d = 2 + 2 log(10) / rho: 17.35 for rho = 0.3."""
+    flow = script.make_flow(script.Args(temperature=0.3), 4, 2)
+    d = torch.tensor([0.0, 5, 17.3, 17.4])
+    assert distances.percent_light(script, flow, d) == 25
+
+
 def test_what_dropout_takes_from_q():
     """Beside 100 masks of other numbers; none without dropout. The kept actions
     themselves, far ones here, don't count."""

@@ -178,6 +178,13 @@ def lost_to_dropout(script, flow, saved: dict) -> float:
     return (flow.q_values(obs, u) - dropped).mean().item()
 
 
+def percent_light(script, flow, d: Tensor) -> float:
+    """How many actions at d (N,) weigh less than 0.1 for m, in percent."""
+    rho = flow.alpha * flow.act_dim
+    weight = script.near_weight(0.5 * rho * d, rho)
+    return 100 * (weight < 0.1).float().mean().item()
+
+
 def unit_of(script, saved: dict) -> float:
     """The rewards that V and alpha are counted in."""
     if script is meow_isaacgym:
@@ -211,10 +218,8 @@ def tell(options: Options):
     if script is meow_auto_isaacgym:
         lost = unit * lost_to_dropout(script, flow, saved)
         print(f"dropout: Q less by {lost:.2g}")
-        rho = flow.alpha * flow.act_dim
         for ages, d in distances(script, flow, saved).items():
-            weight = script.near_weight(0.5 * rho * d, rho)
-            light = 100 * (weight < 0.1).float().mean()
+            light = percent_light(script, flow, d)
             text = f"median d {d.median():.1f}, weight below 0.1 for {light:.0f} %"
             print(f"actions of {ages} vector steps ago: {text}")
 

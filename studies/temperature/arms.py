@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import meow_auto_isaacgym
 from meow_auto_continuous_action import (
     RecentReplayBuffer,
     RunningMeanStd,
@@ -310,14 +311,8 @@ def two(script: ModuleType):
 
 
 def split(script: ModuleType):
-    """V is fitted to the policy's own actions, the policy to all: the robots' loss.
-
-    With the energy e = 1/2 sum_i kappa_i x_i^2 = rho d / 2, on average rho / 2 of the
-    policy's own actions, the loss is the batch mean of
-
-        w (Q - y)^2 / 2, of m alone,   w = exp(rho - e) where y > Q, at most 1
-        (Q - y)^2 / 2,   of kappa and g alone
-    """
+    """The loss of meow_auto_isaacgym.py: m learns from near actions, g and kappa from
+    all."""
     rho = []  # of the newest flow
 
     class EnergyFlow(script.EnergyFlow):
@@ -326,13 +321,7 @@ def split(script: ModuleType):
             rho[:] = [args.temperature]
 
     def meow_loss(q: Tensor, d: Tensor, target: Tensor) -> Tensor:
-        e = 0.5 * rho[0] * d
-        of_m = q + e - e.detach()  # Q, with the gradient of m
-        of_flow = q.detach() + e.detach() - e  # Q, with that of kappa and g
-        w = torch.exp(rho[0] - e).clamp(max=1)
-        w = torch.where(target > q, w, 1.0).detach()
-        for_m = 0.5 * (w * (of_m - target).square()).mean()
-        return for_m + 0.5 * (of_flow - target).square().mean()
+        return meow_auto_isaacgym.meow_loss(q, d, target, rho[0])
 
     script.EnergyFlow, script.meow_loss = EnergyFlow, meow_loss
 
